@@ -1,0 +1,100 @@
+"""Do time per frame and memory stay flat in a long rollout?
+
+Rolls a small network out over 2,000 latent frames with a window of 6 frames and 1 sink, 2 steps and the fused refresh,
+and compares the last 100 frames with the first 100 after the window has filled. `--plot` draws both curves.
+
+    python -m cfpp_rt.bench.bench_long_rollout [--frames 2000] [--device cpu] [--json PATH] [--plot PNG]
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from cfpp_rt.bench import harness
+from cfpp_rt.config import RolloutConfig
+from cfpp_rt.model.transformer import random_model
+from cfpp_rt.rollout import Rollout
+from cfpp_rt.untrained import SMALL, random_text
+
+WINDOW, SINKS, STEADY, SPAN = 6, 1, 20, 100
+
+
+def held_memory_mib(device: torch.device) -> float:
+    """Memory held now: the allocator's on a GPU, the process's resident set elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**20
+    import psutil
+
+    return psutil.Process().memory_info().rss / 2**20
+
+
+def plot(times: list[float], memory: list[float], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(9, 4.2), sharex=True, constrained_layout=True)
+    frames = range(len(times))
+    upper.plot(frames, times, ".", markersize=1.5, color="#9db7d5", label="each frame")
+    medians = [statistics.median(times[i : i + SPAN]) for i in range(0, len(times), SPAN)]
+    upper.step([i * SPAN for i in range(len(medians))], medians, where="post", color="#1f4e79", label="median of 100")
+    upper.set(ylabel="ms per latent frame", ylim=(0, 2 * statistics.median(times)))
+    upper.legend(loc="upper right", frameon=False)
+    lower.plot(frames, memory, color="#1f4e79")
+    lower.set(ylabel="resident MiB", xlabel="latent frame", ylim=(0, 1.25 * max(memory)), xlim=(0, len(times)))
+    for axis in (upper, lower):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="#dddddd")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=2000)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", metavar="PATH", help="append the rows as JSON lines")
+    parser.add_argument("--plot", metavar="PNG", help="draw time and memory against frames")
+    arguments = parser.parse_args()
+    if arguments.frames < STEADY + 2 * SPAN:
+        parser.error(f"--frames must be at least {STEADY + 2 * SPAN}, got {arguments.frames}")
+    device = torch.device(arguments.device)
+
+    model = random_model(SMALL, seed=0, dtype=torch.float32, device=str(device))
+    config = RolloutConfig(window=WINDOW, sinks=SINKS)
+    rollout = Rollout(model, random_text("a long walk", SMALL), config, latent_size=(8, 12), frames=arguments.frames)
+    times, memory, finite = [], [], True
+    begin = time.perf_counter()
+    for block in rollout:
+        finite = finite and bool(block.values.isfinite().all())
+        now = time.perf_counter()
+        times.append(1000 * (now - begin))
+        memory.append(held_memory_mib(device))
+        begin = time.perf_counter()
+
+    first, last = times[STEADY : STEADY + SPAN], times[-SPAN:]
+    row = {
+        "bench": "long_rollout",
+        "frames": arguments.frames,
+        "window": WINDOW,
+        "sinks": SINKS,
+        "first_steady_100_ms": statistics.median(first),
+        "last_100_ms": statistics.median(last),
+        "last_over_first": sum(last) / sum(first),
+        "memory_after_steady_mib": memory[STEADY],
+        "memory_at_end_mib": memory[-1],
+        "all_finite": finite,
+    }
+    print(f"frames {STEADY}..{STEADY + SPAN - 1}: median {row['first_steady_100_ms']:.2f} ms")
+    print(f"last {SPAN} frames: median {row['last_100_ms']:.2f} ms, total {row['last_over_first']:.3f} of the first")
+    print(f"memory: {memory[STEADY]:.0f} MiB when the window is full, {memory[-1]:.0f} MiB at the end")
+    print(f"every value finite: {finite}")
+    harness.record([row], arguments.json, device)
+    if arguments.plot:
+        plot(times, memory, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

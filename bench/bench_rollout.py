@@ -1,0 +1,114 @@
+"""How long does one frame pass of the transformer take, and what share of the matrix rate does it reach?
+
+Runs the rollout's own passes at 480x832 (1560 tokens per latent frame) with random weights, window filled frame by
+frame: the denoising passes of a frame, without text encoder and VAE. FLOPs are those of the linear layers, of
+cross-attention and of self-attention over the visible frames. The roof is a plain matrix product of the feed-forward's
+shape, measured in the same run. Peak memory is that of the whole process on the CPU, of the allocator on a GPU.
+
+    python -m cfpp_rt.bench.bench_rollout [--model wan-1.3b] [--device cpu] [--dtype bfloat16] [--frames 3]
+"""
+
+import argparse
+import time
+
+import torch
+import torch.nn.functional as F
+
+from cfpp_rt.bench import harness
+from cfpp_rt.config import MODELS, ModelConfig, RolloutConfig
+from cfpp_rt.model.transformer import random_model
+from cfpp_rt.rollout import Rollout
+from cfpp_rt.timing import peak_memory_mib
+from cfpp_rt.values import Conditioning
+
+LATENT = (60, 104)  # 480x832
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pass_flops(config: ModelConfig, tokens: int, visible_tokens: int) -> tuple[float, float]:
+    """FLOPs of the linear layers, and of both attentions, of one pass of `tokens` queries over `visible_tokens`."""
+    d = config.dim
+    per_token = 4 * d * d + 2 * d * d + 2 * d * config.ffn_dim  # self-attention, cross-attention q and o, feed-forward
+    linear = 2.0 * tokens * per_token * config.num_layers
+    attention = 4.0 * tokens * d * (visible_tokens + config.text_len) * config.num_layers
+    return linear, attention
+
+
+def matrix_rate(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
+    """GFLOP/s of the feed-forward's first matrix product, the largest of a pass; best of five."""
+    x = torch.randn(tokens, config.dim, device=device).to(dtype)
+    w = torch.randn(config.ffn_dim, config.dim, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(5):
+        _synchronize(device)
+        begin = time.perf_counter()
+        F.linear(x, w)
+        _synchronize(device)
+        best = min(best, time.perf_counter() - begin)
+    return 2.0 * tokens * config.dim * config.ffn_dim / best / 1e9
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="wan-1.3b")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--frames", type=int, default=3, help="latent frames to make, one pass each")
+    parser.add_argument(
+        "--capacity", type=int, default=21, help="frame slots of the cache, as a user would allocate it"
+    )
+    parser.add_argument("--json", metavar="PATH", help="append the rows as JSON lines")
+    arguments = parser.parse_args()
+    device, dtype, config = torch.device(arguments.device), DTYPES[arguments.dtype], MODELS[arguments.model]
+
+    model = random_model(config, seed=0, dtype=dtype, device=str(device))
+    tokens = config.tokens_per_frame(*LATENT)
+    text = Conditioning(torch.randn(1, config.text_len, config.text_dim, generator=torch.Generator().manual_seed(0)))
+    rollout = Rollout(
+        model,
+        text,
+        RolloutConfig(steps=(1000,), refresh="skip"),  # one pass a frame: what is timed is the pass
+        latent_size=LATENT,
+        frames=arguments.capacity,
+    )
+    roof = matrix_rate(config, tokens, dtype, device)
+    rows = []
+    print(f"{arguments.model} {arguments.dtype} on {device}: matrix rate {roof:.0f} GFLOP/s")
+    print(f"{'visible':>8} {'pass_ms':>10} {'GFLOP/s':>9} {'% of roof':>9}")
+    for visible in range(1, min(arguments.frames, arguments.capacity) + 1):
+        _synchronize(device)
+        begin = time.perf_counter()
+        next(rollout)
+        _synchronize(device)
+        pass_ms = 1000 * (time.perf_counter() - begin)
+        linear, attention = pass_flops(config, tokens, visible * tokens)
+        rate = (linear + attention) / pass_ms / 1e6
+        print(f"{visible:>8} {pass_ms:>10.1f} {rate:>9.0f} {100 * rate / roof:>9.0f}")
+        rows.append(
+            {
+                "bench": "rollout",
+                "model": arguments.model,
+                "dtype": arguments.dtype,
+                "visible_frames": visible,
+                "pass_ms": pass_ms,
+                "linear_gflop": linear / 1e9,
+                "attention_gflop": attention / 1e9,
+                "gflops_per_s": rate,
+                "matrix_gflops_per_s": roof,
+            }
+        )
+    weights = sum(p.nbytes for p in model.parameters()) / 2**20
+    cache = rollout.cache.data.nbytes / 2**20
+    peak = peak_memory_mib(device)
+    print(f"peak memory {peak:.0f} MiB; weights {weights:.0f}, cache {cache:.0f} MiB of {arguments.capacity} frames")
+    rows.append({"bench": "rollout_memory", "peak_mib": peak, "weights_mib": weights, "cache_mib": cache})
+    harness.record(rows, arguments.json, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""What every benchmark shares: the circumstances of a number, the timer, the measured memory roof, JSON lines."""
+
+import dataclasses
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOF_BYTES = 256 * 2**20  # far beyond any last-level cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Durations of single calls, in ms."""
+
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+
+
+def _command_output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _commit() -> str:
+    """Commit of the sources, with "+changes" where the working tree differs; "unknown" outside a checkout."""
+    root = str(Path(__file__).resolve().parent)
+    commit = _command_output("git", "-C", root, "rev-parse", "--short=12", "HEAD")
+    changes = _command_output("git", "-C", root, "status", "--porcelain", "--untracked-files=no")
+    return f"{commit}+changes" if commit and changes else commit or "unknown"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Under which circumstances a number is taken; part of every row."""
+    facts: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": device.type,
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": _commit(),
+        "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
+    }
+    if device.type == "cuda":
+        query = ("nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader")
+        index = torch.cuda.current_device() if device.index is None else device.index
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["driver_and_clocks"] = _command_output(*query, f"--id={index}")
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def _module() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec is not None else Path(sys.argv[0]).name
+
+
+def measure(
+    call: Callable[[], object], device: torch.device, warmup: int = 5, repeats: int = 50, min_seconds: float = 0.5
+) -> Times:
+    """Time `call`, `repeats` times at least and for `min_seconds` at least: CUDA events on a GPU, else the clock."""
+    for _ in range(warmup):
+        call()
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < repeats or time.perf_counter() - begin < min_seconds:
+        times.append(_time_on_gpu(call) if device.type == "cuda" else _time_on_host(call))
+    deciles = statistics.quantiles(times, n=10)
+    return Times(statistics.median(times), deciles[0], deciles[-1])
+
+
+def _time_on_host(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return 1000 * (time.perf_counter() - begin)
+
+
+def _time_on_gpu(call: Callable[[], object]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def memory_roof(device: torch.device) -> float:
+    """GB/s that copying one large buffer into another reaches here, bytes read and written both counted."""
+    source = torch.ones(ROOF_BYTES, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    times = measure(lambda: target.copy_(source), device, warmup=2, repeats=10)
+    return 2 * ROOF_BYTES / times.median_ms / 1e6
+
+
+def record(rows: Sequence[dict[str, Any]], path: str | None, device: torch.device) -> None:
+    """Print the circumstances; with a path, append each row with them as one JSON line."""
+    facts = environment(device)
+    print(json.dumps(facts))
+    if path is None:
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps({**row, **facts}) + "\n" for row in rows)

@@ -1,0 +1,180 @@
+"""Read weights files without ever running what is inside them, and write files whole or not at all."""
+
+import contextlib
+import json
+import os
+import pickle
+import re
+import secrets
+import struct
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cfpp_rt.errors import CheckpointError, InputError
+
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+
+# A repository cloned without Git LFS holds such a text file in place of the weights.
+_LFS_POINTER = b"version https://git-lfs"
+
+
+def read_tensors(path: str | Path) -> dict[str, Any]:
+    """Read a `.safetensors` file or a pickle written by `torch.save` onto the CPU, memory-mapped where it can be.
+
+    Pickles are read with `weights_only=True`: one that asks for code is refused before that code runs.
+
+    Returns the top-level mapping as stored: name -> tensor, or for pickles also name -> nested mapping.
+    Raises CheckpointError, one line, for a file that is missing, empty, truncated, unsafe or no checkpoint.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: not a file")
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_POINTER))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    if size == 0:
+        raise CheckpointError(f"{path}: the file is empty")
+    if start == _LFS_POINTER:
+        raise CheckpointError(f"{path}: a Git LFS pointer, not the weights: run 'git lfs pull' where it came from")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix in PICKLE_SUFFIXES:
+        return _read_pickle(path)
+    raise CheckpointError(f"{path}: a weights file must end in .safetensors, {', '.join(PICKLE_SUFFIXES)}")
+
+
+def read_sharded(folder: str | Path, stem: str) -> dict[str, torch.Tensor]:
+    """Read `<stem>.safetensors` from a folder, or all the shards that `<stem>.safetensors.index.json` lists.
+
+    Returns name -> tensor over all shards. Raises CheckpointError as `read_tensors`, also for a broken index.
+    """
+    folder = Path(folder)
+    index = folder / f"{stem}.safetensors.index.json"
+    if not index.exists():
+        return read_tensors(folder / f"{stem}.safetensors")
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not an index of shards ({type(error).__name__})") from error
+    state: dict[str, torch.Tensor] = {}
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(f"{index}: a shard must be a file of the same folder, got {shard!r}")
+        state.update(read_tensors(folder / shard))
+    missing = [name for name in weight_map if name not in state]
+    if missing:
+        raise CheckpointError(f"{index}: {_some(missing)} listed but in no shard")
+    return state
+
+
+def require_exact(state: Mapping[str, Any], expected_shapes: Mapping[str, Sequence[int]], source: str | Path) -> None:
+    """Check that a state dict has exactly the wanted names and shapes.
+
+    state: name -> tensor. expected_shapes: name -> shape. source: what the error names, usually the file.
+    Raises CheckpointError listing up to three missing, unexpected and wrong-shape names, with both shapes.
+    """
+    wanted = {name: tuple(shape) for name, shape in expected_shapes.items()}
+    missing = [name for name in wanted if name not in state]
+    unexpected = [name for name in state if name not in wanted]
+    wrong = [
+        f"{name} must be {list(shape)}, got {list(state[name].shape) if torch.is_tensor(state[name]) else 'no tensor'}"
+        for name, shape in wanted.items()
+        if name in state and not (torch.is_tensor(state[name]) and tuple(state[name].shape) == shape)
+    ]
+    faults = [
+        f"{label}: {_some(names)}"
+        for label, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
+        if names
+    ]
+    if faults:
+        raise CheckpointError(f"{source}: {'; '.join(faults)}")
+
+
+@contextlib.contextmanager
+def write_atomically(path: str | Path) -> Iterator[Path]:
+    """Yield an empty temporary file in the folder of `path`, which replaces `path` when the body ends well.
+
+    The temporary name keeps the suffix. A body that raises leaves `path` as it was and no temporary file. A pipe or
+    device is yielded itself: it must not be replaced by a file.
+
+    Raises InputError before the body runs where `path` cannot be written.
+    """
+    target = Path(path)
+    if target.exists() and not target.is_file():
+        if target.is_dir():
+            raise InputError(f"{target}: is a folder, a file name is needed")
+        yield target
+        return
+    target = target.resolve()  # a link stays, the file that it points to is replaced
+    temporary = target.with_name(f".{target.stem[:100]}.{secrets.token_hex(4)}{target.suffix}")
+    try:
+        temporary.open("xb").close()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: truncated or not a safetensors file ({_one_line(error)})") from error
+
+
+def _read_pickle(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        start = file.read(4)
+    zipped = start == b"PK\x03\x04"
+    try:
+        with warnings.catch_warnings():  # of pickle protocols: either it loads or the error below says why not
+            warnings.simplefilter("ignore")
+            # Files of torch < 1.6 are no zip archive and cannot be mapped.
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: {_refusal(str(error), is_pickle=zipped or start[:1] == pickle.PROTO)}"
+        ) from error
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: truncated or not a torch checkpoint ({_one_line(error)})") from error
+    except (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error) as error:
+        raise CheckpointError(f"{path}: truncated or not a torch checkpoint") from error
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"{path}: must hold a mapping of names to tensors, got {type(loaded).__name__}")
+    return dict(loaded)
+
+
+def _refusal(message: str, is_pickle: bool) -> str:
+    """Why the weights-only reader of torch stopped, without its advice to switch the check off."""
+    wanted = re.search(r"GLOBAL:? (\S+)|(?:BUILD for|instantiate|callable) (\S+)", message)
+    if wanted:
+        return f"refused: it wants to run code ({next(filter(None, wanted.groups())).rstrip('.,')})"
+    if is_pickle and re.search(r"[Uu]nsupported|not allowed|can only", message):
+        return "refused: a pickle of more than tensors and plain containers, it may want to run code"
+    return "truncated or not a torch checkpoint"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."

@@ -1,0 +1,82 @@
+"""The `cfpp` command: dispatches to the command's own module, imported only when it is asked for."""
+
+import argparse
+import importlib
+import sys
+from typing import NoReturn
+
+COMMANDS = {
+    "generate": ("cfpp_rt.generate", "prompt or image in, video out"),
+    "convert": ("cfpp_rt.export.convert", "any public checkpoint to one safetensors file"),
+    "doctor": ("cfpp_rt.doctor", "what is installed, which backend runs each op, and what is missing"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="cfpp",
+        description="Real-time runtime for few-step autoregressive video diffusion students.",
+        epilog="Each command explains itself: cfpp COMMAND --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    asked = next((word for word in argv if not word.startswith("-")), None)
+    for name, (module, summary) in COMMANDS.items():
+        sub = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if name == asked:
+            command = importlib.import_module(module)
+            command.add_arguments(sub)
+            sub.set_defaults(run=command.run)
+    arguments = parser.parse_args(argv)
+    if arguments.version:
+        from importlib.metadata import version
+
+        print(f"cfpp-rt {version('cfpp-rt')}")
+        raise SystemExit(0)
+    if arguments.command is None:
+        parser.print_help()
+        raise SystemExit(2)
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit code. What the user can mend is one line on stderr and exit code 2."""
+    arguments = _parse(sys.argv[1:] if argv is None else argv)
+    from cfpp_rt.errors import InputError, MissingExtraError, NonFiniteError, OutOfMemoryError
+
+    try:
+        arguments.run(arguments)
+    except (InputError, MissingExtraError, NonFiniteError, OutOfMemoryError) as error:
+        message = " ".join(str(error).split())
+    except KeyboardInterrupt:
+        print(f"cfpp {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        message = f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        message += "; a smaller --size, --window or --dtype bfloat16 needs less"
+    else:
+        return 0
+    print(f"cfpp {arguments.command}: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in text
+        or "not enough memory" in text
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,263 @@
+"""The tiny autoencoder for Wan2.1 latents (TAEHV by Ollin Boer Bohan, weights `taew2_1.pth`): fast, approximate.
+
+Networks of 2-D convolutions whose only view of the past is the `MemBlock`: it sees the frame before at the same depth.
+Module names and order are those of the weights file. Inside, pixels are in [0, 1].
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cfpp_rt.checkpoint import read_tensors, require_exact
+from cfpp_rt.codec.base import require_latents, require_pixels
+from cfpp_rt.errors import CheckpointError, InputError
+
+_STAGES = 3
+_DECODER_STRIDES = (1, 2, 2)  # frames made of one, per stage
+_ENCODER_STRIDES = (2, 2, 1)  # frames joined to one, per stage
+_BLOCKS = 3  # MemBlocks of a stage
+
+
+class MemBlock(nn.Module):
+    """Residual block over a frame and the one before: x, past [N, C_in, h, w] -> [N, C_out, h, w]."""
+
+    def __init__(self, width_in: int, width_out: int):
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(2 * width_in, width_out, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width_out, width_out, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width_out, width_out, 3, padding=1),
+        )
+        self.skip = nn.Conv2d(width_in, width_out, 1, bias=False) if width_in != width_out else nn.Identity()
+
+    def forward(self, x: Tensor, past: Tensor) -> Tensor:
+        return F.relu(self.conv(torch.cat((x, past), dim=1)) + self.skip(x))
+
+
+class TPool(nn.Module):
+    """Joins each `stride` frames to one: [N * stride, C, h, w] -> [N, C, h, w]."""
+
+    def __init__(self, width: int, stride: int):
+        super().__init__()
+        self.stride = stride
+        self.conv = nn.Conv2d(width * stride, width, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.reshape(-1, self.stride * x.shape[1], *x.shape[2:]))
+
+
+class TGrow(nn.Module):
+    """Makes `stride` frames of each: [N, C, h, w] -> [N * stride, C, h, w], earlier frames first."""
+
+    def __init__(self, width: int, stride: int):
+        super().__init__()
+        self.stride = stride
+        self.conv = nn.Conv2d(width, width * stride, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).reshape(-1, *x.shape[1:])
+
+
+class SoftClamp(nn.Module):
+    """Keeps latents within (-3, 3), nearly unchanged where they are small."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x / 3) * 3
+
+
+def build_decoder(latent_channels: int, widths: tuple[int, ...]) -> nn.Sequential:
+    """Latents to pixels in about [0, 1]. widths: of the three stages and of the last layer."""
+    layers: list[nn.Module] = [SoftClamp(), nn.Conv2d(latent_channels, widths[0], 3, padding=1), nn.ReLU()]
+    for stage, stride in enumerate(_DECODER_STRIDES):
+        width = widths[stage]
+        layers += [MemBlock(width, width) for _ in range(_BLOCKS)]
+        layers += [nn.Upsample(scale_factor=2), TGrow(width, stride)]
+        layers += [nn.Conv2d(width, widths[stage + 1], 3, padding=1, bias=False)]
+    return nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(widths[_STAGES], 3, 3, padding=1))
+
+
+def build_encoder(latent_channels: int, width: int) -> nn.Sequential:
+    """Pixels in [0, 1] to normalised latents."""
+    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1), nn.ReLU()]
+    for stride in _ENCODER_STRIDES:
+        layers += [TPool(width, stride), nn.Conv2d(width, width, 3, padding=1, stride=2, bias=False)]
+        layers += [MemBlock(width, width) for _ in range(_BLOCKS)]
+    return nn.Sequential(*layers, nn.Conv2d(width, latent_channels, 3, padding=1))
+
+
+class TAEHV(nn.Module):
+    """The tiny autoencoder as a `Codec`. Latents in and out are normalised; it applies no statistics to them.
+
+    latent_channels: C. decoder_widths: channels of the decoder's three stages and last layer. encoder_width: channels
+    of the encoder.
+    """
+
+    temporal_factor = 4
+    spatial_factor = 8
+
+    def __init__(
+        self,
+        latent_channels: int = 16,
+        decoder_widths: tuple[int, ...] = (256, 128, 64, 64),
+        encoder_width: int = 64,
+    ):
+        super().__init__()
+        self.latent_channels = latent_channels
+        # The weights file says `decoder.` and `encoder.`, but those are methods here: hence one level more.
+        self.networks = nn.ModuleDict(
+            {
+                "decoder": build_decoder(latent_channels, decoder_widths),
+                "encoder": build_encoder(latent_channels, encoder_width),
+            }
+        )
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> "TAEHV":
+        """Load `taew2_1.pth` or `taew2_1.safetensors`; widths are taken from the shapes.
+
+        Raises CheckpointError for a missing or broken file and for the tiny autoencoder of another model.
+        """
+        return cls.from_state_dict(read_tensors(path), path).to(device=device, dtype=dtype)
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor], source: str | Path = "state dict") -> "TAEHV":
+        """Build it from name -> tensor in the names of the weights file. source: what an error names."""
+        try:
+            # After the stem (3 layers) each stage has its MemBlocks, an upsampler, a TGrow and a convolution.
+            outputs = [3 + (stage + 1) * (_BLOCKS + 3) - 1 for stage in range(_STAGES)]
+            first = state["decoder.1.weight"]
+            widths = (first.shape[0], *(state[f"decoder.{index}.weight"].shape[0] for index in outputs))
+            encoder_width = state["encoder.0.weight"].shape[0]
+        except (KeyError, AttributeError, IndexError) as error:
+            raise CheckpointError(f"{source}: not the tiny autoencoder of Wan2.1: no {error.args[0]}") from error
+        with torch.device("meta"):
+            model = cls(first.shape[1], widths, encoder_width)
+        wanted = {name.removeprefix("networks."): tensor.shape for name, tensor in model.state_dict().items()}
+        state = {name: _last_rows(tensor, wanted.get(name)) for name, tensor in state.items()}
+        require_exact(state, wanted, source)
+        model.load_state_dict({f"networks.{name}": tensor for name, tensor in state.items()}, assign=True)
+        return model.requires_grad_(False)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """A whole clip at once: latents [B, F, C, h, w] to float32 pixels [B, 1 + 4 * (F - 1), 3, 8h, 8w] in [-1, 1].
+
+        All frames pass through each layer together: fast, but memory grows with F. Long clips: `decoder`.
+        """
+        return self.decoder().decode(latents)
+
+    def decoder(self) -> "TAEHVDecoder":
+        """A decoder at the start of a clip."""
+        return TAEHVDecoder(self)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """A whole clip: pixels [B, 1 + 4 * k, 3, height, width] in [-1, 1] to float32 latents [B, 1 + k, C, h, w]."""
+        return self.encoder().encode(pixels)
+
+    def encoder(self) -> "TAEHVEncoder":
+        """An encoder at the start of a clip."""
+        return TAEHVEncoder(self)
+
+    @property
+    def _place(self) -> dict:
+        weight = next(self.parameters())
+        return {"device": weight.device, "dtype": weight.dtype}
+
+
+def _last_rows(tensor: Tensor, wanted: torch.Size | None) -> Tensor:
+    """A TGrow trained for more frames than are asked for: its last rows make the last of them."""
+    if wanted is None or not torch.is_tensor(tensor) or len(wanted) != 4 or wanted[2:] != (1, 1):
+        return tensor
+    fits = tensor.ndim == 4 and tensor.shape[1:] == wanted[1:] and tensor.shape[0] > wanted[0]
+    return tensor[-wanted[0] :].clone() if fits else tensor
+
+
+class _Pass:
+    """One of the two networks on one clip: holds the last input of each MemBlock; before the clip that is zero."""
+
+    def __init__(self, network: nn.Module):
+        self._network = network
+        self._last: dict[int, Tensor] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[B, n, C, h, w] -> [B, m, C', h', w']; mutates the state."""
+        batch = x.shape[0]
+        x = x.flatten(0, 1)
+        for index, layer in enumerate(self._network.children()):
+            if not isinstance(layer, MemBlock):
+                x = layer(x)
+                continue
+            frames = x.unflatten(0, (batch, -1))
+            last = self._last.get(index)
+            if last is None:
+                last = torch.zeros_like(frames[:, :1])
+            elif last.shape != frames[:, :1].shape:
+                raise InputError(
+                    f"batch and size must not change within a clip: was {list(last.shape)} at layer {index},"
+                    f" got {list(frames[:, :1].shape)}"
+                )
+            past = torch.cat((last, frames[:, :-1]), dim=1)
+            self._last[index] = frames[:, -1:].clone()  # a view would keep all the frames alive
+            x = layer(x, past.flatten(0, 1))
+        return x.unflatten(0, (batch, -1))
+
+
+class TAEHVDecoder:
+    """The decoder of one clip."""
+
+    def __init__(self, codec: TAEHV):
+        self._codec = codec
+        self._pass = _Pass(codec.networks["decoder"])
+        self._first = True
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """The next latents [B, n, C, h, w] to float32 pixels [B, T, 3, 8h, 8w] in [-1, 1].
+
+        T = 4 * n, and 3 fewer at the start of the clip, where the network makes pictures from before the first one.
+        """
+        require_latents(latents, self._codec.latent_channels)
+        pixels = self._pass(latents.to(**self._codec._place))
+        if self._first:
+            pixels = pixels[:, self._codec.temporal_factor - 1 :]
+            self._first = False
+        return pixels.float().clamp(0, 1) * 2 - 1
+
+
+class TAEHVEncoder:
+    """The encoder of one clip.
+
+    The network joins each four pictures to a latent, but a clip begins with a single one. It is repeated three times in
+    front, so that latent and pictures correspond as in the decoder and in the Wan VAE. (The public script repeats the
+    last picture at the end instead: the same for a single picture, and shifted by three pictures for a longer clip.)
+    """
+
+    def __init__(self, codec: TAEHV):
+        self._codec = codec
+        self._pass = _Pass(codec.networks["encoder"])
+        self._first = True
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """The next pictures [B, T, 3, height, width] in [-1, 1] to float32 latents [B, n, C, h, w].
+
+        T = 1 + 4 * k at the start of the clip and gives 1 + k latents, T = 4 * k after it and gives k.
+        """
+        codec = self._codec
+        require_pixels(pixels, codec.spatial_factor, codec.temporal_factor, first=self._first)
+        pixels = pixels.to(**codec._place) * 0.5 + 0.5
+        if self._first:
+            before = pixels[:, :1].expand(-1, codec.temporal_factor - 1, -1, -1, -1)
+            pixels = torch.cat((before, pixels), dim=1)
+            self._first = False
+        return self._pass(pixels).float()

@@ -1,0 +1,205 @@
+"""The Wan2.1 VAE, through diffusers' `AutoencoderKLWan`, with the streaming state held by the caller.
+
+diffusers keeps the state of the causal convolutions inside the model, which allows one clip at a time and forgets it
+after each call. Its decoder takes that state as an argument as well, so the state lives here, in one object per clip.
+"""
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cfpp_rt.checkpoint import read_sharded, read_tensors, require_exact
+from cfpp_rt.codec.base import require_latents, require_pixels
+from cfpp_rt.codec.wan_names import infer_config, to_diffusers
+from cfpp_rt.errors import CheckpointError, InputError, MissingExtraError
+
+ORIGINAL_FILES = ("Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors")
+_DIFFUSERS_STEM = "diffusion_pytorch_model"
+
+
+class WanVAE:
+    """The Wan2.1 VAE as a `Codec`: 16 latent channels, 8 x 8 pixels and 4 pictures to a latent.
+
+    vae: an `AutoencoderKLWan`; it is used in its own dtype on its own device, without gradients, and holds no state
+    of a clip. Latents in and out are normalised with the statistics in its config.
+    """
+
+    temporal_factor = 4
+    spatial_factor = 8
+
+    def __init__(self, vae: Any):
+        self.vae = vae.eval().requires_grad_(False)
+        self.latent_channels: int = vae.config.z_dim
+        shape = (1, 1, self.latent_channels, 1, 1)
+        self._mean = torch.tensor(vae.config.latents_mean, device=self.device).view(shape)
+        self._std = torch.tensor(vae.config.latents_std, device=self.device).view(shape)
+        # Older diffusers have no such argument: there the empty state alone marks the first latent.
+        self.takes_first_chunk = "first_chunk" in inspect.signature(vae.decoder.forward).parameters
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> "WanVAE":
+        """Load the VAE.
+
+        path: Wan2.1 directory (`Wan2.1_VAE.pth`), a diffusers model directory (`vae/`) or its `vae` folder, or one
+        weights file in original or diffusers names. dtype, device: what it runs in.
+        Raises CheckpointError for a missing, broken or other file, MissingExtraError without diffusers.
+        """
+        try:
+            from diffusers import AutoencoderKLWan
+        except ImportError as error:
+            raise MissingExtraError("diffusers", "wan", "the Wan VAE") from error
+        source, config, state = _read(Path(path))
+        try:
+            with torch.device("meta"):
+                vae = AutoencoderKLWan.from_config(config)
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            raise CheckpointError(f"{source}: no AutoencoderKLWan can be made from its config ({error})") from error
+        _require_wan21(vae.config, source)
+        require_exact(state, {name: tensor.shape for name, tensor in vae.state_dict().items()}, source)
+        vae.load_state_dict({name: t.to(device=device, dtype=dtype) for name, t in state.items()}, assign=True)
+        return cls(vae)
+
+    @property
+    def device(self) -> torch.device:
+        return self.vae.post_quant_conv.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vae.post_quant_conv.weight.dtype
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """A whole clip: normalised latents [B, F, 16, h, w] to float32 pixels [B, 1 + 4 * (F - 1), 3, 8h, 8w]."""
+        return self.decoder().decode(latents)
+
+    def decoder(self) -> "WanDecoder":
+        """A decoder at the start of a clip; its state is about 1.9 GB at 480x832 in half precision."""
+        return WanDecoder(self)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """A whole clip: pixels [B, 1 + 4 * k, 3, height, width] in [-1, 1] to normalised latents [B, 1 + k, 16, h, w].
+
+        The latents are the means of the posterior, float32: no sampling, as published.
+        """
+        return self.encoder().encode(pixels)
+
+    def encoder(self) -> "WanEncoder":
+        """An encoder at the start of a clip."""
+        return WanEncoder(self)
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """Normalised latents [B, n, C, h, w] to what the decoder takes, [B, C, n, h, w] in its dtype."""
+        values = latents.to(device=self.device, dtype=torch.float32) * self._std + self._mean
+        return values.to(self.dtype).transpose(1, 2)
+
+    def normalise(self, moments: Tensor) -> Tensor:
+        """The encoder's mean and log-variance [B, 2C, n, h, w] to normalised float32 latents [B, n, C, h, w]."""
+        mean = moments[:, : self.latent_channels].transpose(1, 2).float()
+        return (mean - self._mean) / self._std
+
+
+def _empty_state(network: nn.Module) -> list[Any]:
+    """A slot for every convolution over time; a few pointwise ones get a slot that stays unused."""
+    return [None] * sum(isinstance(module, nn.Conv3d) for module in network.modules())
+
+
+class WanDecoder:
+    """The decoder of one clip: for each causal convolution it holds the last two frames that came in."""
+
+    def __init__(self, codec: WanVAE):
+        self._codec = codec
+        self._state = _empty_state(codec.vae.decoder)
+        self._first = True
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """The next latents [B, n, 16, h, w] to float32 pixels [B, T, 3, 8h, 8w] in [-1, 1].
+
+        T = 4 * n, and 3 fewer at the start of the clip. B, h and w must stay the same within a clip.
+        """
+        codec = self._codec
+        require_latents(latents, codec.latent_channels)
+        values = codec.vae.post_quant_conv(codec.denormalise(latents))
+        pictures = []
+        for latent in values.split(1, dim=2):
+            # The upsamplers over time tell the first latent by an empty state. Zeros in it are not the same.
+            first = {"first_chunk": self._first} if codec.takes_first_chunk else {}
+            pictures.append(codec.vae.decoder(latent, feat_cache=self._state, feat_idx=[0], **first))
+            self._first = False
+        return torch.cat(pictures, dim=2).transpose(1, 2).float().clamp(-1, 1)
+
+
+class WanEncoder:
+    """The encoder of one clip; its state is that of the causal convolutions."""
+
+    def __init__(self, codec: WanVAE):
+        self._codec = codec
+        self._state = _empty_state(codec.vae.encoder)
+        self._first = True
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """The next pictures [B, T, 3, height, width] in [-1, 1] to normalised float32 latents [B, n, 16, h, w].
+
+        T = 1 + 4 * k at the start of the clip and gives 1 + k latents, T = 4 * k after it and gives k.
+        """
+        codec = self._codec
+        require_pixels(pixels, codec.spatial_factor, codec.temporal_factor, first=self._first)
+        values = pixels.to(device=codec.device, dtype=codec.dtype).transpose(1, 2)
+        groups: list[Tensor] = []
+        if self._first:
+            groups, values = [values[:, :, :1]], values[:, :, 1:]
+            self._first = False
+        groups += [group for group in values.split(codec.temporal_factor, dim=2) if group.shape[2]]
+        moments = [codec.vae.encoder(group, feat_cache=self._state, feat_idx=[0]) for group in groups]
+        return codec.normalise(codec.vae.quant_conv(torch.cat(moments, dim=2)))
+
+
+def _read(path: Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+    """The file or folder it was read from, the diffusers config and the state dict in diffusers names."""
+    if path.is_dir():
+        original = next((path / name for name in ORIGINAL_FILES if (path / name).exists()), None)
+        folder = next((f for f in (path / "vae", path) if (f / "config.json").exists()), None)
+        if original is None and folder is not None and _is_wan_config(folder):
+            return folder, _read_config(folder), read_sharded(folder, _DIFFUSERS_STEM)
+        if original is None:
+            raise CheckpointError(f"{path}: has neither {ORIGINAL_FILES[0]} nor vae/config.json of a Wan VAE")
+        path = original
+    state = read_tensors(path)
+    if "decoder.conv_in.weight" in state:
+        beside = path.parent / "config.json"
+        return path, _read_config(path.parent) if beside.exists() else {}, state
+    return path, infer_config(state, path), to_diffusers(state)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / 'config.json'}: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / 'config.json'}: must hold a mapping, got {type(config).__name__}")
+    return config
+
+
+def _is_wan_config(folder: Path) -> bool:
+    return _read_config(folder).get("_class_name") == "AutoencoderKLWan"
+
+
+def _require_wan21(config: Any, source: Path) -> None:
+    levels, halvings = len(config.dim_mult), sum(map(bool, config.temperal_downsample))
+    if getattr(config, "is_residual", False) or getattr(config, "patch_size", None) or (levels, halvings) != (4, 2):
+        raise CheckpointError(
+            f"{source}: a VAE of another model: that of Wan2.1 has 8 x 8 pixels and 4 pictures a latent"
+        )
+    if len(config.latents_mean) != config.z_dim:
+        raise CheckpointError(f"{source}: {config.z_dim} latent channels, statistics for {len(config.latents_mean)}")

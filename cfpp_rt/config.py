@@ -1,0 +1,166 @@
+"""What a model is and how a student is run. Every derived size is a property, so no size is written twice."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from cfpp_rt.errors import InputError
+
+_DIFFUSERS_NAMES = {"in_channels": "in_dim", "out_channels": "out_dim", "num_attention_heads": "num_heads"}
+
+
+def _require_positive(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{name} must be an integer >= 1, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a causal Wan transformer. Field names are those of the public `config.json`.
+
+    dim: model width; num_heads * head_dim. ffn_dim: hidden width of the feed-forward. freq_dim: length of the
+    sinusoid that embeds a timestep. text_len, text_dim: shape of the text embeddings. patch_size: (1, rows, columns).
+    """
+
+    dim: int = 1536
+    ffn_dim: int = 8960
+    num_heads: int = 12
+    num_layers: int = 30
+    freq_dim: int = 256
+    in_dim: int = 16
+    out_dim: int = 16
+    text_dim: int = 4096
+    text_len: int = 512
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    qk_norm: bool = True
+    cross_attn_norm: bool = True
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        _require_positive(
+            self, "dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "in_dim", "out_dim", "text_dim", "text_len"
+        )
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise InputError(f"dim must be num_heads={self.num_heads} times an even head size, got {self.dim}")
+        if len(self.patch_size) != 3 or self.patch_size[0] != 1:
+            raise InputError(f"patch_size must be (1, rows, columns), got {self.patch_size}")
+        if not (self.qk_norm and self.cross_attn_norm):
+            raise InputError("qk_norm and cross_attn_norm must be true: every Wan2.1 checkpoint has both")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    def tokens_per_frame(self, latent_height: int, latent_width: int) -> int:
+        """Tokens T of one latent frame. Raises InputError where the patch does not divide the latent."""
+        _, rows, columns = self.patch_size
+        if latent_height % rows or latent_width % columns or latent_height < rows or latent_width < columns:
+            raise InputError(
+                f"latent size must be a multiple of the patch {rows}x{columns}, got {latent_height}x{latent_width}"
+            )
+        return (latent_height // rows) * (latent_width // columns)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
+        """Take what this class knows from a public `config.json`, the original's or diffusers'; the rest is ignored."""
+        values = {_DIFFUSERS_NAMES.get(name, name): value for name, value in values.items()}
+        if "attention_head_dim" in values:
+            values["dim"] = values["attention_head_dim"] * values["num_heads"]
+        if values.get("qk_norm") == "rms_norm_across_heads":
+            values["qk_norm"] = True
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "ModelConfig":
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls.from_dict(values)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"model config {path}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "patch_size": list(self.patch_size)}
+
+
+MODELS: dict[str, ModelConfig] = {
+    "wan-1.3b": ModelConfig(),
+    "wan-14b": ModelConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """How a student is rolled out; `STUDENTS` holds the published settings.
+
+    steps: denoising steps, as integers in 1..1000 of the unshifted schedule, descending, e.g. (1000, 500).
+    first_steps: own list for the first generated block; None means `steps`.
+    frames_per_block: latent frames made together, 1 = frame-wise, 3 = chunk-wise.
+    window: latent frames a query may see, its own block and the sinks included; None = all.
+    sinks: first latent frames of the video that stay visible when the window has moved on.
+    shift: timestep shift of the flow-matching table. context_noise: timestep (0..1000) of the clean pass.
+    refresh: "fused" (clean pass of a block and first step of the next in one forward), "separate" (same result, lowest
+    latency from input to frame) or "skip" (no clean pass: approximate).
+    """
+
+    steps: tuple[int, ...] = (1000, 500)
+    first_steps: tuple[int, ...] | None = None
+    frames_per_block: int = 1
+    window: int | None = None
+    sinks: int = 0
+    shift: float = 5.0
+    context_noise: int = 0
+    refresh: str = "fused"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "first_steps"):
+            steps = getattr(self, name)
+            if steps is None and name == "first_steps":
+                continue
+            steps = tuple(steps)
+            object.__setattr__(self, name, steps)
+            descending = all(a > b for a, b in zip(steps, steps[1:], strict=False))
+            if not steps or not descending or not all(isinstance(s, int) and 1 <= s <= 1000 for s in steps):
+                raise InputError(f"{name} must be descending integers in 1..1000, got {steps}")
+        _require_positive(self, "frames_per_block")
+        if not isinstance(self.sinks, int) or self.sinks < 0 or self.sinks % self.frames_per_block:
+            raise InputError(
+                f"sinks must be a multiple >= 0 of frames_per_block={self.frames_per_block}, got {self.sinks}"
+            )
+        if self.window is not None:
+            _require_positive(self, "window")
+            if self.window < self.sinks + self.frames_per_block:
+                raise InputError(
+                    f"window must hold the sinks and one block, >= {self.sinks + self.frames_per_block}"
+                    f" frames, got {self.window}"
+                )
+        if not self.shift > 0:
+            raise InputError(f"shift must be > 0, got {self.shift}")
+        if not 0 <= self.context_noise <= 1000:
+            raise InputError(f"context_noise must be in 0..1000, got {self.context_noise}")
+        if self.refresh not in ("fused", "separate", "skip"):
+            raise InputError(f"refresh must be fused, separate or skip, got {self.refresh!r}")
+
+    def replace(self, **changes: Any) -> "RolloutConfig":
+        return dataclasses.replace(self, **changes)
+
+
+_FOUR = (1000, 750, 500, 250)
+
+STUDENTS: dict[str, RolloutConfig] = {
+    "framewise-2step": RolloutConfig(steps=(1000, 500), first_steps=_FOUR),
+    "framewise-1step": RolloutConfig(steps=(1000,), first_steps=_FOUR),
+    "framewise-4step": RolloutConfig(steps=_FOUR),
+    "chunkwise-4step": RolloutConfig(steps=_FOUR, frames_per_block=3),
+}
+
+
+def student(name: str) -> RolloutConfig:
+    """The published rollout settings of a student. Raises InputError for a name not in `STUDENTS`."""
+    if name not in STUDENTS:
+        raise InputError(f"student must be one of {', '.join(STUDENTS)}, got {name!r}")
+    return STUDENTS[name]

@@ -1,0 +1,43 @@
+"""Latents to pictures while the latents are still being made."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from cfpp_rt.codec.base import Codec
+from cfpp_rt.errors import InputError
+from cfpp_rt.values import Frames, Latents
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Float pixels [B, T, 3, height, width] in [-1, 1] to uint8 [B, T, height, width, 3], on the same device.
+
+    Truncated, not rounded: that is what the published code writes to its files.
+    """
+    return (pixels.float() * 0.5 + 0.5).clamp_(0, 1).mul_(255).to(torch.uint8).movedim(2, -1).contiguous()
+
+
+def first_picture(latent_frame: int, temporal_factor: int) -> int:
+    """Index of the first picture of a latent frame: 0, 1, 1 + factor, 1 + 2 * factor, ..."""
+    return 0 if latent_frame == 0 else 1 + temporal_factor * (latent_frame - 1)
+
+
+def decode_stream(codec: Codec, latents: Iterable[Latents], prefix: Tensor | None = None) -> Iterator[Frames]:
+    """Decode blocks as they come: one `Frames`, in host memory, for each of `Latents`.
+
+    codec: `WanVAE` or `TAEHV`. latents: blocks in order and without gaps. prefix: normalised latents [B, m, C, h, w]
+    of the frames before the first block, where that is not frame 0; they fill the decoder's state, and their pictures
+    are not delivered. Raises InputError at a gap.
+    """
+    decoder = codec.decoder()
+    expected = 0
+    if prefix is not None:
+        decoder.decode(prefix)
+        expected = prefix.shape[1]
+    for block in latents:
+        if block.start != expected:
+            raise InputError(f"latents must come in order: wanted latent frame {expected}, got {block.start}")
+        expected += block.values.shape[1]
+        pixels = to_uint8(decoder.decode(block.values)).cpu()
+        yield Frames(pixels, first_picture(block.start, codec.temporal_factor))

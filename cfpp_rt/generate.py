@@ -1,0 +1,234 @@
+"""`cfpp generate`: prompt, image or video in, video file out, written while it is being made."""
+
+import argparse
+import dataclasses
+import re
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from cfpp_rt.config import STUDENTS, ModelConfig, RolloutConfig, student
+from cfpp_rt.errors import InputError
+from cfpp_rt.pipeline import Pipeline
+from cfpp_rt.session import Stream, latent_frames
+from cfpp_rt.timing import peak_memory_mib
+from cfpp_rt.values import Conditioning
+from cfpp_rt.video import open_writer, read_image, read_video
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = (
+        "examples:\n"
+        "  cfpp generate --checkpoint framewise-2step.pt --base Wan2.1-T2V-1.3B --prompt 'a boat at dawn' -o boat.mp4\n"
+        "  cfpp generate --checkpoint framewise-4step.pt --base Wan2.1-T2V-1.3B --student framewise-4step \\\n"
+        "      --image harbour.jpg --prompt 'the boats leave' -o boats.mp4\n"
+        "  cfpp generate --random-weights --prompt anything -o noise.mp4     # no weights needed; the picture is noise"
+    )
+    source = parser.add_argument_group("weights")
+    source.add_argument("--checkpoint", metavar="PATH", help="student: .pt, .safetensors, or a directory")
+    source.add_argument("--base", metavar="DIR", help="Wan2.1 directory: text encoder, tokenizer and VAE")
+    source.add_argument("--student", default="framewise-2step", help=f"{', '.join(STUDENTS)} (default: %(default)s)")
+    source.add_argument("--key", help="entry of a .pt container (default: generator_ema, else generator)")
+    source.add_argument("--config", metavar="JSON", help="model sizes, where the checkpoint does not tell them")
+    source.add_argument(
+        "--tiny-vae", metavar="FILE", help="decode with the tiny autoencoder (taew2_1.pth): approximate"
+    )
+    source.add_argument(
+        "--random-weights", action="store_true", help="a small student of random weights: try the runtime, see noise"
+    )
+    what = parser.add_argument_group("what to make")
+    prompts = what.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", help="the text")
+    prompts.add_argument("--prompts", metavar="FILE", help="one prompt per line, UTF-8: one video each")
+    prompts.add_argument("--embeds", metavar="FILE", help=".safetensors with 'embeds' [B, text_len, text_dim]")
+    given = what.add_mutually_exclusive_group()
+    given.add_argument("--image", metavar="FILE", help="first picture; resized to --size without cropping")
+    given.add_argument("--video", metavar="FILE", help="video to continue; its pictures are resized likewise")
+    what.add_argument("--size", metavar="HxW", help="height x width, multiples of 16 (default: 480x832)")
+    what.add_argument("--frames", type=int, help="pictures, 4 n + 1 (default: 81)")
+    what.add_argument("--seed", type=int, default=0, help="same seed, same video (default: %(default)s)")
+    how = parser.add_argument_group("how to make it")
+    how.add_argument("--steps", metavar="LIST", help="denoising steps instead of the student's, as 1000,500")
+    how.add_argument("--window", type=int, metavar="N", help="latent frames that attention sees (default: all)")
+    how.add_argument("--sinks", type=int, metavar="N", help="first latent frames that stay visible (default: 0)")
+    how.add_argument(
+        "--refresh", choices=("fused", "separate", "skip"), help="clean pass (default: fused); skip is lossy"
+    )
+    how.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and cache (default: %(default)s)")
+    how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    out = parser.add_argument_group("output")
+    out.add_argument(
+        "-o", "--output", required=True, metavar="PATH", help="FILE.mp4, FILE.rgb (raw) or a folder (PNG pictures)"
+    )
+    out.add_argument("--quiet", action="store_true", help="no progress bar and no table")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    size = _parse_size(arguments.size or ("64x96" if arguments.random_weights else "480x832"))
+    frames = 81 if arguments.frames is None else arguments.frames
+    rollout = _rollout(arguments)
+    prompts = _prompts(arguments)
+    outputs = _outputs(Path(arguments.output), prompts)
+    device = _device(arguments.device)
+    initial = None
+    if arguments.image:
+        initial = read_image(arguments.image, *size)
+    elif arguments.video:
+        initial = read_video(arguments.video, *size)
+    pipeline = _pipeline(arguments, device, rollout)
+    latent_frames(frames, pipeline.codec, rollout.frames_per_block)  # refuse before anything is opened
+    for i, output in enumerate(outputs):
+        stream = pipeline.stream(
+            _prompt(arguments, prompts[i], pipeline), frames=frames, size=size, seed=arguments.seed, initial=initial
+        )
+        _write(stream, output, frames, quiet=arguments.quiet)
+        if not arguments.quiet:
+            print(f"{output}: {frames} frames of {size[1]}x{size[0]}")
+            print_table(stream)
+
+
+def _prompt(arguments: argparse.Namespace, prompt: str | Conditioning, pipeline: Pipeline) -> str | Conditioning:
+    """Random weights come without a text encoder: the prompt then seeds random text embeddings."""
+    if not arguments.random_weights or isinstance(prompt, Conditioning):
+        return prompt
+    from cfpp_rt.untrained import random_text
+
+    return random_text(prompt, pipeline.model.config)
+
+
+def _write(stream: Stream, output: Path, frames: int, *, quiet: bool) -> None:
+    with ExitStack() as stack:
+        writer = stack.enter_context(open_writer(output))
+        progress = stack.enter_context(_progress(frames, output.name, quiet))
+        for part in stream:
+            writer.write(part)
+            progress(part.pixels.shape[1])
+
+
+class _progress:
+    """A bar on a terminal, nothing elsewhere."""
+
+    def __init__(self, total: int, name: str, quiet: bool):
+        self.bar = None
+        if not quiet and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, desc=name, unit="frame")
+
+    def __enter__(self) -> Callable[[int], object]:
+        return self.bar.update if self.bar is not None else lambda _: None
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def print_table(stream: Stream) -> None:
+    """The stream's times, one line each; what each word means stands beside it."""
+    meaning = {
+        "ttff_ms": "request to first decoded frame",
+        "frame_ms_p50": "interval per frame, steady state, median",
+        "frame_ms_p90": "  90th percentile",
+        "frame_ms_p99": "  99th percentile",
+        "fps": "frames per second, end to end",
+        "encode_text_ms": "text encoder, once",
+        "encode_image_ms": "image or video encoder, once",
+        "diffuse_ms": f"per block: all passes, {stream.rollout.config.refresh} refresh",
+        "refresh_ms": "per block: clean pass",
+        "decode_ms": "per block: latents to pixels",
+    }
+    summary = stream.timings.summary()
+    for name, text in meaning.items():
+        if name in summary:
+            print(f"  {name:<15}{summary[name]:>10.1f}  {text}")
+    print(f"  {'peak_memory_mib':<15}{peak_memory_mib(stream.timings.device):>10.0f}  of the whole process so far")
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)[xX](\d+)", text)
+    size = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not all(side >= 16 and side % 16 == 0 for side in size):
+        raise InputError(f"--size must be HEIGHTxWIDTH in multiples of 16, got {text}")
+    return size
+
+
+def _rollout(arguments: argparse.Namespace) -> RolloutConfig:
+    changes = {name: getattr(arguments, name) for name in ("window", "sinks", "refresh")}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if arguments.steps is not None:
+        if not re.fullmatch(r"\d+(,\d+)*", arguments.steps):
+            raise InputError(f"--steps must be integers as 1000,500, got {arguments.steps}")
+        changes["steps"] = tuple(int(step) for step in arguments.steps.split(","))
+    return dataclasses.replace(student(arguments.student), **changes)
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str] | list[Conditioning]:
+    if arguments.embeds:
+        from cfpp_rt.checkpoint import read_tensors
+
+        embeds = read_tensors(arguments.embeds).get("embeds")
+        if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3:
+            raise InputError(f"--embeds {arguments.embeds}: wanted a tensor 'embeds' [B, text_len, text_dim]")
+        return [Conditioning(row[None]) for row in embeds]
+    if arguments.prompts:
+        path = Path(arguments.prompts)
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise InputError(f"--prompts {path}: must be UTF-8, byte {error.start} is not") from error
+        except OSError as error:
+            raise InputError(f"--prompts {path}: {error.strerror}") from error
+        prompts = [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise InputError(f"--prompts {path}: wanted one prompt per line, found none")
+        return prompts
+    if arguments.prompt is None:
+        raise InputError("one of --prompt, --prompts or --embeds is needed")
+    return [arguments.prompt]
+
+
+def _outputs(output: Path, prompts: list) -> list[Path]:
+    """One output per prompt: `boat.mp4` for one, `boat-000.mp4`, `boat-001.mp4`, ... for several."""
+    if len(prompts) == 1:
+        return [output]
+    return [output.with_name(f"{output.stem}-{i:03d}{output.suffix}") for i in range(len(prompts))]
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _pipeline(arguments: argparse.Namespace, device: torch.device, rollout: RolloutConfig) -> Pipeline:
+    dtype = DTYPES[arguments.dtype]
+    if arguments.random_weights:
+        if arguments.checkpoint or arguments.base:
+            raise InputError("--random-weights takes no --checkpoint and no --base")
+        from cfpp_rt.untrained import random_pipeline
+
+        return random_pipeline(rollout, dtype=dtype, device=device)
+    if not arguments.checkpoint:
+        raise InputError("--checkpoint is needed (or --random-weights to try the runtime without weights)")
+    config = ModelConfig.from_json(arguments.config) if arguments.config else None
+    pipeline = Pipeline.from_pretrained(
+        arguments.checkpoint,
+        arguments.base,
+        student_name=arguments.student,
+        tiny_codec=arguments.tiny_vae,
+        dtype=dtype,
+        device=device,
+        config=config,
+        key=arguments.key,
+    )
+    pipeline.rollout = rollout
+    return pipeline

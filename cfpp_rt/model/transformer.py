@@ -1,0 +1,162 @@
+"""The causal Wan transformer: noisy latent frames, their timesteps and a KV cache in, velocity out.
+
+Module and parameter names are those of the public checkpoints, so loading is a matter of stripping prefixes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cfpp_rt.cache import KVCache
+from cfpp_rt.config import ModelConfig
+from cfpp_rt.errors import InputError
+from cfpp_rt.model.attention import CachePass
+from cfpp_rt.model.block import TransformerBlock, modulate
+from cfpp_rt.model.rope import RotaryTables
+
+LayerText = tuple[Tensor, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeEmbedding:
+    """What a timestep turns into, for every layer at once. blocks: [L, N, 6, dim]; head: [N, 2, dim]."""
+
+    blocks: Tensor
+    head: Tensor
+
+    @classmethod
+    def cat(cls, parts: Sequence["TimeEmbedding"]) -> "TimeEmbedding":
+        """One after the other along N."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(torch.cat([p.blocks for p in parts], dim=1), torch.cat([p.head for p in parts], dim=0))
+
+
+def sinusoid(timesteps: Tensor, length: int) -> Tensor:
+    """cos then sin of t * 10000^(-i / half); float64 [N] to float64 [N, length]."""
+    half = length // 2
+    exponents = torch.arange(half, dtype=torch.float64, device=timesteps.device) / half
+    angles = timesteps.to(torch.float64)[:, None] * torch.exp(-math.log(10000.0) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class Head(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.dim, eps=config.eps, elementwise_affine=False)
+        self.head = nn.Linear(config.dim, math.prod(config.patch_size) * config.out_dim)
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
+
+
+class CausalWanTransformer(nn.Module):
+    """The network of SPEC: patch embedding, time and text embedding, `num_layers` blocks, head.
+
+    Latents are [B, F, C, h, w]; h and w must be multiples of the patch. Tokens are frame-major, then row, then column.
+    Text and time are embedded once per prompt and per step list with `embed_text` and `embed_time`; a pass takes the
+    results. The constructor leaves the weights unset: `load_model` and `random_model` fill them.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        dim = config.dim
+        self.config = config
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, kernel_size=config.patch_size, stride=config.patch_size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks: Sequence[TransformerBlock] = nn.ModuleList(  # type: ignore[assignment]
+            TransformerBlock(config) for _ in range(config.num_layers)
+        )
+        self.head = Head(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_embedding.weight.device
+
+    def embed_text(self, embeds: Tensor) -> list[LayerText]:
+        """Text embeddings [B, text_len, text_dim] to cross-attention keys and values [B, H, text_len, D] per layer."""
+        wanted = (self.config.text_len, self.config.text_dim)
+        if embeds.ndim != 3 or tuple(embeds.shape[1:]) != wanted:
+            raise InputError(f"text embeds must be [B, {wanted[0]}, {wanted[1]}], got {list(embeds.shape)}")
+        text = self.text_embedding(embeds.to(self.device, self.dtype))
+        return [block.cross_attn.project_text(text) for block in self.blocks]
+
+    def embed_time(self, timesteps: Tensor) -> TimeEmbedding:
+        """Timesteps [N] in 0..1000 (float, not integers: 937.5 is common) to every layer's modulation rows."""
+        e = self.time_embedding(sinusoid(timesteps.to(self.device), self.config.freq_dim).to(self.dtype))
+        rows = self.time_projection(e).unflatten(1, (6, -1))
+        return TimeEmbedding(
+            blocks=torch.stack([block.modulation + rows for block in self.blocks]),
+            head=self.head.modulation + e[:, None],
+        )
+
+    def rotary_tables(self, latent_height: int, latent_width: int) -> RotaryTables:
+        _, rows, columns = self.config.patch_size
+        self.config.tokens_per_frame(latent_height, latent_width)  # raises where the patch does not fit
+        return RotaryTables.build(self.config.head_dim, latent_height // rows, latent_width // columns, self.device)
+
+    def forward(
+        self,
+        latents: Tensor,
+        time: TimeEmbedding,
+        text: Sequence[LayerText],
+        cache: KVCache,
+        cached: CachePass,
+        groups: int | None = None,
+        probe: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor | None:
+        """One pass: writes keys and values of all frames, returns the velocity of the last `groups` groups of frames.
+
+        latents: [B, F, C, h, w]. time: N = F rows, one per frame. text: from `embed_text`. cached: the pass's place in
+        the cache. groups: None = all; 0 = only the cache is wanted, and the last layer stops at its keys and values.
+        probe: called with (layer, tokens) after every block, for diagnosis. Returns [B, F', out_dim, h, w] or None.
+        """
+        batch, frames, _, height, width = latents.shape
+        total = len(cached.ranges)
+        groups = total if groups is None else groups
+        x = self.patch_embedding(latents.to(self.dtype).transpose(1, 2)).flatten(2).transpose(1, 2)
+        last = len(self.blocks) - 1
+        for layer, block in enumerate(self.blocks):
+            rows = time.blocks[layer].unsqueeze(0)
+            kept = groups if layer == last else total
+            x = block(x, rows, text[layer], (cache.keys(layer), cache.values(layer)), cached, kept)
+            if probe is not None:
+                probe(layer, x)
+        if groups == 0:
+            return None
+        kept_frames = frames * groups // total
+        shift, scale = time.head[-kept_frames:].unsqueeze(0).unsqueeze(3).unbind(2)
+        x = self.head.head(modulate(self.head.norm(x), shift, scale))
+        return self._unpatchify(x, batch, kept_frames, height, width)
+
+    def _unpatchify(self, x: Tensor, batch: int, frames: int, height: int, width: int) -> Tensor:
+        _, p, q = self.config.patch_size
+        x = x.reshape(batch, frames, height // p, width // q, p, q, self.config.out_dim)
+        return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, frames, self.config.out_dim, height, width)
+
+
+def random_model(config: ModelConfig, *, seed: int, dtype: torch.dtype, device: str = "cpu") -> CausalWanTransformer:
+    """A model of random weights, for benchmarks and trials without a checkpoint: what it makes is noise."""
+    with torch.device("meta"):
+        model = CausalWanTransformer(config).to(dtype)
+    model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("norm_q.weight", "norm_k.weight", "norm3.weight")):
+                parameter.fill_(1)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                fan_in = parameter[0].numel() if "modulation" not in name else config.dim
+                parameter.normal_(0, fan_in**-0.5, generator=generator)
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,133 @@
+"""The stages joined: prompt, image or video in, a stream of pictures out."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cfpp_rt.codec.base import Codec
+from cfpp_rt.config import ModelConfig, RolloutConfig, student
+from cfpp_rt.errors import InputError
+from cfpp_rt.model.transformer import CausalWanTransformer
+from cfpp_rt.model.weights import load_model
+from cfpp_rt.session import Stream
+from cfpp_rt.text import TextEncoder
+from cfpp_rt.values import Conditioning, Frames
+
+
+class Pipeline:
+    """A model, its text encoder and its codec.
+
+    model: the causal transformer. codec: turns latents into pixels and back (`WanVAE`, `TAEHV`).
+    text_encoder: a `TextEncoder`, or the path it is loaded from when the first prompt comes (11 GB for umT5-XXL), or
+    None where prompts are given as `Conditioning`. rollout: default settings of `stream`.
+    """
+
+    def __init__(
+        self,
+        model: CausalWanTransformer,
+        codec: Codec,
+        text_encoder: TextEncoder | str | Path | None = None,
+        rollout: RolloutConfig | None = None,
+    ):
+        self.model = model
+        self.codec = codec
+        self.rollout = rollout or student("framewise-2step")
+        self._text_encoder = text_encoder
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        checkpoint: str | Path,
+        base: str | Path | None = None,
+        *,
+        student_name: str = "framewise-2step",
+        tiny_codec: str | Path | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+        config: ModelConfig | None = None,
+        key: str | None = None,
+    ) -> "Pipeline":
+        """Load a student.
+
+        checkpoint: the transformer, anything `load_model` accepts. base: directory with text encoder, tokenizer and VAE
+        (Wan2.1 or diffusers layout); default: `checkpoint`, if it is a directory. student_name: one of `STUDENTS`.
+        tiny_codec: path of `taew2_1.pth` to decode with the tiny autoencoder: faster, approximate. The VAE runs in
+        `dtype`, like the model. Raises CheckpointError or MissingExtraError with one line that says what to do.
+        """
+        rollout = student(student_name)
+        if base is None:
+            if not Path(checkpoint).is_dir():
+                raise InputError(f"base must be the Wan2.1 directory, since checkpoint is a file: {checkpoint}")
+            base = checkpoint
+        codec = load_codec(base, tiny=tiny_codec, dtype=dtype, device=device)
+        model = load_model(checkpoint, config=config, key=key, dtype=dtype, device=device)
+        return cls(model, codec, base, rollout)
+
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+        """Prompts to text embeddings [B, text_len, text_dim]; loads the text encoder at the first call."""
+        if self._text_encoder is None:
+            raise InputError("prompt must be given as Conditioning: this pipeline has no text encoder")
+        if not isinstance(self._text_encoder, TextEncoder):
+            self._text_encoder = TextEncoder.from_pretrained(
+                self._text_encoder,
+                dtype=self.model.dtype,
+                device=self.model.device,
+                text_len=self.model.config.text_len,
+            )
+        return self._text_encoder(list(prompts))
+
+    def stream(
+        self,
+        prompt: str | Sequence[str] | Conditioning,
+        *,
+        frames: int | None = 81,
+        size: tuple[int, int] = (480, 832),
+        seed: int | Sequence[int] = 0,
+        initial: Tensor | None = None,
+        rollout: RolloutConfig | None = None,
+        noise: Tensor | None = None,
+        renoise: Sequence[Tensor] | None = None,
+    ) -> Stream:
+        """Start a video; iterate over the result for its `Frames`, the first while later ones are still to be made.
+
+        prompt: one text, several (one video each, made together), or text embeddings. frames: pictures in all,
+        4 * n - 3 for n latent frames; None = without end (needs a window). size: (height, width), multiples of 16.
+        initial: float pixels [1 or B, T, 3, height, width] in [-1, 1] with T = 4 * m - 3 that the video continues: one
+        picture for image-to-video. rollout: settings, default those of the student. seed, noise, renoise: `Rollout`.
+        """
+        if isinstance(prompt, str):
+            prompt = [prompt]
+        return Stream(
+            model=self.model,
+            codec=self.codec,
+            encode_text=self.encode_text,
+            prompt=prompt,
+            config=rollout or self.rollout,
+            frames=frames,
+            size=size,
+            initial=initial,
+            seed=seed,
+            noise=noise,
+            renoise=renoise,
+        )
+
+    def generate(self, prompt: str | Sequence[str] | Conditioning, **options: Any) -> Frames:
+        """The whole video at once: `stream` with its parts joined; needs a number of frames."""
+        if options.get("frames", 81) is None:
+            raise InputError("frames must be a number for generate, got None: use stream")
+        parts: Iterator[Frames] = self.stream(prompt, **options)
+        return Frames(torch.cat([part.pixels for part in parts], dim=1), 0)
+
+
+def load_codec(base: str | Path, *, tiny: str | Path | None, dtype: torch.dtype, device: torch.device | str) -> Codec:
+    """The Wan VAE of `base`, or the tiny autoencoder where its file is given."""
+    if tiny is not None:
+        from cfpp_rt.codec.taehv import TAEHV
+
+        return TAEHV.from_pretrained(tiny, dtype=dtype, device=device)
+    from cfpp_rt.codec.wan import WanVAE
+
+    return WanVAE.from_pretrained(base, dtype=dtype, device=device)

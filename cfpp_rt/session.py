@@ -1,0 +1,110 @@
+"""One video while it is being made: prompts and seeds in, pictures out, times noted."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from cfpp_rt.codec.base import Codec
+from cfpp_rt.config import RolloutConfig
+from cfpp_rt.decode import to_uint8
+from cfpp_rt.errors import InputError
+from cfpp_rt.model.transformer import CausalWanTransformer
+from cfpp_rt.rollout import Rollout
+from cfpp_rt.timing import Timings
+from cfpp_rt.values import Conditioning, Frames
+
+
+def latent_frames(pictures: int, codec: Codec, block: int) -> int:
+    """Latent frames of a video of `pictures` frames: the first is alone, then `temporal_factor` pictures each."""
+    factor = codec.temporal_factor
+    latents = 1 + (pictures - 1) // factor
+    if pictures < 1 or (pictures - 1) % factor or latents % block:
+        below = max(latents // block * block, block)
+        fitting = [1 + factor * (n - 1) for n in (below, below + block)]
+        raise InputError(
+            f"frames must be 1 + {factor} * n and make whole blocks of {block} latent frames"
+            f" (such as {fitting[0]} or {fitting[1]}), got {pictures}"
+        )
+    return latents
+
+
+class Stream:
+    """An iterator of `Frames`; made by `Pipeline.stream`. `timings` is filled as it runs."""
+
+    def __init__(
+        self,
+        *,
+        model: CausalWanTransformer,
+        codec: Codec,
+        encode_text: Callable[[Sequence[str]], Conditioning],
+        prompt: Sequence[str] | Conditioning,
+        config: RolloutConfig,
+        frames: int | None,
+        size: tuple[int, int],
+        initial: Tensor | None,
+        seed: int | Sequence[int],
+        noise: Tensor | None,
+        renoise: Sequence[Tensor] | None,
+    ):
+        self.timings = Timings(model.device)
+        height, width = size
+        step = codec.spatial_factor * model.config.patch_size[1]
+        if height < step or width < step or height % step or width % step:
+            raise InputError(f"size must be (height, width) in multiples of {step}, got {height}x{width}")
+        total = None if frames is None else latent_frames(frames, codec, config.frames_per_block)
+        self._encode_text = encode_text
+        self._decoder = codec.decoder()
+        text = self._conditioning(prompt)
+        given = None
+        if initial is not None:
+            given = self._encode_initial(initial, codec, text.embeds.shape[0], size, config.frames_per_block)
+        self.rollout = Rollout(
+            model,
+            text,
+            config,
+            latent_size=(height // codec.spatial_factor, width // codec.spatial_factor),
+            frames=total,
+            initial=given,
+            seed=seed,
+            noise=noise,
+            renoise=renoise,
+        )
+        self._initial = given
+        self._delivered = 0
+
+    def __iter__(self) -> Iterator[Frames]:
+        return self
+
+    def __next__(self) -> Frames:
+        if self._initial is not None:  # given frames come back through the codec, as the start of the video
+            latents, self._initial = self._initial, None
+        else:
+            if self.rollout.config.refresh == "separate" and self._delivered:
+                with self.timings.stage("refresh"):
+                    self.rollout.refresh()
+            with self.timings.stage("diffuse"):
+                latents = next(self.rollout).values
+        with self.timings.stage("decode"):
+            pixels = to_uint8(self._decoder.decode(latents)).cpu()
+        frames = Frames(pixels, self._delivered)
+        self._delivered += pixels.shape[1]
+        self.timings.deliver(pixels.shape[1])
+        return frames
+
+    def switch_prompt(self, prompt: str | Sequence[str] | Conditioning, *, recache: bool = False) -> None:
+        """Follow another prompt from the next block on; see `Rollout.switch_prompt`."""
+        self.rollout.switch_prompt(self._conditioning([prompt] if isinstance(prompt, str) else prompt), recache=recache)
+
+    def _conditioning(self, prompt: Sequence[str] | Conditioning) -> Conditioning:
+        if isinstance(prompt, Conditioning):
+            return prompt
+        with self.timings.stage("encode_text"):
+            return self._encode_text(prompt)
+
+    def _encode_initial(self, pixels: Tensor, codec: Codec, batch: int, size: tuple[int, int], block: int) -> Tensor:
+        if pixels.ndim != 5 or pixels.shape[0] not in (1, batch) or tuple(pixels.shape[2:]) != (3, *size):
+            raise InputError(f"initial must be [1 or {batch}, T, 3, {size[0]}, {size[1]}], got {list(pixels.shape)}")
+        latent_frames(pixels.shape[1], codec, block)  # raises for a number of pictures that does not fit
+        with self.timings.stage("encode_image"), torch.inference_mode():
+            return codec.encode(pixels).float().expand(batch, -1, -1, -1, -1)

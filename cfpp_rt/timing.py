@@ -1,0 +1,73 @@
+"""Where the time of a stream goes, in the words of the benchmark."""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def _percentile(values: list[float], percent: float) -> float:
+    ordered = sorted(values)
+    position = (len(ordered) - 1) * percent / 100
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+@dataclasses.dataclass
+class Timings:
+    """Times of one stream, filled while it runs; milliseconds unless named otherwise.
+
+    stages: every duration of a stage, in order: encode_text, encode_image, diffuse (all passes of a block; with the
+    fused refresh the clean pass of the block before is inside), refresh (separate mode only), decode.
+    deliveries: (seconds since the stream was asked for, pictures delivered) for each `Frames`.
+    """
+
+    device: torch.device
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+    stages: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    deliveries: list[tuple[float, int]] = dataclasses.field(default_factory=list)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what happens inside, the device's queue included."""
+        begin = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.stages.setdefault(name, []).append(1000 * (time.perf_counter() - begin))
+
+    def deliver(self, pictures: int) -> None:
+        self.deliveries.append((time.perf_counter() - self.started, pictures))
+
+    @property
+    def pictures(self) -> int:
+        return sum(pictures for _, pictures in self.deliveries)
+
+    def frame_ms(self) -> list[float]:
+        """Interval per picture between deliveries in steady state: the first two deliveries are left out."""
+        steady = zip(self.deliveries[1:], self.deliveries[2:], strict=False)
+        return [1000 * (now - before) / pictures for (before, _), (now, pictures) in steady]
+
+    def summary(self) -> dict[str, float]:
+        """ttff_ms, frame_ms_p50/p90/p99, fps (pictures per second, request to last picture), stage medians."""
+        if not self.deliveries:
+            return {}
+        out = {"ttff_ms": 1000 * self.deliveries[0][0]}
+        intervals = self.frame_ms()
+        if intervals:
+            out |= {f"frame_ms_p{p}": _percentile(intervals, p) for p in (50, 90, 99)}
+        out["fps"] = self.pictures / self.deliveries[-1][0]
+        out |= {f"{name}_ms": _percentile(values, 50) for name, values in self.stages.items()}
+        return out
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Largest memory held so far: allocated on a GPU, resident set of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

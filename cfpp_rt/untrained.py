@@ -1,0 +1,43 @@
+"""A small pipeline of random weights: everything runs, nothing has been learnt, the picture is noise.
+
+It shows the runtime (streaming, cache, timings) to someone without weights. The numbers are real, the film is not.
+"""
+
+import hashlib
+from typing import Any
+
+import torch
+
+from cfpp_rt.codec.wan import WanVAE
+from cfpp_rt.config import ModelConfig, RolloutConfig
+from cfpp_rt.errors import MissingExtraError
+from cfpp_rt.model.transformer import random_model
+from cfpp_rt.pipeline import Pipeline
+from cfpp_rt.values import Conditioning
+
+SMALL = ModelConfig(dim=256, ffn_dim=1024, num_heads=2, num_layers=4, freq_dim=64, text_dim=64, text_len=32)
+
+
+def random_pipeline(rollout: RolloutConfig, *, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Pipeline:
+    """A student of 4 layers and a Wan VAE of base width 8, both random; prompts must be `Conditioning`."""
+    model = random_model(SMALL, seed=seed, dtype=dtype, device=str(device))
+    return Pipeline(model, _random_vae(seed, dtype, device), None, rollout)
+
+
+def _random_vae(seed: int, dtype: torch.dtype, device: torch.device) -> WanVAE:
+    try:
+        from diffusers import AutoencoderKLWan
+    except ImportError as error:
+        raise MissingExtraError("diffusers", "wan", "the Wan VAE") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae: Any = AutoencoderKLWan(base_dim=8)
+    torch.nn.ModuleList([vae]).to(device, dtype)  # diffusers' own `to` warns of a cast that does no harm
+    return WanVAE(vae)
+
+
+def random_text(prompt: str, config: ModelConfig) -> Conditioning:
+    """Text embeddings drawn from a seed that is the prompt's hash: the same prompt, the same embeddings."""
+    seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7], "big")
+    generator = torch.Generator().manual_seed(seed)
+    return Conditioning(torch.randn(1, config.text_len, config.text_dim, generator=generator))

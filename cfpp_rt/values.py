@@ -1,0 +1,35 @@
+"""What flows through the runtime: text becomes Conditioning, Conditioning becomes Latents, Latents become Frames."""
+
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditioning:
+    """Text embeddings, float [B, text_len, text_dim]. Rows past the prompt's end are zero, and are attended to."""
+
+    embeds: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Latents:
+    """One finished block of normalised latents.
+
+    values: float [B, n, C, h, w] with n = frames_per_block (or the given frames of a prefill).
+    start: index of its first latent frame in the video.
+    """
+
+    values: torch.Tensor
+    start: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Frames:
+    """Decoded pictures in host memory.
+
+    pixels: uint8 [B, T, height, width, 3], RGB, 0..255. start: index of its first picture in the video.
+    """
+
+    pixels: torch.Tensor
+    start: int

@@ -1,0 +1,82 @@
+// Device helpers shared by the kernels: dtype conversion, vector access, reductions.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace cfpp {
+
+constexpr int kWarpSize = 32;
+
+template <typename T>
+constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+
+// kWidth elements that move as one access when kVector (the address must then be aligned to their size).
+template <typename T, int kWidth, bool kVector>
+struct alignas(kVector ? kWidth * sizeof(T) : alignof(T)) Pack {
+  T value[kWidth];
+};
+
+// Sum of both components over the CTA, the same in every thread and every run. shared: one float2 per warp.
+__device__ __forceinline__ float2 cta_sum(float2 sum, float2* shared) {
+#pragma unroll
+  for (int lane = kWarpSize / 2; lane > 0; lane /= 2) {
+    sum.x += __shfl_xor_sync(0xffffffffu, sum.x, lane);
+    sum.y += __shfl_xor_sync(0xffffffffu, sum.y, lane);
+  }
+  if (threadIdx.x % kWarpSize == 0) shared[threadIdx.x / kWarpSize] = sum;
+  __syncthreads();
+  float2 total = make_float2(0.f, 0.f);
+  for (int warp = 0; warp < static_cast<int>(blockDim.x) / kWarpSize; ++warp) {
+    total.x += shared[warp].x;
+    total.y += shared[warp].y;
+  }
+  return total;
+}
+
+// Makes `device` current for this scope, and the caller's device again after it.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    error_ = cudaGetDevice(&previous_);
+    changed_ = error_ == cudaSuccess && previous_ != device;
+    if (changed_) error_ = cudaSetDevice(device);
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  cudaError_t error() const { return error_; }
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+  cudaError_t error_ = cudaSuccess;
+};
+
+}  // namespace cfpp

@@ -1,0 +1,8 @@
+// The Python module of one backend: compiled once as _C (CPU) and once as _C_cuda, one line per op.
+#include <pybind11/pybind11.h>
+
+namespace cfpp {
+void register_kv_update(pybind11::module_& m);
+}  // namespace cfpp
+
+PYBIND11_MODULE(CFPP_MODULE, m) { cfpp::register_kv_update(m); }

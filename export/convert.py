@@ -1,0 +1,53 @@
+"""`cfpp convert`: any accepted checkpoint to one safetensors file with its config beside it."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from cfpp_rt.checkpoint import write_atomically
+from cfpp_rt.config import ModelConfig
+from cfpp_rt.errors import InputError
+from cfpp_rt.model.weights import read_weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    config: ModelConfig | None = None,
+    key: str | None = None,
+) -> tuple[int, ModelConfig]:
+    """Write `target` (.safetensors) and its .json config; returns the number of parameters and the config.
+
+    Neither file appears unless both are whole. Arguments and errors as for `read_weights`.
+    """
+    target = Path(target)
+    if target.suffix != ".safetensors":
+        raise InputError(f"target must end in .safetensors, got {target.name}")
+    state, config = read_weights(source, config=config, key=key)
+    with write_atomically(target) as weights_path, write_atomically(target.with_suffix(".json")) as config_path:
+        save_file({name: tensor.to(dtype).contiguous() for name, tensor in state.items()}, weights_path)
+        Path(config_path).write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    return sum(tensor.numel() for tensor in state.values()), config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="a .pt or .safetensors file, or a Wan2.1 or diffusers directory")
+    parser.add_argument("target", help="the .safetensors file to write; its .json config lands beside it")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the written weights")
+    parser.add_argument("--config", metavar="JSON", help="model sizes, where the checkpoint does not tell them")
+    parser.add_argument("--key", help="entry of a .pt container (default: generator_ema, else generator)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    config = ModelConfig.from_json(arguments.config) if arguments.config else None
+    parameters, config = convert(
+        arguments.checkpoint, arguments.target, dtype=DTYPES[arguments.dtype], config=config, key=arguments.key
+    )
+    print(f"{arguments.target}: {parameters:,} parameters, {config.num_layers} layers of width {config.dim}")

@@ -1,0 +1,45 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cfpp_rt.config import ModelConfig
+from cfpp_rt.model.weights import build_model
+
+DATA = Path(__file__).parent / "data"
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def meta() -> dict:
+    return json.loads((DATA / "meta.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def config(meta) -> ModelConfig:
+    return ModelConfig.from_dict(meta["config"])
+
+
+@pytest.fixture(scope="session")
+def weights() -> dict[str, torch.Tensor]:
+    """The reference network's weights, float32."""
+    return {name: t.float() for name, t in load_file(DATA / "weights.safetensors").items()}
+
+
+@pytest.fixture(scope="session")
+def vectors() -> dict[str, torch.Tensor]:
+    return load_file(DATA / "vectors.safetensors")
+
+
+@pytest.fixture(scope="session")
+def model(weights, config):
+    """The reference network in float32 on the CPU."""
+    return build_model(weights, config, dtype=torch.float32, device="cpu")

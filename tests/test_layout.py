@@ -1,0 +1,105 @@
+"""The rules of the tree, kept by a test: who may import whom, one op one room, no torch in csrc, no long files."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {"cfpp_rt": ROOT / "cfpp_rt", "cfpp_rt.export": ROOT / "export", "cfpp_rt.bench": ROOT / "bench"}
+
+# A module may import those of its own layer and of the layers above it in this list.
+LAYERS = [
+    {"errors", "config", "values", "schedule", "noise", "timing", "checkpoint"},
+    {"reference"},
+    {"ops"},
+    {"cache", "memory"},
+    {"model"},
+    {"rollout"},
+    {"session"},
+    {"pipeline"},
+    {"untrained"},
+    {"generate", "doctor"},
+    {"cli"},
+    {"export", "bench"},
+]
+# These stand apart: they know the first layer and each other, and session and above know them.
+APART = {"text", "codec", "decode", "video"}
+
+
+def modules():
+    for package, folder in PACKAGES.items():
+        for path in folder.rglob("*.py"):
+            parts = [*package.split("."), *path.relative_to(folder).with_suffix("").parts]
+            yield path, [part for part in parts if part != "__init__"]
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def layer(room):
+    return next(i for i, rooms in enumerate(LAYERS) if room in rooms)
+
+
+@pytest.mark.parametrize("path,name", [pytest.param(p, n, id=".".join(n)) for p, n in modules()])
+def test_imports_point_one_way(path, name):
+    if len(name) == 1:
+        return  # the package itself gathers the public names
+    room = name[1]
+    for imported in imports(path):
+        parts = imported.split(".")
+        if parts[0] != "cfpp_rt" or len(parts) == 1 or parts[1] == room:
+            continue
+        other = parts[1]
+        if room in APART:
+            assert other in APART or layer(other) == 0, f"{room} imports {imported}"
+        elif other in APART:
+            assert layer(room) >= layer("session"), f"{room} imports {imported}"
+        else:
+            assert layer(other) <= layer(room), f"{room} imports {imported}"
+
+
+def test_one_op_one_room():
+    for folder in (ROOT / "csrc").iterdir():
+        if not folder.is_dir() or folder.name == "common":
+            continue
+        op = folder.name
+        wanted = [folder / f"{op}{end}" for end in (".h", ".cu", "_cpu.cpp", "_binding.cpp")]
+        wanted += [ROOT / "cfpp_rt" / room / f"{op}.py" for room in ("ops", "reference")]
+        wanted += [ROOT / "tests" / "ops" / f"test_{op}.py", ROOT / "bench" / f"bench_{op}.py"]
+        assert not [str(path.relative_to(ROOT)) for path in wanted if not path.exists()]
+
+
+def test_csrc_is_free_of_torch():
+    for path in (ROOT / "csrc").rglob("*.*"):
+        includes = [line for line in path.read_text().splitlines() if line.startswith("#include")]
+        assert not [line for line in includes if any(word in line for word in ("torch", "ATen", "c10"))], path
+
+
+def test_files_stay_readable():
+    code = [p for folder in ("csrc", "cfpp_rt", "export", "bench", "tests") for p in (ROOT / folder).rglob("*")]
+    long = {
+        p.name: n
+        for p in code
+        if p.suffix in {".py", ".cpp", ".cu", ".cuh", ".h"}
+        if (n := len(p.read_text().splitlines())) > 400
+    }
+    assert not long
+
+
+def test_core_imports_are_light():
+    """The package imports with none of the extras, and the command's help without even torch."""
+    for statement, banned in (
+        ("import cfpp_rt", {"diffusers", "transformers", "av", "PIL", "matplotlib"}),
+        ("import cfpp_rt.cli", {"torch"}),
+    ):
+        code = f"import sys; {statement}; print(sorted({banned!r} & set(sys.modules)))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+        assert done.stdout.strip() == "[]", f"{statement} imports {done.stdout.strip()}"
