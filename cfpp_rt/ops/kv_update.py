@@ -43,6 +43,8 @@ def kv_update_(
     Raises InputError naming the argument, what was wanted and what came. Source: Wan2.1's self-attention
     (RMSNorm over the model width, 3-D RoPE over frame, row and column).
     """
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise InputError("kv_update_: has no gradient, q, k and v must not require one; use torch.no_grad()")
     return torch.ops.cfpp_rt.kv_update_(
         k_cache, v_cache, q, k, v, q_norm, k_norm, rope_t, rope_h, rope_w, write_index, eps
     )

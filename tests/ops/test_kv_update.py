@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.rope import RotaryTables
+from cfpp_rt.ops import backends
 from cfpp_rt.ops.kv_update import kv_update_
 from cfpp_rt.reference.kv_update import kv_update_ as reference
 from tests.closeness import assert_no_worse_than
@@ -196,3 +197,44 @@ def test_an_unknown_backend_is_refused():
     )
     assert run.returncode != 0
     assert "CFPP_BACKEND must be one of auto, reference, cpu, cuda, got 'gpu'" in run.stderr
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+CALL = (
+    "import torch; from tests.ops.test_kv_update import Case, EPS, kv_update_\n"
+    "def call(): return kv_update_(*Case(columns=3).arguments(torch.float32, 'cpu'), EPS).isfinite().all().item()\n"
+)
+
+
+@pytest.mark.skipif(os.environ.get("CFPP_BACKEND", "auto") != "auto", reason="a backend is forced")
+def test_the_kernel_is_what_runs():
+    """Without it every comparison above would compare the reference with itself."""
+    assert backends()["kv_update_"]["cpu"][0] == "cpu", backends()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_backend_can_be_forced(backend: str):
+    code = CALL + "from cfpp_rt.ops import backends; print(backends()['kv_update_']['cpu'][0], call())"
+    run = run_python(code, CFPP_BACKEND=backend)
+    assert run.stdout.strip() == f"{backend} True", run.stderr
+
+
+def test_a_missing_kernel_is_said_once():
+    run = run_python("import sys; sys.modules['cfpp_rt._C'] = None\n" + CALL + "call(); call(); print(call())")
+    assert run.stdout.strip() == "True" and run.stderr.count("run in plain PyTorch") == 1, run.stderr
+    run = run_python("import sys; sys.modules['cfpp_rt._C'] = None\n" + CALL + "call()", CFPP_BACKEND="cpu")
+    assert "CFPP_BACKEND=cpu cannot be met" in run.stderr
+
+
+def test_gradients_are_refused_rather_than_lost():
+    arguments = Case(columns=3).arguments(torch.float32, "cpu")
+    arguments[2] = arguments[2].clone().requires_grad_()
+    with pytest.raises(InputError, match="has no gradient"):
+        kv_update_(*arguments, EPS)
+    with torch.no_grad():
+        kv_update_(*arguments, EPS)
