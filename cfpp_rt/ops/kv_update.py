@@ -1,5 +1,7 @@
 """kv_update_: normalise and rotate queries and keys, write keys and values into the cache, in one pass over memory."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -79,6 +81,8 @@ def _check(
     if pairs != head_dim // 2 or any(t.shape[-1] != 2 for t in (rope_t, rope_h, rope_w)) or rope_t.shape[0] != batch:
         raise _wrong("rope_t, rope_h, rope_w", f"(cos, sin) of D/2={head_dim // 2} pairs for B={batch} rows", pairs)
     tokens = frames * rows * columns
+    if tokens < 1:
+        raise _wrong("S = F * rows * columns", "at least 1", tokens)
     wanted = (batch, tokens, heads * head_dim)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.shape != wanted:
@@ -91,7 +95,8 @@ def _check(
         raise _wrong("k_cache, v_cache", "contiguous in their last dimension", "another stride")
     if q_norm.shape != wanted[2:] or k_norm.shape != wanted[2:]:
         raise _wrong("q_norm, k_norm", f"[H*D={heads * head_dim}]", [list(q_norm.shape), list(k_norm.shape)])
-    if write_index.ndim != 2 or write_index.shape[0] != batch or tokens % max(write_index.shape[1], 1):
+    groups = write_index.shape[1] if write_index.ndim == 2 else 0
+    if groups < 1 or write_index.shape[0] != batch or tokens % groups:
         raise _wrong("write_index", f"[B={batch}, G] with G a divisor of S={tokens}", list(write_index.shape))
     if write_index.dtype != torch.int32:
         raise _wrong("write_index", "int32", write_index.dtype)
@@ -109,7 +114,7 @@ def _check(
     for tensor in (k_cache, v_cache, k, v, q_norm, k_norm, rope_t, rope_h, rope_w, write_index):
         if tensor.device != device:
             raise _wrong("every tensor", f"on {device} like q", tensor.device)
-    return batch, heads, head_dim, capacity, frames, rows, columns, write_index.shape[1]
+    return batch, heads, head_dim, capacity, frames, rows, columns, groups
 
 
 def _pointers(*tensors: Tensor) -> tuple[int, ...]:
@@ -164,21 +169,9 @@ def _run(
     return q_out
 
 
-def _fake(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_norm: Tensor,
-    k_norm: Tensor,
-    rope_t: Tensor,
-    rope_h: Tensor,
-    rope_w: Tensor,
-    write_index: Tensor,
-    eps: float,
-) -> Tensor:
-    sizes = _check(k_cache, v_cache, q, k, v, q_norm, k_norm, rope_t, rope_h, rope_w, write_index)
+def _fake(*arguments: Any) -> Tensor:
+    sizes = _check(*arguments[:-1])
+    q = arguments[2]
     return q.new_empty((sizes[0], sizes[1], q.shape[1], sizes[2]))
 
 

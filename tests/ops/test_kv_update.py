@@ -157,6 +157,8 @@ BAD = {
     "table in float64": ("rope_h", lambda t: t.double(), "rope_h must be torch.float32|rope_h must be float32"),
     "index in int64": ("write_index", lambda t: t.long(), "write_index must be int32, got torch.int64"),
     "groups do not divide": ("write_index", lambda t: t.repeat(1, 5)[:, :5], r"write_index must be \[B=2, G\]"),
+    "no groups": ("write_index", lambda t: t[:, :0], r"write_index must be \[B=2, G\]"),
+    "no tokens": ("rope_h", lambda t: t[:0], "S = F .* must be at least 1, got 0"),
     "index past the end": ("write_index", lambda t: t + 100, r"write_index.*must be in 0\.\.35.*got.* 10\d"),
     "negative index": ("write_index", lambda t: t - 100, r"write_index.*must be in 0\.\.35.*got.*-\d"),
 }
