@@ -172,13 +172,19 @@ def test_seeds_reproduce_and_rows_do_not_depend_on_the_batch(model, meta):
     assert (together[0] - together[1]).abs().max() > 0.1
 
 
-def test_positions_beyond_1024_frames(model, meta):
-    """The published table ends at 1024 frames; ours has no end. Endless streams need no frame count."""
-    rollout = roll(model, meta, RolloutConfig(steps=(1000,), window=2), None)
-    rollout.tables = model.rotary_tables(*meta["latent_hw"])
-    for _ in range(1030):
+def test_two_thousand_frames(model, meta):
+    """No end in sight: positions past the published table's 1024 frames, finite values, memory that does not grow."""
+    psutil = pytest.importorskip("psutil")
+    rollout = roll(model, meta, RolloutConfig(window=6, sinks=1), None)
+    assert rollout.cache.data.shape[-2] == (6 + 1) * meta["frame_tokens"], "the window and one spare slot"
+    allocation, held = rollout.cache.data.data_ptr(), {}
+    for frame in range(2000):
         block = next(rollout)
-    assert block.start == 1029 and block.values.isfinite().all()
+        assert block.start == frame and block.values.isfinite().all()
+        if frame in (200, 1999):
+            held[frame] = psutil.Process().memory_info().rss
+    assert rollout.cache.data.data_ptr() == allocation and len(rollout._held) <= 7 and len(rollout._times) <= 4
+    assert held[1999] - held[200] < 8 << 20
 
 
 @pytest.mark.parametrize("refresh", ["fused", "separate", "skip"])
