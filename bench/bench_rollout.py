@@ -69,13 +69,9 @@ def main() -> None:
     model = random_model(config, seed=0, dtype=dtype, device=str(device))
     tokens = config.tokens_per_frame(*LATENT)
     text = Conditioning(torch.randn(1, config.text_len, config.text_dim, generator=torch.Generator().manual_seed(0)))
-    rollout = Rollout(
-        model,
-        text,
-        RolloutConfig(steps=(1000,), refresh="skip"),  # one pass a frame: what is timed is the pass
-        latent_size=LATENT,
-        frames=arguments.capacity,
-    )
+    one_pass = RolloutConfig(steps=(1000,), refresh="skip")  # one pass a frame: what is timed is the pass
+    next(Rollout(model, text, one_pass, latent_size=LATENT, frames=1))  # warm-up
+    rollout = Rollout(model, text, one_pass, latent_size=LATENT, frames=arguments.capacity)
     roof = matrix_rate(config, tokens, dtype, device)
     rows = []
     print(f"{arguments.model} {arguments.dtype} on {device}: matrix rate {roof:.0f} GFLOP/s")

@@ -9,7 +9,7 @@ import dataclasses
 import torch
 
 from cfpp_rt.config import ModelConfig, RolloutConfig
-from cfpp_rt.errors import InputError
+from cfpp_rt.errors import InputError, OutOfMemoryError
 
 Range = tuple[int, int]
 
@@ -71,8 +71,8 @@ class FrameRing:
         return runs
 
 
-def ring_for(rollout: RolloutConfig, frames: int | None) -> FrameRing:
-    """The smallest ring that a rollout of `frames` latent frames (None = without end) needs.
+def slots_for(rollout: RolloutConfig, frames: int | None) -> tuple[int, int]:
+    """Sinks and ring of the smallest cache that a rollout of `frames` latent frames (None = without end) needs.
 
     Fused refresh keeps one spare block: while the next block's keys are written, the clean queries of the block
     before still see the oldest frame of their own window.
@@ -89,7 +89,7 @@ def ring_for(rollout: RolloutConfig, frames: int | None) -> FrameRing:
             needed = min(needed, frames)
     needed = -(-needed // block) * block
     sinks = min(rollout.sinks, needed - block)
-    return FrameRing(sinks, needed - sinks, block)
+    return sinks, needed - sinks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +129,15 @@ class KVCache:
         self.ring = ring
         self.tokens_per_frame = shape.tokens_per_frame
         tokens = shape.frames * shape.tokens_per_frame
-        self.data = torch.empty(
-            (shape.layers, 2, shape.batch, shape.heads, tokens, shape.head_dim), dtype=dtype, device=device
-        )
+        size = (shape.layers, 2, shape.batch, shape.heads, tokens, shape.head_dim)
+        try:
+            self.data = torch.empty(size, dtype=dtype, device=device)
+        except RuntimeError as error:
+            wanted = shape.bytes(dtype) / 2**30
+            raise OutOfMemoryError(
+                f"the KV cache of {shape.frames} frames needs {wanted:.2f} GiB on {device}, which cannot be allocated:"
+                " a smaller window, picture or batch is needed"
+            ) from error
 
     def keys(self, layer: int) -> torch.Tensor:
         return self.data[layer, 0]

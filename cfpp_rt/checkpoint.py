@@ -91,9 +91,19 @@ def require_exact(state: Mapping[str, Any], expected_shapes: Mapping[str, Sequen
         for name, shape in wanted.items()
         if name in state and not (torch.is_tensor(state[name]) and tuple(state[name].shape) == shape)
     ]
+    odd = [
+        f"{name} ({tensor.dtype}, {tensor.layout})"
+        for name, tensor in state.items()
+        if torch.is_tensor(tensor) and not (tensor.is_floating_point() and tensor.layout == torch.strided)
+    ]
     faults = [
         f"{label}: {_some(names)}"
-        for label, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
+        for label, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("wrong shape", wrong),
+            ("not a dense float", odd),
+        )
         if names
     ]
     if faults:
@@ -110,7 +120,11 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
     Raises InputError before the body runs where `path` cannot be written.
     """
     target = Path(path)
-    if target.exists() and not target.is_file():
+    try:
+        special = target.exists() and not target.is_file()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    if special:
         if target.is_dir():
             raise InputError(f"{target}: is a folder, a file name is needed")
         yield target
@@ -153,7 +167,17 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         ) from error
     except RuntimeError as error:
         raise CheckpointError(f"{path}: truncated or not a torch checkpoint ({_one_line(error)})") from error
-    except (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error) as error:
+    except (
+        OSError,
+        EOFError,
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        struct.error,
+    ) as error:
         raise CheckpointError(f"{path}: truncated or not a torch checkpoint") from error
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path}: must hold a mapping of names to tensors, got {type(loaded).__name__}")

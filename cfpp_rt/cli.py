@@ -2,7 +2,9 @@
 
 import argparse
 import importlib
+import signal
 import sys
+from types import FrameType
 from typing import NoReturn
 
 COMMANDS = {
@@ -20,6 +22,7 @@ class _Parser(argparse.ArgumentParser):
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = _Parser(
         prog="cfpp",
+        allow_abbrev=False,
         description="Real-time runtime for few-step autoregressive video diffusion students.",
         epilog="Each command explains itself: cfpp COMMAND --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -28,7 +31,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     asked = next((word for word in argv if not word.startswith("-")), None)
     for name, (module, summary) in COMMANDS.items():
-        sub = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        description = f"{summary[0].upper()}{summary[1:]}."
+        sub = commands.add_parser(name, help=summary, description=description, allow_abbrev=False)
         if name == asked:
             command = importlib.import_module(module)
             command.add_arguments(sub)
@@ -47,16 +51,24 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code. What the user can mend is one line on stderr and exit code 2."""
-    arguments = _parse(sys.argv[1:] if argv is None else argv)
     from cfpp_rt.errors import InputError, MissingExtraError, NonFiniteError, OutOfMemoryError
 
+    argv = sys.argv[1:] if argv is None else argv
+    for stop in (signal.SIGTERM, signal.SIGHUP):  # leave through the context managers: no half-written file stays
+        signal.signal(stop, _leave)
+    name = "cfpp"
     try:
+        arguments = _parse(argv)
+        name = f"cfpp {arguments.command}"
         arguments.run(arguments)
+        sys.stdout.flush()
     except (InputError, MissingExtraError, NonFiniteError, OutOfMemoryError) as error:
-        message = " ".join(str(error).split())
+        message = str(error)
     except KeyboardInterrupt:
-        print(f"cfpp {arguments.command}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         return 130
+    except OSError as error:
+        message = f"{error.filename or 'output'}: {error.strerror or error}"
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -64,8 +76,12 @@ def main(argv: list[str] | None = None) -> int:
         message += "; a smaller --size, --window or --dtype bfloat16 needs less"
     else:
         return 0
-    print(f"cfpp {arguments.command}: error: {message}", file=sys.stderr)
+    print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +48,11 @@ class ModelConfig:
         )
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise InputError(f"dim must be num_heads={self.num_heads} times an even head size, got {self.dim}")
-        if len(self.patch_size) != 3 or self.patch_size[0] != 1:
+        whole = all(isinstance(side, int) and side >= 1 for side in self.patch_size)
+        if len(self.patch_size) != 3 or not whole or self.patch_size[0] != 1:
             raise InputError(f"patch_size must be (1, rows, columns), got {self.patch_size}")
+        if not isinstance(self.eps, float) or not 0 < self.eps < 1:
+            raise InputError(f"eps must be a number in 0..1, got {self.eps!r}")
         if not (self.qk_norm and self.cross_attn_norm):
             raise InputError("qk_norm and cross_attn_norm must be true: every Wan2.1 checkpoint has both")
 
@@ -79,6 +84,8 @@ class ModelConfig:
     def from_json(cls, path: str | Path) -> "ModelConfig":
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
+            if not isinstance(values, dict):
+                raise InputError(f"must hold a mapping, got {type(values).__name__}")
             return cls.from_dict(values)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"model config {path}: {error}") from error
@@ -121,10 +128,13 @@ class RolloutConfig:
             steps = getattr(self, name)
             if steps is None and name == "first_steps":
                 continue
-            steps = tuple(steps)
+            try:
+                steps = tuple(operator.index(step) for step in steps)
+            except TypeError:
+                raise InputError(f"{name} must be descending integers in 1..1000, got {steps!r}") from None
             object.__setattr__(self, name, steps)
             descending = all(a > b for a, b in zip(steps, steps[1:], strict=False))
-            if not steps or not descending or not all(isinstance(s, int) and 1 <= s <= 1000 for s in steps):
+            if not steps or not descending or not all(1 <= step <= 1000 for step in steps):
                 raise InputError(f"{name} must be descending integers in 1..1000, got {steps}")
         _require_positive(self, "frames_per_block")
         if not isinstance(self.sinks, int) or self.sinks < 0 or self.sinks % self.frames_per_block:
@@ -138,8 +148,10 @@ class RolloutConfig:
                     f"window must hold the sinks and one block, >= {self.sinks + self.frames_per_block}"
                     f" frames, got {self.window}"
                 )
-        if not self.shift > 0:
-            raise InputError(f"shift must be > 0, got {self.shift}")
+        elif self.sinks:
+            raise InputError(f"sinks need a window, got sinks={self.sinks} and window=None")
+        if not 0 < self.shift < math.inf:
+            raise InputError(f"shift must be a number > 0, got {self.shift}")
         if not 0 <= self.context_noise <= 1000:
             raise InputError(f"context_noise must be in 0..1000, got {self.context_noise}")
         if self.refresh not in ("fused", "separate", "skip"):

@@ -9,7 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from cfpp_rt.codec.wan import WanVAE
 from cfpp_rt.config import STUDENTS, ModelConfig, RolloutConfig, student
 from cfpp_rt.errors import InputError
 from cfpp_rt.pipeline import Pipeline
@@ -52,9 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     given.add_argument("--video", metavar="FILE", help="video to continue; its pictures are resized likewise")
     what.add_argument("--size", metavar="HxW", help="height x width, multiples of 16 (default: 480x832)")
     what.add_argument("--frames", type=int, help="pictures, 4 n + 1 (default: 81)")
-    what.add_argument("--seed", type=int, default=0, help="same seed, same video (default: %(default)s)")
+    what.add_argument("--seed", type=int, default=0, help="same seed, same noise, for every prompt (default: 0)")
     how = parser.add_argument_group("how to make it")
-    how.add_argument("--steps", metavar="LIST", help="denoising steps instead of the student's, as 1000,500")
+    how.add_argument("--steps", metavar="LIST", help="as 1000,500; the first block keeps the student's own")
     how.add_argument("--window", type=int, metavar="N", help="latent frames that attention sees (default: all)")
     how.add_argument("--sinks", type=int, metavar="N", help="first latent frames that stay visible (default: 0)")
     how.add_argument(
@@ -73,24 +75,51 @@ def run(arguments: argparse.Namespace) -> None:
     size = _parse_size(arguments.size or ("64x96" if arguments.random_weights else "480x832"))
     frames = 81 if arguments.frames is None else arguments.frames
     rollout = _rollout(arguments)
-    prompts = _prompts(arguments)
-    outputs = _outputs(Path(arguments.output), prompts)
+    latent_frames(frames, WanVAE.temporal_factor, rollout.frames_per_block)
+    if not 0 <= arguments.seed < 2**63:
+        raise InputError(f"--seed must be in 0..2**63 - 1, got {arguments.seed}")
     device = _device(arguments.device)
-    initial = None
-    if arguments.image:
-        initial = read_image(arguments.image, *size)
-    elif arguments.video:
-        initial = read_video(arguments.video, *size)
+    prompts = _prompts(arguments)
+    outputs = _outputs(arguments.output, prompts)
+    for output in outputs:  # a path that cannot be written is found before the weights are read
+        open_writer(output).abort()
+    initial = _initial(arguments, size, rollout)
     pipeline = _pipeline(arguments, device, rollout)
-    latent_frames(frames, pipeline.codec, rollout.frames_per_block)  # refuse before anything is opened
     for i, output in enumerate(outputs):
-        stream = pipeline.stream(
-            _prompt(arguments, prompts[i], pipeline), frames=frames, size=size, seed=arguments.seed, initial=initial
-        )
-        _write(stream, output, frames, quiet=arguments.quiet)
-        if not arguments.quiet:
-            print(f"{output}: {frames} frames of {size[1]}x{size[0]}")
-            print_table(stream)
+        prompt = _prompt(arguments, prompts[i], pipeline)
+        _generate(pipeline, prompt, output, frames, size, arguments.seed, initial, quiet=arguments.quiet)
+
+
+def _generate(
+    pipeline: Pipeline,
+    prompt: str | Conditioning,
+    output: Path,
+    frames: int,
+    size: tuple[int, int],
+    seed: int,
+    initial: Tensor | None,
+    *,
+    quiet: bool,
+) -> None:
+    """One video; its cache is free again when this returns."""
+    stream = pipeline.stream(prompt, frames=frames, size=size, seed=seed, initial=initial)
+    _write(stream, output, frames, quiet=quiet)
+    if not quiet:
+        print(f"{output}: {frames} frames of {size[1]}x{size[0]}")
+        print_table(stream)
+
+
+def _initial(
+    arguments: argparse.Namespace, size: tuple[int, int], frames: int, rollout: RolloutConfig
+) -> Tensor | None:
+    if arguments.image is not None:
+        if rollout.frames_per_block > 1:
+            raise InputError(
+                f"--image is one latent frame, student {arguments.student} makes {rollout.frames_per_block} at a time:"
+                " use a frame-wise student, or --video"
+            )
+        return read_image(arguments.image, *size)
+    return None if arguments.video is None else read_video(arguments.video, *size)
 
 
 def _prompt(arguments: argparse.Namespace, prompt: str | Conditioning, pipeline: Pipeline) -> str | Conditioning:
@@ -151,7 +180,7 @@ def print_table(stream: Stream) -> None:
 
 
 def _parse_size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)[xX](\d+)", text)
+    match = re.fullmatch(r"([0-9]{1,6})[xX]([0-9]{1,6})", text)
     size = (int(match[1]), int(match[2])) if match else (0, 0)
     if not all(side >= 16 and side % 16 == 0 for side in size):
         raise InputError(f"--size must be HEIGHTxWIDTH in multiples of 16, got {text}")
@@ -162,21 +191,21 @@ def _rollout(arguments: argparse.Namespace) -> RolloutConfig:
     changes = {name: getattr(arguments, name) for name in ("window", "sinks", "refresh")}
     changes = {name: value for name, value in changes.items() if value is not None}
     if arguments.steps is not None:
-        if not re.fullmatch(r"\d+(,\d+)*", arguments.steps):
+        if not re.fullmatch(r"[0-9]{1,6}(,[0-9]{1,6})*", arguments.steps):
             raise InputError(f"--steps must be integers as 1000,500, got {arguments.steps}")
         changes["steps"] = tuple(int(step) for step in arguments.steps.split(","))
     return dataclasses.replace(student(arguments.student), **changes)
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str] | list[Conditioning]:
-    if arguments.embeds:
+    if arguments.embeds is not None:
         from cfpp_rt.checkpoint import read_tensors
 
         embeds = read_tensors(arguments.embeds).get("embeds")
-        if not isinstance(embeds, torch.Tensor) or embeds.ndim != 3:
+        if not (isinstance(embeds, Tensor) and embeds.ndim == 3 and embeds.is_floating_point() and len(embeds)):
             raise InputError(f"--embeds {arguments.embeds}: wanted a tensor 'embeds' [B, text_len, text_dim]")
         return [Conditioning(row[None]) for row in embeds]
-    if arguments.prompts:
+    if arguments.prompts is not None:
         path = Path(arguments.prompts)
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -193,16 +222,21 @@ def _prompts(arguments: argparse.Namespace) -> list[str] | list[Conditioning]:
     return [arguments.prompt]
 
 
-def _outputs(output: Path, prompts: list) -> list[Path]:
+def _outputs(text: str, prompts: list) -> list[Path]:
     """One output per prompt: `boat.mp4` for one, `boat-000.mp4`, `boat-001.mp4`, ... for several."""
+    output = Path(text)
+    if not output.name:
+        raise InputError(f"--output must name a file or a new folder, got {text!r}")
     if len(prompts) == 1:
         return [output]
     return [output.with_name(f"{output.stem}-{i:03d}{output.suffix}") for i in range(len(prompts))]
 
 
 def _device(name: str) -> torch.device:
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
+        raise InputError(f"--device must be cpu, cuda or cuda:N, got {name}")
+    device = torch.device(name)
     try:
-        device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
@@ -212,14 +246,15 @@ def _device(name: str) -> torch.device:
 def _pipeline(arguments: argparse.Namespace, device: torch.device, rollout: RolloutConfig) -> Pipeline:
     dtype = DTYPES[arguments.dtype]
     if arguments.random_weights:
-        if arguments.checkpoint or arguments.base:
-            raise InputError("--random-weights takes no --checkpoint and no --base")
+        for name in ("checkpoint", "base", "key", "config", "tiny_vae"):
+            if getattr(arguments, name) is not None:
+                raise InputError(f"--random-weights takes no --{name.replace('_', '-')}")
         from cfpp_rt.untrained import random_pipeline
 
         return random_pipeline(rollout, dtype=dtype, device=device)
     if not arguments.checkpoint:
         raise InputError("--checkpoint is needed (or --random-weights to try the runtime without weights)")
-    config = ModelConfig.from_json(arguments.config) if arguments.config else None
+    config = ModelConfig.from_json(arguments.config) if arguments.config is not None else None
     pipeline = Pipeline.from_pretrained(
         arguments.checkpoint,
         arguments.base,

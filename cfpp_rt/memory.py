@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from cfpp_rt.cache import CacheShape
+from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import OutOfMemoryError
 
 # Activations of one pass, next to weights and cache; below this much the run would die later with a worse message.
@@ -14,23 +15,30 @@ _HEADROOM_BYTES = 256 << 20
 def available_bytes(device: torch.device) -> int | None:
     """Free memory of the device, or None where the system does not tell."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return None
     fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) << 10
+    free = int(fields["MemAvailable"].split()[0]) << 10
+    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))  # of a container
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
+        free = min(free, int(text) - int(used.read_text()))
+    return free
 
 
-def require_cache_fits(shape: CacheShape, dtype: torch.dtype, device: torch.device, block: int) -> None:
+def require_cache_fits(shape: CacheShape, dtype: torch.dtype, device: torch.device, rollout: RolloutConfig) -> None:
     """Raise OutOfMemoryError, saying which window would fit, if the cache does not fit in free memory."""
     available = available_bytes(device)
     wanted = shape.bytes(dtype)
     if available is None or wanted + _HEADROOM_BYTES <= available:
         return
-    fits = max(available - _HEADROOM_BYTES, 0) // (shape.per_frame * dtype.itemsize)
-    window = (fits // block - 1) * block  # one block is the spare slot of the fused refresh
-    remedy = f"a window of {window} frames fits" if window >= block else "a smaller picture or batch is needed"
+    block, fits = rollout.frames_per_block, max(available - _HEADROOM_BYTES, 0) // (shape.per_frame * dtype.itemsize)
+    spare = block if rollout.refresh == "fused" else 0
+    window = fits // block * block - spare
+    least = rollout.sinks + block
+    remedy = f"a window of {window} frames fits" if window >= least else "a smaller picture or batch is needed"
     raise OutOfMemoryError(
         f"the KV cache of {shape.frames} frames x batch {shape.batch} needs {wanted / 2**30:.2f} GiB on {device},"
         f" {available / 2**30:.2f} GiB are free: {remedy}"

@@ -66,18 +66,22 @@ class Pipeline:
         model = load_model(checkpoint, config=config, key=key, dtype=dtype, device=device)
         return cls(model, codec, base, rollout)
 
-    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
-        """Prompts to text embeddings [B, text_len, text_dim]; loads the text encoder at the first call."""
+    def load_text_encoder(self) -> TextEncoder:
+        """The text encoder, read from disk at the first call: float32 for a float32 model, else bfloat16."""
         if self._text_encoder is None:
             raise InputError("prompt must be given as Conditioning: this pipeline has no text encoder")
         if not isinstance(self._text_encoder, TextEncoder):
             self._text_encoder = TextEncoder.from_pretrained(
                 self._text_encoder,
-                dtype=self.model.dtype,
+                dtype=torch.float32 if self.model.dtype == torch.float32 else torch.bfloat16,
                 device=self.model.device,
                 text_len=self.model.config.text_len,
             )
-        return self._text_encoder(list(prompts))
+        return self._text_encoder
+
+    def encode_text(self, prompts: Sequence[str]) -> Conditioning:
+        """Prompts to text embeddings [B, text_len, text_dim]."""
+        return self.load_text_encoder()(list(prompts))
 
     def stream(
         self,
@@ -100,6 +104,10 @@ class Pipeline:
         """
         if isinstance(prompt, str):
             prompt = [prompt]
+        if not isinstance(prompt, Conditioning):
+            if not prompt or not all(isinstance(text, str) for text in prompt):
+                raise InputError(f"prompt must be a text, a list of texts or Conditioning, got {prompt!r}")
+            self.load_text_encoder()  # once, and not part of the stream's times
         return Stream(
             model=self.model,
             codec=self.codec,

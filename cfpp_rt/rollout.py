@@ -10,11 +10,12 @@ window that ends with their own block, the noisy queries the window that ends on
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from cfpp_rt.cache import CacheShape, KVCache, ring_for
+from cfpp_rt.cache import CacheShape, FrameRing, KVCache, slots_for
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import InputError, NonFiniteError
 from cfpp_rt.memory import require_cache_fits
@@ -35,6 +36,14 @@ class _Group:
     start: int
     timestep: float
     sees: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Clean:
+    """A finished block: latents [B, n, C, h, w], and the timestep at which its keys and values are made."""
+
+    latents: Tensor
+    timestep: float
 
 
 class Rollout:
@@ -64,34 +73,42 @@ class Rollout:
         check_finite: bool = True,
     ):
         block = config.frames_per_block
+        batch = text.embeds.shape[0]
+        frame_shape = (model.config.in_dim, *latent_size)
+        if initial is not None and (initial.ndim != 5 or initial.shape[0] != batch or initial.shape[2:] != frame_shape):
+            raise InputError(f"initial must be [B={batch}, F, {frame_shape}], got {list(initial.shape)}")
         given = 0 if initial is None else initial.shape[1]
-        if frames is not None and (frames < 1 or frames % block):
+        if frames is not None and (not isinstance(frames, int) or frames < 1 or frames % block):
             raise InputError(f"frames must be a multiple >= {block} of frames_per_block={block}, got {frames}")
         if given % block or (frames is not None and given >= frames):
             raise InputError(
                 f"initial must hold a multiple of {block} frames and fewer than frames={frames}, got {given}"
             )
-        batch = text.embeds.shape[0]
-        frame_shape = (model.config.in_dim, *latent_size)
-        if initial is not None and (initial.shape[0] != batch or initial.shape[2:] != frame_shape):
-            raise InputError(f"initial must be [B={batch}, F, {frame_shape}], got {list(initial.shape)}")
+        if initial is not None and not bool(initial.isfinite().all()):
+            raise InputError("initial must be finite, got NaN or infinity")
+
+        if not bool(text.embeds.isfinite().all()):
+            raise InputError("text embeds must be finite, got NaN or infinity")
+        if noise is not None and frames is not None and noise.ndim == 5 and noise.shape[1] != frames - given:
+            raise InputError(f"noise must cover the {frames - given} generated frames, got {noise.shape[1]}")
 
         self.model, self.config, self.frames = model, config, frames
-        self.tables = model.rotary_tables(*latent_size)
         self.noise = NoiseSource(frame_shape, batch, model.device, seed=seed, noise=noise, renoise=renoise)
-        ring = ring_for(config, frames)
-        shape = CacheShape.of(model.config, batch, ring.capacity, model.config.tokens_per_frame(*latent_size))
-        require_cache_fits(shape, model.dtype, model.device, block)
-        self.cache = KVCache(shape, ring, model.dtype, model.device)
+        sinks, ring = slots_for(config, frames)
+        shape = CacheShape.of(model.config, batch, sinks + ring, model.config.tokens_per_frame(*latent_size))
+        require_cache_fits(shape, model.dtype, model.device, config)
+        self.cache = KVCache(shape, FrameRing(sinks, ring, block), model.dtype, model.device)
+        self.tables = model.rotary_tables(*latent_size)
         self.next_frame = 0
         self._batch = batch
         self._check_finite = check_finite
         self._schedule = FlowMatchSchedule(config.shift)
         self._times: dict[tuple[float, ...], TimeEmbedding] = {}
         self._text = self._embed(text)
-        self._unrefreshed: Latents | None = None  # the finished block that still waits for its clean pass
-        self._held: dict[int, Tensor] = {}  # latents whose keys are in the cache, by first frame
+        self._held: dict[int, _Clean] = {}  # finished blocks whose keys are in the cache, by first frame
+        self._unrefreshed: int | None = None  # first frame of the finished block that still waits for its clean pass
         self._generated = False
+        self._broken = False
         for start in range(0, given, block):
             self._prefill(initial[:, start : start + block])  # type: ignore[index]
 
@@ -99,18 +116,19 @@ class Rollout:
         return self
 
     def __next__(self) -> Latents:
-        with torch.inference_mode():
+        if self._finished:
+            raise StopIteration
+        with self._whole():
             return self._next_block()
 
     def refresh(self) -> None:
-        """Run the clean pass of the newest block now, if it still waits; otherwise do nothing.
+        """Run the clean pass of the newest block now, if it still waits and a block follows; otherwise do nothing.
 
         `next()` does it when needed. Call it to spend idle time between frames, before the next input arrives.
         """
-        block, self._unrefreshed = self._unrefreshed, None
-        if block is not None:
-            with torch.inference_mode():
-                self._forward([self._group(block.values, block.start, self.config.context_noise)], keep=0)
+        if self.waits_for_refresh:
+            with self._whole():
+                self._run_refresh()
 
     def switch_prompt(self, text: Conditioning, *, recache: bool = False) -> None:
         """Follow another prompt from the next block on.
@@ -120,19 +138,46 @@ class Rollout:
         """
         if text.embeds.shape[0] != self._batch:
             raise InputError(f"text must have batch {self._batch}, got {text.embeds.shape[0]}")
-        if not recache and self.config.refresh != "skip":
-            self.refresh()
-        self._unrefreshed = None
-        self._text = self._embed(text)
-        if not recache or self.next_frame == 0:
-            return
-        visible = self.cache.ring.visible(self.next_frame, self.config.window)
+        embedded = self._embed(text)  # refuses another shape before anything changes
+        with self._whole():
+            if not recache:
+                self._run_refresh()
+            self._text = embedded
+            if recache and self.next_frame > 0:
+                self._unrefreshed = None
+                self._recache()
+
+    @property
+    def waits_for_refresh(self) -> bool:
+        """Whether the newest block's clean pass is still to be run; never after the last block, which needs none."""
+        return self._unrefreshed is not None and not self._finished
+
+    @property
+    def _finished(self) -> bool:
+        return self.frames is not None and self.next_frame >= self.frames
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What happens inside happens wholly, or the rollout refuses to go on with a cache in between."""
+        if self._broken:
+            raise InputError(f"the rollout broke off at latent frame {self.next_frame}: start another")
+        self._broken = True
         with torch.inference_mode():
-            for start, latents in sorted(self._held.items()):
-                end = start + latents.shape[1]
-                if any(start <= frame < end for frame in visible):
-                    sees = [frame for frame in visible if frame < end]
-                    self._forward([_Group(latents, start, float(self.config.context_noise), sees)], keep=0)
+            yield
+        self._broken = False
+
+    def _run_refresh(self) -> None:
+        start, self._unrefreshed = self._unrefreshed, None
+        if start is not None:
+            self._forward([self._clean_group(start)], keep=0)
+
+    def _recache(self) -> None:
+        visible = self.cache.ring.visible(self.next_frame, self.config.window)
+        for start, held in sorted(self._held.items()):
+            own = range(start, start + held.latents.shape[1])
+            if not set(own).isdisjoint(visible):
+                sees = sorted({frame for frame in visible if frame < own.stop} | set(own))
+                self._forward([_Group(held.latents, start, held.timestep, sees)], keep=0)
 
     def _embed(self, text: Conditioning) -> list[tuple[Tensor, Tensor]]:
         with torch.inference_mode():
@@ -140,24 +185,22 @@ class Rollout:
 
     def _prefill(self, latents: Tensor) -> None:
         with torch.inference_mode():
-            values = latents.to(self.model.device, torch.float32)
-            start, self.next_frame = self.next_frame, self.next_frame + values.shape[1]
+            start, self.next_frame = self.next_frame, self.next_frame + latents.shape[1]
             self.cache.ring.write(start)
-            self._hold(values, start)
-            self._forward([self._group(values, start, _PREFILL_TIMESTEP)], keep=0)
+            self._hold(latents.to(self.model.device, torch.float32), start, _PREFILL_TIMESTEP)
+            self._forward([self._clean_group(start)], keep=0)
 
     def _next_block(self) -> Latents:
         config, n, start = self.config, self.config.frames_per_block, self.next_frame
-        if self.frames is not None and start >= self.frames:
-            raise StopIteration
         steps = config.steps if self._generated else config.first_steps or config.steps
         timesteps = self._schedule.warp(steps).tolist()
         sigmas = self._schedule.sigma(torch.tensor(timesteps)).tolist()
         if config.refresh == "separate":
-            self.refresh()
+            self._run_refresh()
 
         x = self.noise.start(n)
         clean = x
+        passes = []
         for step, (timestep, sigma) in enumerate(zip(timesteps, sigmas, strict=True)):
             if step:
                 x = add_noise(clean, self.noise.between_steps(n), sigma)
@@ -165,15 +208,16 @@ class Rollout:
             groups.append(self._group(x, start, timestep))
             velocity = self._forward(groups, keep=1)
             clean = to_clean(x, velocity, sigma)
-            if self._check_finite and not bool(clean.isfinite().all()):
-                self._locate_non_finite(groups, step)
+            if self._check_finite:
+                passes.append((groups, clean.isfinite().all()))
+        if self._check_finite and not bool(torch.stack([finite for _, finite in passes]).all()):
+            self._locate_non_finite(passes)
 
         self.next_frame, self._generated = start + n, True
-        self._hold(clean, start)
-        block = Latents(clean, start)
+        self._hold(clean, start, float(config.context_noise))
         if config.refresh != "skip":
-            self._unrefreshed = block
-        return block
+            self._unrefreshed = start
+        return Latents(clean, start)
 
     def _open_block(self, start: int) -> list[_Group]:
         """Claim the block's slots; return the waiting clean pass of the block before, to travel with its first step.
@@ -182,16 +226,22 @@ class Rollout:
         queries see are looked up in the ring as the pass will find it.
         """
         self.cache.ring.write(start)
-        block, self._unrefreshed = self._unrefreshed, None
-        return [] if block is None else [self._group(block.values, block.start, self.config.context_noise)]
+        waiting, self._unrefreshed = self._unrefreshed, None
+        return [] if waiting is None else [self._clean_group(waiting)]
 
     def _group(self, latents: Tensor, start: int, timestep: float) -> _Group:
         sees = self.cache.ring.visible(start + latents.shape[1], self.config.window)
-        return _Group(latents, start, float(timestep), sees)
+        return _Group(latents, start, timestep, sees)
 
-    def _hold(self, latents: Tensor, start: int) -> None:
+    def _clean_group(self, start: int) -> _Group:
+        """The clean pass of a held block. Its window ends with the block itself."""
+        held = self._held[start]
+        return self._group(held.latents, start, held.timestep)
+
+    def _hold(self, latents: Tensor, start: int, timestep: float) -> None:
+        """Keep a copy of a finished block, out of the caller's reach; forget those that the ring has overwritten."""
         ring = self.cache.ring
-        self._held[start] = latents
+        self._held[start] = _Clean(latents.clone(), timestep)
         self._held = {first: kept for first, kept in self._held.items() if ring.holds[ring.slot(first)] == first}
 
     def _time(self, groups: list[_Group]) -> TimeEmbedding:
@@ -220,10 +270,10 @@ class Rollout:
             latents, self._time(groups), self._text, self.cache, self._place(groups), groups=keep, probe=probe
         )
 
-    def _locate_non_finite(self, groups: list[_Group], step: int) -> None:
-        """Run the failed pass again (it overwrites the same slots), looking at every layer."""
-        start = groups[-1].start
-        where = f"latent frame {start}, step {step + 1}"
+    def _locate_non_finite(self, passes: list[tuple[list[_Group], Tensor]]) -> None:
+        """Run the first failed pass again (it overwrites the same slots), looking at every layer."""
+        step, groups = next((i, groups) for i, (groups, finite) in enumerate(passes) if not bool(finite))
+        where = f"latent frame {groups[-1].start}, step {step + 1}"
 
         def stop_at_first(layer: int, tokens: Tensor) -> None:
             if not bool(tokens.isfinite().all()):

@@ -15,9 +15,8 @@ from cfpp_rt.timing import Timings
 from cfpp_rt.values import Conditioning, Frames
 
 
-def latent_frames(pictures: int, codec: Codec, block: int) -> int:
-    """Latent frames of a video of `pictures` frames: the first is alone, then `temporal_factor` pictures each."""
-    factor = codec.temporal_factor
+def latent_frames(pictures: int, factor: int, block: int) -> int:
+    """Latent frames of a video of `pictures` frames: the first is alone, then `factor` pictures each."""
     latents = 1 + (pictures - 1) // factor
     if pictures < 1 or (pictures - 1) % factor or latents % block:
         below = max(latents // block * block, block)
@@ -52,13 +51,13 @@ class Stream:
         step = codec.spatial_factor * model.config.patch_size[1]
         if height < step or width < step or height % step or width % step:
             raise InputError(f"size must be (height, width) in multiples of {step}, got {height}x{width}")
-        total = None if frames is None else latent_frames(frames, codec, config.frames_per_block)
+        total = None if frames is None else latent_frames(frames, codec.temporal_factor, config.frames_per_block)
         self._encode_text = encode_text
         self._decoder = codec.decoder()
         text = self._conditioning(prompt)
         given = None
         if initial is not None:
-            given = self._encode_initial(initial, codec, text.embeds.shape[0], size, config.frames_per_block)
+            given = self._encode_initial(initial, codec, text.embeds.shape[0], size, config.frames_per_block, frames)
         self.rollout = Rollout(
             model,
             text,
@@ -80,9 +79,8 @@ class Stream:
         if self._initial is not None:  # given frames come back through the codec, as the start of the video
             latents, self._initial = self._initial, None
         else:
-            if self.rollout.config.refresh == "separate" and self._delivered:
-                with self.timings.stage("refresh"):
-                    self.rollout.refresh()
+            if self.rollout.config.refresh == "separate":
+                self.refresh()
             with self.timings.stage("diffuse"):
                 latents = next(self.rollout).values
         with self.timings.stage("decode"):
@@ -91,6 +89,12 @@ class Stream:
         self._delivered += pixels.shape[1]
         self.timings.deliver(pixels.shape[1])
         return frames
+
+    def refresh(self) -> None:
+        """Run the newest block's clean pass now if it still waits: for idle time before the next input arrives."""
+        if self.rollout.waits_for_refresh:
+            with self.timings.stage("refresh"):
+                self.rollout.refresh()
 
     def switch_prompt(self, prompt: str | Sequence[str] | Conditioning, *, recache: bool = False) -> None:
         """Follow another prompt from the next block on; see `Rollout.switch_prompt`."""
@@ -102,9 +106,21 @@ class Stream:
         with self.timings.stage("encode_text"):
             return self._encode_text(prompt)
 
-    def _encode_initial(self, pixels: Tensor, codec: Codec, batch: int, size: tuple[int, int], block: int) -> Tensor:
+    def _encode_initial(
+        self, pixels: Tensor, codec: Codec, batch: int, size: tuple[int, int], block: int, frames: int | None
+    ) -> Tensor:
         if pixels.ndim != 5 or pixels.shape[0] not in (1, batch) or tuple(pixels.shape[2:]) != (3, *size):
             raise InputError(f"initial must be [1 or {batch}, T, 3, {size[0]}, {size[1]}], got {list(pixels.shape)}")
-        latent_frames(pixels.shape[1], codec, block)  # raises for a number of pictures that does not fit
+        pictures, factor = pixels.shape[1], codec.temporal_factor
+        if (pictures - 1) % factor or (1 + (pictures - 1) // factor) % block:
+            least = 1 + factor * (block - 1)
+            raise InputError(
+                f"initial must have 1 + {factor} * n pictures and make whole blocks of {block} latent frames"
+                f" ({least}, {least + factor * block}, ...), got {pictures}"
+            )
+        if frames is not None and pictures >= frames:
+            raise InputError(f"frames must be more than the {pictures} given pictures, got {frames}")
+        if not (float(pixels.amin()) >= -1.001 and float(pixels.amax()) <= 1.001):
+            raise InputError("initial must be pixels in [-1, 1], got values outside or NaN")
         with self.timings.stage("encode_image"), torch.inference_mode():
             return codec.encode(pixels).float().expand(batch, -1, -1, -1, -1)

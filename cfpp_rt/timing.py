@@ -2,13 +2,16 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 
+_KEPT = 10_000  # durations of each kind: a stream without end must not grow
 
-def _percentile(values: list[float], percent: float) -> float:
+
+def _percentile(values: Iterable[float], percent: float) -> float:
     ordered = sorted(values)
     position = (len(ordered) - 1) * percent / 100
     low = int(position)
@@ -18,17 +21,19 @@ def _percentile(values: list[float], percent: float) -> float:
 
 @dataclasses.dataclass
 class Timings:
-    """Times of one stream, filled while it runs; milliseconds unless named otherwise.
+    """Times of one stream, filled while it runs; milliseconds unless named otherwise. The newest 10,000 are kept.
 
-    stages: every duration of a stage, in order: encode_text, encode_image, diffuse (all passes of a block; with the
+    stages: durations of each stage, in order: encode_text, encode_image, diffuse (all passes of a block; with the
     fused refresh the clean pass of the block before is inside), refresh (separate mode only), decode.
     deliveries: (seconds since the stream was asked for, pictures delivered) for each `Frames`.
     """
 
     device: torch.device
     started: float = dataclasses.field(default_factory=time.perf_counter)
-    stages: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    deliveries: list[tuple[float, int]] = dataclasses.field(default_factory=list)
+    stages: dict[str, deque[float]] = dataclasses.field(default_factory=dict)
+    deliveries: deque[tuple[float, int]] = dataclasses.field(default_factory=lambda: deque(maxlen=_KEPT))
+    first_s: float | None = None
+    pictures: int = 0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -37,25 +42,25 @@ class Timings:
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.stages.setdefault(name, []).append(1000 * (time.perf_counter() - begin))
+        self.stages.setdefault(name, deque(maxlen=_KEPT)).append(1000 * (time.perf_counter() - begin))
 
     def deliver(self, pictures: int) -> None:
-        self.deliveries.append((time.perf_counter() - self.started, pictures))
-
-    @property
-    def pictures(self) -> int:
-        return sum(pictures for _, pictures in self.deliveries)
+        now = time.perf_counter() - self.started
+        self.deliveries.append((now, pictures))
+        self.first_s = now if self.first_s is None else self.first_s
+        self.pictures += pictures
 
     def frame_ms(self) -> list[float]:
         """Interval per picture between deliveries in steady state: the first two deliveries are left out."""
-        steady = zip(self.deliveries[1:], self.deliveries[2:], strict=False)
+        kept = list(self.deliveries)
+        steady = zip(kept[1:], kept[2:], strict=False)
         return [1000 * (now - before) / pictures for (before, _), (now, pictures) in steady]
 
     def summary(self) -> dict[str, float]:
         """ttff_ms, frame_ms_p50/p90/p99, fps (pictures per second, request to last picture), stage medians."""
-        if not self.deliveries:
+        if self.first_s is None:
             return {}
-        out = {"ttff_ms": 1000 * self.deliveries[0][0]}
+        out = {"ttff_ms": 1000 * self.first_s}
         intervals = self.frame_ms()
         if intervals:
             out |= {f"frame_ms_p{p}": _percentile(intervals, p) for p in (50, 90, 99)}

@@ -184,6 +184,7 @@ class PngWriter(FrameWriter):
         super().__init__(row)
         self._image = _import_pillow()
         self._folder = Path(folder)
+        self._made = not self._folder.exists()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self._folder).close()
@@ -193,6 +194,10 @@ class PngWriter(FrameWriter):
     def _put(self, picture: np.ndarray, index: int) -> None:
         with write_atomically(self._folder / f"{index:06d}.png") as path:
             self._image.fromarray(picture).save(path, format="PNG", compress_level=1)
+
+    def _drop(self) -> None:
+        if self._made and not any(self._folder.iterdir()):
+            self._folder.rmdir()
 
 
 class RawWriter(FrameWriter):
@@ -233,7 +238,7 @@ def open_writer(
     """
     suffix = Path(path).suffix.lower()
     if format is None:
-        format = "png" if not suffix or Path(path).is_dir() else _SUFFIXES.get(suffix)
+        format = _SUFFIXES.get(suffix) if suffix else "png"
         if format is None:
             raise InputError(f"{path}: the suffix must be one of {', '.join(_SUFFIXES)} or none for a folder of PNGs")
     if format not in FORMATS:

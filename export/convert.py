@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    config = ModelConfig.from_json(arguments.config) if arguments.config else None
+    config = ModelConfig.from_json(arguments.config) if arguments.config is not None else None
     parameters, config = convert(
         arguments.checkpoint, arguments.target, dtype=DTYPES[arguments.dtype], config=config, key=arguments.key
     )

@@ -5,9 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cfpp_rt.cache import CacheShape, FrameRing, KVCache, ring_for
+from cfpp_rt.cache import CacheShape, FrameRing, KVCache, slots_for
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import InputError
+
+
+def ring_for(rollout, frames):
+    return FrameRing(*slots_for(rollout, frames), rollout.frames_per_block)
+
 
 SHAPES = st.tuples(st.integers(1, 4), st.integers(0, 3), st.integers(1, 5), st.integers(0, 3), st.integers(1, 30))
 

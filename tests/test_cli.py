@@ -108,6 +108,42 @@ def test_same_seed_same_video_and_prompts_file(files, tmp_path):
     assert [p.name for p in made] == ["many-000.rgb", "many-001.rgb"] and made[0].read_bytes() != made[1].read_bytes()
 
 
+def test_a_full_disk_is_one_line(files, capsys):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    link = Path("full.rgb")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(files)
+        link.symlink_to("/dev/full")
+        try:
+            assert "No space left" in fault(capsys, command(files, link, "--quiet", frames=41, size="128x128"))
+        finally:
+            link.unlink()
+
+
+def test_random_weights_take_no_files(tmp_path, capsys):
+    for option in ("--checkpoint", "--base", "--config", "--key", "--tiny-vae"):
+        arguments = ["generate", "--random-weights", "--prompt", "x", option, "y", "-o", str(tmp_path / "x.mp4")]
+        assert f"--random-weights takes no {option}" in fault(capsys, arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
+def test_a_stopped_command_leaves_nothing(files, tmp_path, signal_name):
+    import signal
+    import time
+
+    arguments = command(files, tmp_path / "long.mp4", "--quiet", frames=4001)
+    process = subprocess.Popen([sys.executable, "-m", "cfpp_rt.cli", *arguments], stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.iterdir()) and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(2)
+    process.send_signal(getattr(signal, signal_name))
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == {"SIGINT": 130, "SIGTERM": 143}[signal_name]
+    assert "Traceback" not in stderr and not list(tmp_path.iterdir())
+
+
 def test_png_pictures(files, tmp_path):
     assert main(command(files, tmp_path / "pictures", "--quiet", frames=5)) == 0
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 5
@@ -140,11 +176,19 @@ def fault(capsys, arguments):
         (["--steps", "fast"], "--steps must be integers as 1000,500, got fast"),
         (["--window", "0"], "window must be an integer >= 1, got 0"),
         (["--sinks", "4", "--window", "2"], "window must hold the sinks and one block"),
-        (["--device", "abacus"], "--device abacus cannot be used"),
+        (["--device", "abacus"], "--device must be cpu, cuda or cuda:N, got abacus"),
         (["--seed", "-1"], "seed must be in 0"),
         (["--image", str(DATA / "meta.json")], "meta.json.*image"),
         (["--image", "nowhere.jpg"], "nowhere.jpg"),
         (["--output", "/nowhere/out.mp4"], "/nowhere/out.mp4"),
+        (["--output", ""], "--output must name a file"),
+        (["--output", "film.avi"], "the suffix must be one of"),
+        (["--output", "x" * 300 + ".mp4"], "cannot be written"),
+        (["--image", ""], "no such file|not a picture"),
+        (["--student", "chunkwise-4step", "--image", "x.jpg"], "--image is one latent frame, student chunkwise-4step"),
+        (["--sinks", "3"], "sinks need a window"),
+        (["--steps", "9" * 5000], "--steps must be integers"),
+        (["--fram", "5"], "--fram"),
         (["--embeds", str(DATA / "vectors.safetensors")], "wanted a tensor 'embeds'"),
         (["--key", "critic"], "wanted key 'critic'"),
         (["--unknown"], "--unknown"),

@@ -290,6 +290,10 @@ def test_a_cache_that_does_not_fit_says_what_would(model, meta, monkeypatch):
         ({"frames": 3, "initial": torch.zeros(1, 1, 16, 8, 8)}, "initial must be"),
         ({"frames": 3, "seed": [1, 2]}, "seed must be one integer or 1 of them, got 2"),
         ({"frames": 3, "seed": -1}, "seed must be in 0"),
+        ({"frames": 3, "seed": 1.5}, "seed must be an integer"),
+        ({"frames": 3, "noise": torch.zeros(1, 2, 16, 8, 12)}, "noise must cover the 3 generated frames, got 2"),
+        ({"frames": 3, "initial": torch.full((1, 1, 16, 8, 12), float("nan"))}, "initial must be finite"),
+        ({"frames": 3, "initial": torch.zeros(16, 8, 12)}, "initial must be"),
         ({"frames": 3, "noise": torch.zeros(1, 3, 16, 4, 4)}, "noise must be"),
         ({"frames": 3, "embeds": torch.zeros(1, 3, 5)}, r"text embeds must be \[B, 16, 32\], got \[1, 3, 5\]"),
     ],
@@ -301,13 +305,57 @@ def test_bad_arguments_are_named(model, meta, options, message):
 
 
 def test_too_little_explicit_noise_is_an_error(model, meta):
-    rollout = roll(model, meta, RolloutConfig(), 3, noise=torch.randn(1, 2, 16, 8, 12), renoise=[])
+    rollout = roll(model, meta, RolloutConfig(), 2, noise=torch.randn(1, 2, 16, 8, 12), renoise=[])
     with pytest.raises(InputError, match="renoise"):
         next(rollout)
-    rollout = roll(model, meta, RolloutConfig(steps=(1000,)), 3, noise=torch.randn(1, 2, 16, 8, 12))
+    with pytest.raises(InputError, match="broke off at latent frame 0: start another"):
+        next(rollout)
+    endless = RolloutConfig(steps=(1000,), window=3)
+    rollout = roll(model, meta, endless, None, noise=torch.randn(1, 2, 16, 8, 12))
     next(rollout), next(rollout)
     with pytest.raises(InputError, match="noise must cover 3"):
         next(rollout)
+
+
+def test_a_refused_prompt_switch_changes_nothing(model, meta):
+    config = RolloutConfig(window=4, sinks=1)
+    plain = latents_of(roll(model, meta, config, 5))
+    rollout = roll(model, meta, config, 5)
+    made = [next(rollout).values, next(rollout).values]
+    with pytest.raises(InputError, match="text embeds must be"):
+        rollout.switch_prompt(Conditioning(torch.randn(1, 3, 16)), recache=True)
+    assert torch.equal(torch.cat([*made, latents_of(rollout)], dim=1), plain)
+
+
+def test_what_is_yielded_is_the_callers_to_change(model, meta):
+    config = RolloutConfig(window=4, sinks=1)
+    plain = latents_of(roll(model, meta, config, 5))
+    made = []
+    with torch.inference_mode():
+        for block in roll(model, meta, config, 5):
+            made.append(block.values.clone())
+            block.values.zero_()
+    assert torch.equal(torch.cat(made, dim=1), plain)
+
+
+@pytest.mark.parametrize("window,block", [(None, 1), (4, 3)])
+def test_recaching_under_the_same_prompt_changes_nothing(model, meta, window, block):
+    """Given frames keep their own timestep, and a block that the window cuts still sees itself."""
+    config = RolloutConfig(frames_per_block=block, window=window, context_noise=300)
+    embeds = torch.ones(1, model.config.text_len, model.config.text_dim)
+    initial = torch.randn(1, block, 16, 8, 12, generator=torch.Generator().manual_seed(1))
+    made = []
+    for recache in (False, True):
+        rollout = roll(model, meta, config, 3 * block, embeds=embeds, initial=initial)
+        if recache:
+            rollout.switch_prompt(Conditioning(embeds), recache=True)
+        made.append(latents_of(rollout))
+    torch.testing.assert_close(*made, rtol=0, atol=2e-5)
+
+
+def test_seeds_use_all_their_bits(model, meta):
+    made = [latents_of(roll(model, meta, RolloutConfig(steps=(1000,)), 1, seed=s)) for s in (0, 2**31, 2**40)]
+    assert not torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
 
 
 def test_latent_size_must_fit_the_patch(model, meta):

@@ -62,7 +62,7 @@ def test_students():
         ({"sinks": -1}, "sinks must be a multiple"),
         ({"frames_per_block": 3, "sinks": 1}, "multiple >= 0 of frames_per_block=3, got 1"),
         ({"window": 2, "sinks": 2}, "window must hold the sinks and one block, >= 3"),
-        ({"shift": 0}, "shift must be > 0"),
+        ({"shift": 0}, "shift must be a number > 0"),
         ({"context_noise": -1}, "context_noise"),
         ({"refresh": "sometimes"}, "refresh must be fused, separate or skip, got 'sometimes'"),
     ],

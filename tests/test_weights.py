@@ -144,6 +144,18 @@ def test_wrong_names_and_shapes_are_named(tmp_path, weights, config):
     refuse({**weights, "head.head.bias": torch.zeros(65)}, r"head\.head\.bias.*64.*65")
 
 
+def test_ambiguous_and_odd_tensors_are_refused(tmp_path, weights, config):
+    def refuse(state, message):
+        torch.save(state, tmp_path / "bad.pt")
+        with pytest.raises(CheckpointError, match=message):
+            read_weights(tmp_path / "bad.pt", config=config)
+
+    refuse({**weights, "model.head.modulation": weights["head.modulation"]}, "several tensors have the same name")
+    refuse({**weights, "head.head.bias": torch.zeros(64, dtype=torch.bool)}, "not a dense float: head.head.bias")
+    refuse({**weights, "head.head.bias": torch.zeros(64).to_sparse()}, "not a dense float: head.head.bias")
+    refuse({0: torch.zeros(1)}, "wanted a state dict")
+
+
 def test_a_dict_of_something_else_is_refused(tmp_path):
     torch.save({"optimizer": {"step": 3}}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match="other.pt: wanted a state dict"):

@@ -27,13 +27,6 @@ class TimeEmbedding:
     blocks: Tensor
     head: Tensor
 
-    @classmethod
-    def cat(cls, parts: Sequence["TimeEmbedding"]) -> "TimeEmbedding":
-        """One after the other along N."""
-        if len(parts) == 1:
-            return parts[0]
-        return cls(torch.cat([p.blocks for p in parts], dim=1), torch.cat([p.head for p in parts], dim=0))
-
 
 def sinusoid(timesteps: Tensor, length: int) -> Tensor:
     """cos then sin of t * 10000^(-i / half); float64 [N] to float64 [N, length]."""

@@ -50,12 +50,15 @@ def _from_diffusers(name: str) -> str:
     return name
 
 
-def plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def plain_names(state: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
     """A state dict under the original names: wrapper prefixes and one leading `model.` removed, diffusers renamed."""
     names = {name: _WRAPPERS.sub("", name).removeprefix("model.") for name in state}
     if any(name.startswith("condition_embedder.") for name in names.values()):
         names = {name: _from_diffusers(plain) for name, plain in names.items()}
-    return {names[name]: tensor for name, tensor in state.items()}
+    plain = {names[name]: tensor for name, tensor in state.items()}
+    if len(plain) != len(state):
+        raise CheckpointError(f"{source}: several tensors have the same name once wrapper prefixes are removed")
+    return plain
 
 
 def _unpack(content: dict[str, Any], source: Path, key: str | None) -> dict[str, Tensor]:
@@ -64,16 +67,19 @@ def _unpack(content: dict[str, Any], source: Path, key: str | None) -> dict[str,
         raise CheckpointError(f"{source}: wanted key {key!r}, found {', '.join(map(str, list(content)[:4]))}")
     found = key or next((name for name in CONTAINER_KEYS if name in content), None)
     state = content[found] if found else content
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    flat = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if not flat or not state:
         wanted = " or ".join(CONTAINER_KEYS)
         raise CheckpointError(f"{source}: wanted a state dict, bare or under {wanted}, found none")
-    return plain_names(state)
+    return plain_names(state, source)
 
 
 def infer_config(state: dict[str, Tensor], source: str | Path) -> ModelConfig:
     """Sizes read off the tensors. Head size and text length leave no trace there: 128 and 512, as in all of Wan2.1."""
     try:
         dim, in_dim, *patch = state["patch_embedding.weight"].shape
+        if dim % 128:
+            raise ValueError(f"its width must be a multiple of 128 where no config tells the heads, got {dim}")
         out = state["head.head.weight"].shape[0]
         layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
         return ModelConfig(
