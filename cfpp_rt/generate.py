@@ -109,9 +109,7 @@ def _generate(
         print_table(stream)
 
 
-def _initial(
-    arguments: argparse.Namespace, size: tuple[int, int], frames: int, rollout: RolloutConfig
-) -> Tensor | None:
+def _initial(arguments: argparse.Namespace, size: tuple[int, int], rollout: RolloutConfig) -> Tensor | None:
     if arguments.image is not None:
         if rollout.frames_per_block > 1:
             raise InputError(
