@@ -1,9 +1,9 @@
 """Do time per frame and memory stay flat in a long rollout?
 
 Rolls a small network out over 2,000 latent frames with a window of 6 frames and 1 sink, 2 steps and the fused refresh.
-The last 100 frames are compared with the first 100 after the window has filled. A busy machine drifts within a minute,
-so those first 100 are made once more, by a fresh rollout whose frames take turns with the last 100 of the long one: that
-ratio is the one to trust. `--plot` draws time and memory.
+The last 100 frames are compared with the first 100 after the window has filled. A busy machine drifts within a
+minute, so those first 100 are made once more, by a fresh rollout whose frames take turns with the last 100 of the long
+one: that ratio is the one to trust. `--plot` draws time and memory.
 
     python -m cfpp_rt.bench.bench_long_rollout [--frames 2000] [--device cpu] [--json PATH] [--plot PNG]
 """
@@ -52,7 +52,8 @@ def plot(times: list[float], memory: list[float], path: str) -> None:
     frames = range(len(times))
     upper.plot(frames, times, ".", markersize=1.5, color="#9db7d5", label="each frame")
     medians = [statistics.median(times[i : i + SPAN]) for i in range(0, len(times), SPAN)]
-    upper.step([i * SPAN for i in range(len(medians))], medians, where="post", color="#1f4e79", label="median of 100")
+    edges = [*range(0, len(times), SPAN), len(times)]
+    upper.step(edges, [*medians, medians[-1]], where="post", color="#1f4e79", label="median of 100")
     upper.set(ylabel="ms per latent frame", ylim=(0, 2 * statistics.median(times)))
     upper.legend(loc="upper right", frameon=False)
     lower.plot(frames, memory, color="#1f4e79")
