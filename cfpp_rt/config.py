@@ -110,8 +110,9 @@ class RolloutConfig:
     window: latent frames a query may see, its own block and the sinks included; None = all.
     sinks: first latent frames of the video that stay visible when the window has moved on.
     shift: timestep shift of the flow-matching table. context_noise: timestep (0..1000) of the clean pass.
-    refresh: "fused" (clean pass of a block and first step of the next in one forward), "separate" (same result, lowest
-    latency from input to frame) or "skip" (no clean pass: approximate).
+    refresh: "fused" (clean pass of a block and first step of the next in one forward: highest throughput), "separate"
+    (same result in a forward of its own: lowest latency from input to frame, if `refresh()` is called in the idle time
+    between frames) or "skip" (no clean pass: approximate).
     """
 
     steps: tuple[int, ...] = (1000, 500)

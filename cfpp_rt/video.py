@@ -2,6 +2,7 @@
 
 import contextlib
 import tempfile
+from abc import ABC, abstractmethod
 from collections import deque
 from fractions import Fraction
 from pathlib import Path
@@ -24,7 +25,7 @@ _ENCODERS = ("libx264", "libopenh264", "h264_videotoolbox", "mpeg4")
 _BT709 = 1  # the code of the H.264 standard for primaries, transfer and matrix alike
 
 
-class FrameWriter:
+class FrameWriter(ABC):
     """What the writers share: use as a context manager, `write` in order, `close` at the end.
 
     Leaving the context by an exception drops a file that is not finished. row: the video of the batch to write.
@@ -83,8 +84,9 @@ class FrameWriter:
     def _begin(self, height: int, width: int) -> None:
         """Called before the first picture."""
 
+    @abstractmethod
     def _put(self, picture: np.ndarray, index: int) -> None:
-        raise NotImplementedError
+        """Called for every picture, uint8 [height, width, 3], with its index in the video."""
 
     def _finish(self) -> None:
         """Called once, after the last picture."""
@@ -279,7 +281,7 @@ def read_video(path: str | Path, height: int, width: int, frames: int | None = N
     if frames is not None and frames < 1:
         raise InputError(f"frames must be >= 1, got {frames}")
     if not Path(path).is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: {'is a folder' if Path(path).is_dir() else 'no such file'}, a video file is needed")
     pictures: deque[np.ndarray] = deque(maxlen=frames)
     try:
         with av.open(str(path)) as container:

@@ -63,10 +63,12 @@ def _warn_once(message: str) -> None:
 
 
 def backends() -> dict[str, dict[str, tuple[str, str]]]:
-    """For each op and device type: the backend that runs it, and why."""
-    device_types = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    """For each op and device type: the backend that runs it ("none" without such a device), and why."""
     rows = {}
-    for device_type in device_types:
+    for device_type in _MODULES:
+        if device_type == "cuda" and not torch.cuda.is_available():
+            rows[device_type] = ("none", f"no CUDA GPU; {_load(device_type)[1]}")
+            continue
         module, reason = choose(device_type)
         rows[device_type] = (device_type if module is not None else "reference", reason)
     return {op: rows for op in OPS}
