@@ -37,8 +37,7 @@ def timed_frame(rollout: Rollout) -> tuple[float, Latents]:
     """Milliseconds of one frame, the device's queue included, and the frame."""
     begin = time.perf_counter()
     block = next(rollout)
-    if block.values.is_cuda:
-        torch.cuda.synchronize()
+    harness.synchronize(block.values.device)
     return 1000 * (time.perf_counter() - begin), block
 
 

@@ -19,10 +19,9 @@ from cfpp_rt.config import MODELS, ModelConfig, RolloutConfig
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.rollout import Rollout
 from cfpp_rt.timing import peak_memory_mib
-from cfpp_rt.values import Conditioning
+from cfpp_rt.values import DTYPES, Conditioning
 
 LATENT = (60, 104)  # 480x832
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def pass_flops(config: ModelConfig, tokens: int, visible_tokens: int) -> tuple[float, float]:
@@ -40,17 +39,12 @@ def matrix_rate(config: ModelConfig, tokens: int, dtype: torch.dtype, device: to
     w = torch.randn(config.ffn_dim, config.dim, device=device).to(dtype)
     best = float("inf")
     for _ in range(5):
-        _synchronize(device)
+        harness.synchronize(device)
         begin = time.perf_counter()
         F.linear(x, w)
-        _synchronize(device)
+        harness.synchronize(device)
         best = min(best, time.perf_counter() - begin)
     return 2.0 * tokens * config.dim * config.ffn_dim / best / 1e9
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def main() -> None:
@@ -77,10 +71,10 @@ def main() -> None:
     print(f"{arguments.model} {arguments.dtype} on {device}: matrix rate {roof:.0f} GFLOP/s")
     print(f"{'visible':>8} {'pass_ms':>10} {'GFLOP/s':>9} {'% of roof':>9}")
     for visible in range(1, min(arguments.frames, arguments.capacity) + 1):
-        _synchronize(device)
+        harness.synchronize(device)
         begin = time.perf_counter()
         next(rollout)
-        _synchronize(device)
+        harness.synchronize(device)
         pass_ms = 1000 * (time.perf_counter() - begin)
         linear, attention = pass_flops(config, tokens, visible * tokens)
         rate = (linear + attention) / pass_ms / 1e6

@@ -74,6 +74,12 @@ def _module() -> str:
     return spec.name if spec is not None else Path(sys.argv[0]).name
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's queue, so that the host's clock means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def measure(
     call: Callable[[], object], device: torch.device, warmup: int = 5, repeats: int = 50, min_seconds: float = 0.5
 ) -> Times:

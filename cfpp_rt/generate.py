@@ -17,10 +17,8 @@ from cfpp_rt.errors import InputError
 from cfpp_rt.pipeline import Pipeline
 from cfpp_rt.session import Stream, latent_frames
 from cfpp_rt.timing import peak_memory_mib
-from cfpp_rt.values import Conditioning
+from cfpp_rt.values import DTYPES, Conditioning
 from cfpp_rt.video import open_writer, read_image, read_video
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -36,7 +36,7 @@ def _as_seeds(seed: int | Sequence[int], batch: int) -> list[int]:
 class NoiseSource:
     """Start noise per block and fresh noise between steps, float32 [B, n, C, h, w] on `device`.
 
-    seed: one integer, or one per batch row; row b with seed s is the same video whatever the batch.
+    frames: generated frames in all, None = without end. seed: one integer, or one per batch row; row b with seed s is the same video whatever the batch.
     noise: explicit start noise [B, F, C, h, w] of all generated frames, in order.
     renoise: explicit noise between steps, block by block and step by step, each [B * n, C, h, w] or [B, n, C, h, w].
     """
@@ -47,6 +47,7 @@ class NoiseSource:
         batch: int,
         device: torch.device,
         *,
+        frames: int | None = None,
         seed: int | Sequence[int] = 0,
         noise: Tensor | None = None,
         renoise: Iterable[Tensor] | None = None,
@@ -56,6 +57,8 @@ class NoiseSource:
             raise InputError(
                 f"noise must be [B={batch}, F, {', '.join(map(str, frame_shape))}], got {list(noise.shape)}"
             )
+        if noise is not None and frames is not None and noise.shape[1] != frames:
+            raise InputError(f"noise must cover the {frames} generated frames, got {noise.shape[1]}")
         self.frame_shape, self.batch, self.device = frame_shape, batch, device
         self._noise = noise
         self._renoise = None if renoise is None else iter(renoise)

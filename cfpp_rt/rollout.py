@@ -86,14 +86,14 @@ class Rollout:
             )
         if initial is not None and not bool(initial.isfinite().all()):
             raise InputError("initial must be finite, got NaN or infinity")
-
         if not bool(text.embeds.isfinite().all()):
             raise InputError("text embeds must be finite, got NaN or infinity")
-        if noise is not None and frames is not None and noise.ndim == 5 and noise.shape[1] != frames - given:
-            raise InputError(f"noise must cover the {frames - given} generated frames, got {noise.shape[1]}")
 
         self.model, self.config, self.frames = model, config, frames
-        self.noise = NoiseSource(frame_shape, batch, model.device, seed=seed, noise=noise, renoise=renoise)
+        generated = None if frames is None else frames - given
+        self.noise = NoiseSource(
+            frame_shape, batch, model.device, frames=generated, seed=seed, noise=noise, renoise=renoise
+        )
         sinks, ring = slots_for(config, frames)
         shape = CacheShape.of(model.config, batch, sinks + ring, model.config.tokens_per_frame(*latent_size))
         require_cache_fits(shape, model.dtype, model.device, config)

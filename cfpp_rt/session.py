@@ -15,14 +15,17 @@ from cfpp_rt.timing import Timings
 from cfpp_rt.values import Conditioning, Frames
 
 
-def latent_frames(pictures: int, factor: int, block: int) -> int:
-    """Latent frames of a video of `pictures` frames: the first is alone, then `factor` pictures each."""
+def latent_frames(pictures: int, factor: int, block: int, name: str = "frames") -> int:
+    """Latent frames of a video of `pictures` frames: the first is alone, then `factor` pictures each.
+
+    Raises InputError, naming `name`, where they do not make whole blocks.
+    """
     latents = 1 + (pictures - 1) // factor
     if pictures < 1 or (pictures - 1) % factor or latents % block:
         below = max(latents // block * block, block)
         fitting = [1 + factor * (n - 1) for n in (below, below + block)]
         raise InputError(
-            f"frames must be 1 + {factor} * n and make whole blocks of {block} latent frames"
+            f"{name} must be 1 + {factor} * n pictures and make whole blocks of {block} latent frames"
             f" (such as {fitting[0]} or {fitting[1]}), got {pictures}"
         )
     return latents
@@ -111,13 +114,8 @@ class Stream:
     ) -> Tensor:
         if pixels.ndim != 5 or pixels.shape[0] not in (1, batch) or tuple(pixels.shape[2:]) != (3, *size):
             raise InputError(f"initial must be [1 or {batch}, T, 3, {size[0]}, {size[1]}], got {list(pixels.shape)}")
-        pictures, factor = pixels.shape[1], codec.temporal_factor
-        if (pictures - 1) % factor or (1 + (pictures - 1) // factor) % block:
-            least = 1 + factor * (block - 1)
-            raise InputError(
-                f"initial must have 1 + {factor} * n pictures and make whole blocks of {block} latent frames"
-                f" ({least}, {least + factor * block}, ...), got {pictures}"
-            )
+        pictures = pixels.shape[1]
+        latent_frames(pictures, codec.temporal_factor, block, "initial")
         if frames is not None and pictures >= frames:
             raise InputError(f"frames must be more than the {pictures} given pictures, got {frames}")
         if not (float(pixels.amin()) >= -1.001 and float(pixels.amax()) <= 1.001):

@@ -4,6 +4,9 @@ import dataclasses
 
 import torch
 
+# What weights and cache may be held in, by the name that commands and files use.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 @dataclasses.dataclass(frozen=True)
 class Conditioning:

@@ -11,8 +11,7 @@ from cfpp_rt.checkpoint import write_atomically
 from cfpp_rt.config import ModelConfig
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.weights import read_weights
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from cfpp_rt.values import DTYPES
 
 
 def convert(
