@@ -36,7 +36,8 @@ def _as_seeds(seed: int | Sequence[int], batch: int) -> list[int]:
 class NoiseSource:
     """Start noise per block and fresh noise between steps, float32 [B, n, C, h, w] on `device`.
 
-    frames: generated frames in all, None = without end. seed: one integer, or one per batch row; row b with seed s is the same video whatever the batch.
+    frames: generated frames in all; None = without end.
+    seed: one integer, or one per batch row; row b with seed s is the same video whatever the batch.
     noise: explicit start noise [B, F, C, h, w] of all generated frames, in order.
     renoise: explicit noise between steps, block by block and step by step, each [B * n, C, h, w] or [B, n, C, h, w].
     """
