@@ -1,21 +1,77 @@
-"""The torch.library namespace of the ops, the compiled modules behind them, and which of them runs."""
+"""What the ops share: their torch.library namespace, when to go round it, the compiled modules and which one runs.
+
+An op's module has `_run`, which calls the kernel or the reference, and `_fake`, which makes the result for tracing.
+Its public function calls `_run` straight for `plain` tensors, since the dispatcher costs more than a small kernel, and
+else what `register` returned, so that compilers, exporters and modes see the op. The bindings in csrc check what a
+kernel gets; `expect` serves the paths without a kernel.
+"""
 
 import functools
 import importlib
 import os
 import warnings
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from cfpp_rt.errors import InputError
+from cfpp_rt.ops import _triton
 
 LIBRARY = torch.library.Library("cfpp_rt", "DEF")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/common/dispatch.h
-OPS = ("kv_update_",)
+OPS = ("kv_update_", "block_attention", "adaln_modulate", "gated_residual", "denoise_update")
+_TRITON_OPS = {"adaln_modulate", "denoise_update", "gated_residual"}  # those with their CUDA kernel in Triton
 
 _CHOICES = ("auto", "reference", "cpu", "cuda")
+_ATTENTION_CHOICES = ("kernel", "sdpa", "cudnn", "flash")  # force block_attention only, see ops/attention_table.py
 _MODULES = {"cpu": "cfpp_rt._C", "cuda": "cfpp_rt._C_cuda"}
+_PLAIN_TYPES = {Tensor, torch.nn.Parameter}
+# By name here, since `plain` runs before every kernel and looks each of them up.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transform_level = torch._C._functorch.maybe_current_level
+_is_tracing = torch._C._is_tracing
+_profiler_enabled = torch._C._autograd._profiler_enabled
+
+
+def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Define the op of a schema, with `run` on CPU and CUDA; returns the op."""
+    name = LIBRARY.define(schema)
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, run, key)
+    torch.library.register_fake(f"cfpp_rt::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.cfpp_rt, name).default
+
+
+def plain(tensors: tuple[Tensor, ...]) -> bool:
+    """Nobody but the kernel needs to see this call: no gradient, compiler, tracer, profiler, mode or subclass."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or _dispatch_modes()
+        or _function_modes()
+        or _transform_level() is not None  # vmap, functionalize
+        or _is_tracing()  # torch.jit.trace
+        or _profiler_enabled()
+    ) and _PLAIN_TYPES.issuperset(map(type, tensors))
+
+
+def wrong(op: str, name: str, wanted: str, got: object) -> InputError:
+    return InputError(f"{op}: {name} must be {wanted}, got {got}")
+
+
+def expect(op: str, name: str, tensor: Tensor, shape: dict[str, int], dtype: torch.dtype, device: torch.device) -> None:
+    """Raise InputError unless the tensor has this shape (axis name to size, in order), dtype and device."""
+    if tuple(tensor.shape) != tuple(shape.values()):
+        wanted = ", ".join(f"{axis}={size}" for axis, size in shape.items())
+        raise wrong(op, name, f"[{wanted}]", list(tensor.shape))
+    if tensor.dtype != dtype:
+        raise wrong(op, name, str(dtype), tensor.dtype)
+    if tensor.device != device:
+        raise wrong(op, name, f"on {device}", tensor.device)
 
 
 @functools.cache
@@ -39,8 +95,8 @@ def choose(device_type: str) -> tuple[ModuleType | None, str]:
     reference takes plain PyTorch everywhere. Raises InputError for another value, or a demand that cannot be met.
     """
     wanted = os.environ.get("CFPP_BACKEND", "auto")
-    if wanted not in _CHOICES:
-        raise InputError(f"CFPP_BACKEND must be one of {', '.join(_CHOICES)}, got {wanted!r}")
+    if wanted not in (*_CHOICES, *_ATTENTION_CHOICES):
+        raise InputError(f"CFPP_BACKEND must be one of {', '.join(_CHOICES + _ATTENTION_CHOICES)}, got {wanted!r}")
     if wanted == "reference":
         return None, "CFPP_BACKEND=reference"
     module, reason = _load(device_type)
@@ -64,11 +120,15 @@ def _warn_once(message: str) -> None:
 
 def backends() -> dict[str, dict[str, tuple[str, str]]]:
     """For each op and device type: the backend that runs it ("none" without such a device), and why."""
-    rows = {}
-    for device_type in _MODULES:
-        if device_type == "cuda" and not torch.cuda.is_available():
-            rows[device_type] = ("none", f"no CUDA GPU; {_load(device_type)[1]}")
-            continue
-        module, reason = choose(device_type)
-        rows[device_type] = (device_type if module is not None else "reference", reason)
-    return {op: rows for op in OPS}
+    rows: dict[str, dict[str, tuple[str, str]]] = {op: {} for op in OPS}
+    for op in OPS:
+        for device_type in _MODULES:
+            if device_type == "cuda" and not torch.cuda.is_available():
+                rows[op][device_type] = ("none", f"no CUDA GPU; {_load(device_type)[1]}")
+            elif device_type == "cuda" and op in _TRITON_OPS:
+                ours, reason = _triton.choose()
+                rows[op][device_type] = ("triton" if ours else "reference", reason)
+            else:
+                module, reason = choose(device_type)
+                rows[op][device_type] = (device_type if module is not None else "reference", reason)
+    return rows

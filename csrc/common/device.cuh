@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <utility>
 
 namespace cfpp {
 
@@ -56,6 +57,35 @@ __device__ __forceinline__ float2 cta_sum(float2 sum, float2* shared) {
     total.y += shared[warp].y;
   }
   return total;
+}
+
+// The CTA's dynamic shared memory. Its address is a multiple of 16 bytes, and of 1024 where the CTA has nothing before
+// it.
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+#ifdef CFPP_EMULATE
+  return emulator::cta().shared;
+#else
+  extern __shared__ uint4 cfpp_dynamic_shared[];
+  return reinterpret_cast<unsigned char*>(cfpp_dynamic_shared);
+#endif
+}
+
+// Enqueues the kernel; tests run it on the host instead (tests/emulator).
+template <typename... Params, typename... Args>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
+                   Args&&... args) {
+#ifdef CFPP_EMULATE
+  static_cast<void>(stream);
+  emulator::run_grid(grid, threads, shared_bytes, [&] { kernel(args...); });
+  return cudaSuccess;
+#else
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
+#endif
 }
 
 // Makes `device` current for this scope, and the caller's device again after it.

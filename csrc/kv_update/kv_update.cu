@@ -3,10 +3,12 @@
 // (8192 channels in 16-bit, 4096 in float32) each thread keeps its pack in registers between the two passes; wider or
 // unaligned rows are read a second time, from L1.
 // What binds: bytes. 6 * H * D elements move per token (3 in, 3 out); about 20 FLOPs per element of q and k are far
-// below the roof. Norm weights and rotation tables are shared by all CTAs and stay in L2 and L1. Assumes: D even; a
-// head starts on a pack boundary (D % kWidth == 0); for packs of 16 bytes also that all pointers and strides are
-// multiples of 16 bytes, else the launcher takes packs of 2 elements moved one by one. A write_index outside [0,
-// capacity - S / groups] traps: see kv_update.h.
+// below the roof. A frame is only a few waves of CTAs, so the chain of waits within one counts: all that a thread reads
+// is asked for before it waits for any of it. Norm weights and rotation tables are shared by all CTAs and stay in L2
+// and L1. Assumes: D even; a head starts on a pack boundary (D % kWidth == 0); for packs of 16 bytes also that all
+// pointers and strides are multiples of 16 bytes, else the launcher takes packs of 2 elements moved one by one. A
+// write_index outside [0, capacity - S / groups] traps: see kv_update.h.
+#include <cstring>
 #include <initializer_list>
 
 #include "common/device.cuh"
@@ -47,66 +49,114 @@ __device__ __forceinline__ void rotate(T* x, const T* weight, float scale, float
   x[1] = from_float<T>(x0 * r.y + x1 * r.x);
 }
 
+// One access of 16 bytes if kVector; the compiler alone would store a struct of 16-bit floats in pieces of 4.
+template <typename T, int kWidth, bool kVector>
+__device__ __forceinline__ void write_pack(T* target, const Pack<T, kWidth, kVector>& pack) {
+  if constexpr (kVector) {
+    static_assert(sizeof(pack) == sizeof(uint4));
+    uint4 bits;
+    memcpy(&bits, &pack, sizeof(bits));
+    __stwb(reinterpret_cast<uint4*>(target), bits);
+  } else {
+    *reinterpret_cast<Pack<T, kWidth, kVector>*>(target) = pack;
+  }
+}
+
+// What a pack of q and one of k are multiplied with.
+template <typename P, int kWidth>
+struct Factors {
+  P q_weight, k_weight;
+  float2 rotation[kWidth / 2];
+};
+
 // kHold: blockDim.x * kWidth >= H * D, so that a thread has one pack per row and keeps it in registers.
 template <typename T, int kWidth, bool kVector, bool kHold>
 __global__ void __launch_bounds__(kHold ? kMaxThreads : kRereadThreads) kv_update_kernel(const KvUpdateParams p) {
   using P = Pack<T, kWidth, kVector>;
   __shared__ float2 warp_sums[kMaxThreads / kWarpSize];
-  const int64_t s = blockIdx.x, b = blockIdx.y;
+  const int token = static_cast<int>(blockIdx.x), b = static_cast<int>(blockIdx.y);
   const int head_dim = static_cast<int>(p.head_dim);
   const int packs = static_cast<int>(p.channels()) / kWidth;
   const int group_tokens = static_cast<int>(p.tokens_per_group());
-  const int group = static_cast<int>(s) / group_tokens;
+  const int group = token / group_tokens;
   const int first = p.write_index_ptr[b * p.write_index_stride[0] + group * p.write_index_stride[1]];
-  if (first < 0 || first > p.capacity - group_tokens) __trap();
-  const int64_t slot = first + static_cast<int>(s) % group_tokens;
+  const int64_t slot = first + token % group_tokens;
 
-  const T* q_row = static_cast<const T*>(p.q_ptr) + b * p.q_stride[0] + s * p.q_stride[1];
-  const T* k_row = static_cast<const T*>(p.k_ptr) + b * p.k_stride[0] + s * p.k_stride[1];
-  const T* v_row = static_cast<const T*>(p.v_ptr) + b * p.v_stride[0] + s * p.v_stride[1];
-  T* q_out = static_cast<T*>(p.q_out_ptr) + (b * p.heads * p.tokens() + s) * head_dim;
+  const T* q_row = static_cast<const T*>(p.q_ptr) + b * p.q_stride[0] + token * p.q_stride[1];
+  const T* k_row = static_cast<const T*>(p.k_ptr) + b * p.k_stride[0] + token * p.k_stride[1];
+  const T* v_row = static_cast<const T*>(p.v_ptr) + b * p.v_stride[0] + token * p.v_stride[1];
+  T* q_out = static_cast<T*>(p.q_out_ptr) + (b * p.heads * p.tokens() + token) * head_dim;
   T* k_out = static_cast<T*>(p.k_cache_ptr) + b * p.k_cache_stride[0] + slot * p.k_cache_stride[2];
   T* v_out = static_cast<T*>(p.v_cache_ptr) + b * p.v_cache_stride[0] + slot * p.v_cache_stride[2];
 
-  P q{}, k{};
-  float2 sum = make_float2(0.f, 0.f);
-  for (int pack = threadIdx.x; pack < packs; pack += blockDim.x) {
-    const int channel = pack * kWidth, head = channel / head_dim;
-    q = *reinterpret_cast<const P*>(q_row + channel);
-    k = *reinterpret_cast<const P*>(k_row + channel);
-    const P v = *reinterpret_cast<const P*>(v_row + channel);
-    *reinterpret_cast<P*>(v_out + head * p.v_cache_stride[1] + (channel - head * head_dim)) = v;
-    sum.x += sum_of_squares(q.value);
-    sum.y += sum_of_squares(k.value);
-    if (kHold) break;
-  }
-  sum = cta_sum(sum, warp_sums);
-  const float inverse = 1.f / static_cast<float>(p.channels());
-  const float q_scale = rsqrtf(fmaf(sum.x, inverse, p.eps)), k_scale = rsqrtf(fmaf(sum.y, inverse, p.eps));
-
-  const int columns = static_cast<int>(p.columns), rows = static_cast<int>(p.rows), token = static_cast<int>(s);
+  const int columns = static_cast<int>(p.columns), rows = static_cast<int>(p.rows);
   const int column = token % columns, row = token / columns % rows, frame = token / (columns * rows);
   const int time_pairs = static_cast<int>(p.time_pairs), row_pairs = static_cast<int>(p.row_pairs);
   const float* time = p.rope_t_ptr + b * p.rope_t_stride[0] + frame * p.rope_t_stride[1];
   const float* vertical = p.rope_h_ptr + row * 2 * p.row_pairs;
   const float* horizontal = p.rope_w_ptr + column * 2 * p.column_pairs;
-  for (int pack = threadIdx.x; pack < packs; pack += blockDim.x) {
-    const int channel = pack * kWidth, head = channel / head_dim, within = channel - head * head_dim;
-    if (!kHold) {
-      q = *reinterpret_cast<const P*>(q_row + channel);
-      k = *reinterpret_cast<const P*>(k_row + channel);
+
+  const auto read = [](const void* source, int channel) {
+    return *reinterpret_cast<const P*>(static_cast<const T*>(source) + channel);
+  };
+  const auto read_factors = [&](int channel) {
+    Factors<P, kWidth> f{read(p.q_norm_ptr, channel), read(p.k_norm_ptr, channel), {}};
+    const int pair = channel % head_dim / 2;
+#pragma unroll
+    for (int i = 0; i < kWidth / 2; ++i) {
+      f.rotation[i] = rotation(pair + i, time_pairs, row_pairs, time, vertical, horizontal);
     }
-    const P q_weight = *reinterpret_cast<const P*>(static_cast<const T*>(p.q_norm_ptr) + channel);
-    const P k_weight = *reinterpret_cast<const P*>(static_cast<const T*>(p.k_norm_ptr) + channel);
+    return f;
+  };
+  const auto write_v = [&](int channel, const P& v) {
+    const int head = channel / head_dim;
+    write_pack(v_out + head * p.v_cache_stride[1] + (channel - head * head_dim), v);
+  };
+  const auto write_q_and_k = [&](int channel, P q, P k, const Factors<P, kWidth>& f, float q_scale, float k_scale) {
 #pragma unroll
     for (int i = 0; i < kWidth; i += 2) {
-      const float2 r = rotation((within + i) / 2, time_pairs, row_pairs, time, vertical, horizontal);
-      rotate(q.value + i, q_weight.value + i, q_scale, r);
-      rotate(k.value + i, k_weight.value + i, k_scale, r);
+      rotate(q.value + i, f.q_weight.value + i, q_scale, f.rotation[i / 2]);
+      rotate(k.value + i, f.k_weight.value + i, k_scale, f.rotation[i / 2]);
     }
-    *reinterpret_cast<P*>(q_out + head * p.tokens() * head_dim + within) = q;
-    *reinterpret_cast<P*>(k_out + head * p.k_cache_stride[1] + within) = k;
-    if (kHold) break;
+    const int head = channel / head_dim, within = channel - head * head_dim;
+    write_pack(q_out + head * p.tokens() * head_dim + within, q);
+    write_pack(k_out + head * p.k_cache_stride[1] + within, k);
+  };
+  const auto check_slot = [&] {
+    if (first < 0 || first > p.capacity - group_tokens) __trap();
+  };
+  const auto scale_of = [&](float sum) { return rsqrtf(fmaf(sum, 1.f / static_cast<float>(p.channels()), p.eps)); };
+
+  float2 sum = make_float2(0.f, 0.f);
+  if constexpr (kHold) {
+    const int channel = static_cast<int>(threadIdx.x) * kWidth;
+    const bool active = static_cast<int>(threadIdx.x) < packs;
+    P q{}, k{}, v{};
+    Factors<P, kWidth> factors{};
+    if (active) {
+      q = read(q_row, channel);
+      k = read(k_row, channel);
+      v = read(v_row, channel);
+      factors = read_factors(channel);
+    }
+    check_slot();  // only now: it waits for the index
+    if (active) write_v(channel, v);
+    sum = cta_sum(make_float2(sum_of_squares(q.value), sum_of_squares(k.value)), warp_sums);
+    if (active) write_q_and_k(channel, q, k, factors, scale_of(sum.x), scale_of(sum.y));
+  } else {
+    check_slot();
+    for (int pack = threadIdx.x; pack < packs; pack += blockDim.x) {
+      const P q = read(q_row, pack * kWidth), k = read(k_row, pack * kWidth);
+      write_v(pack * kWidth, read(v_row, pack * kWidth));
+      sum.x += sum_of_squares(q.value);
+      sum.y += sum_of_squares(k.value);
+    }
+    sum = cta_sum(sum, warp_sums);
+    const float q_scale = scale_of(sum.x), k_scale = scale_of(sum.y);
+    for (int pack = threadIdx.x; pack < packs; pack += blockDim.x) {
+      const int channel = pack * kWidth;
+      write_q_and_k(channel, read(q_row, channel), read(k_row, channel), read_factors(channel), q_scale, k_scale);
+    }
   }
 }
 

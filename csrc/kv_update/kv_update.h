@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "common/check.h"
 #include "common/dispatch.h"
+#include "common/status.h"
 
 namespace cfpp {
 

@@ -1,95 +1,118 @@
-// Python's integers to KvUpdateParams. Shapes, dtypes and devices have been checked by cfpp_rt/ops/kv_update.py.
+// Checks the tensors of kv_update_ and hands them to the launcher of this module's device.
 #include <pybind11/pybind11.h>
 
-#include <array>
 #include <stdexcept>
 
+#include "common/checks.h"
 #include "kv_update/kv_update.h"
-
-namespace py = pybind11;
 
 namespace cfpp {
 namespace {
 
-// Reads a tuple of integers in order.
-class Reader {
- public:
-  explicit Reader(const py::tuple& values) : values_(values.ptr()), size_(PyTuple_GET_SIZE(values.ptr())) {}
-  int64_t integer() {
-    if (next_ >= size_) throw std::invalid_argument("kv_update_: too few integers");
-    const int64_t value = PyLong_AsLongLong(PyTuple_GET_ITEM(values_, next_++));
-    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-    return value;
+void check_rotation(const Tensor& time, const Tensor& row, const Tensor& column, int64_t batch, int64_t head_dim) {
+  check_shape(time, {{"B", batch}, {"F", -1}, {"n_time", -1}, {"(cos, sin)", 2}});
+  check_shape(row, {{"rows", -1}, {"n_row", -1}, {"(cos, sin)", 2}});
+  check_shape(column, {{"columns", -1}, {"n_column", -1}, {"(cos, sin)", 2}});
+  const int64_t pairs = time.size(2) + row.size(1) + column.size(1);
+  if (2 * pairs != head_dim) {
+    raise_input_error("kv_update_: rope_t, rope_h, rope_w must be (cos, sin) of D/2=" + std::to_string(head_dim / 2) +
+                      " pairs together, got " + std::to_string(pairs));
   }
-  template <typename T>
-  T* pointer() {
-    return reinterpret_cast<T*>(static_cast<uintptr_t>(integer()));
+  for (const Tensor* table : {&time, &row, &column}) check_dtype(*table, DType::kFloat32);
+  check_contiguous(row);
+  check_contiguous(column);
+  if ((time.size(2) > 1 && time.stride(2) != 2) || time.stride(3) != 1) {
+    time.refuse("contiguous in its last two dimensions", time.strides_text() + " as strides");
   }
-  template <size_t kCount>
-  void integers(int64_t (&out)[kCount]) {
-    for (int64_t& value : out) value = integer();
-  }
-  void finish() const {
-    if (next_ != size_) throw std::invalid_argument("kv_update_: too many integers");
-  }
+}
 
- private:
-  PyObject* values_;
-  Py_ssize_t size_;
-  Py_ssize_t next_ = 0;
-};
+void kv_update(py::handle q_out_object, py::handle k_cache_object, py::handle v_cache_object, py::handle q_object,
+               py::handle k_object, py::handle v_object, py::handle q_norm_object, py::handle k_norm_object,
+               py::handle rope_t_object, py::handle rope_h_object, py::handle rope_w_object,
+               py::handle write_index_object, double eps, [[maybe_unused]] int num_threads) {
+  const auto tensor = [](const char* name, py::handle object) { return Tensor("kv_update_", name, object); };
+  const Tensor q_out = tensor("q_out", q_out_object), k_cache = tensor("k_cache", k_cache_object);
+  const Tensor v_cache = tensor("v_cache", v_cache_object), q = tensor("q", q_object);
+  const Tensor k = tensor("k", k_object), v = tensor("v", v_object);
+  const Tensor q_norm = tensor("q_norm", q_norm_object), k_norm = tensor("k_norm", k_norm_object);
+  const Tensor rope_t = tensor("rope_t", rope_t_object), rope_h = tensor("rope_h", rope_h_object);
+  const Tensor rope_w = tensor("rope_w", rope_w_object), write_index = tensor("write_index", write_index_object);
 
-KvUpdateParams read_params(int dtype, const py::tuple& pointers, const py::tuple& layout, double eps) {
+  if (k_cache.dim() != 4 || k_cache.size(3) % 2) k_cache.refuse("[B, H, capacity, even D]", k_cache.shape_text());
   KvUpdateParams p{};
-  p.dtype = static_cast<DType>(dtype);
-  Reader in(pointers);
-  p.k_cache_ptr = in.pointer<void>();
-  p.v_cache_ptr = in.pointer<void>();
-  p.q_out_ptr = in.pointer<void>();
-  p.q_ptr = in.pointer<const void>();
-  p.k_ptr = in.pointer<const void>();
-  p.v_ptr = in.pointer<const void>();
-  p.q_norm_ptr = in.pointer<const void>();
-  p.k_norm_ptr = in.pointer<const void>();
-  p.rope_t_ptr = in.pointer<const float>();
-  p.rope_h_ptr = in.pointer<const float>();
-  p.rope_w_ptr = in.pointer<const float>();
-  p.write_index_ptr = in.pointer<const int32_t>();
-  in.finish();
-  Reader sizes(layout);
-  for (int64_t* field : {&p.batch, &p.heads, &p.head_dim, &p.capacity, &p.frames, &p.rows, &p.columns, &p.groups,
-                         &p.time_pairs, &p.row_pairs, &p.column_pairs}) {
-    *field = sizes.integer();
-  }
-  sizes.integers(p.k_cache_stride);
-  sizes.integers(p.v_cache_stride);
-  sizes.integers(p.q_stride);
-  sizes.integers(p.k_stride);
-  sizes.integers(p.v_stride);
-  sizes.integers(p.rope_t_stride);
-  sizes.integers(p.write_index_stride);
-  sizes.finish();
-  p.eps = static_cast<float>(eps);
-  return p;
-}
+  p.batch = k_cache.size(0);
+  p.heads = k_cache.size(1);
+  p.capacity = k_cache.size(2);
+  p.head_dim = k_cache.size(3);
+  check_rotation(rope_t, rope_h, rope_w, p.batch, p.head_dim);
+  p.frames = rope_t.size(1);
+  p.rows = rope_h.size(0);
+  p.columns = rope_w.size(0);
+  p.time_pairs = rope_t.size(2);
+  p.row_pairs = rope_h.size(1);
+  p.column_pairs = rope_w.size(1);
+  if (p.tokens() < 1) raise_input_error("kv_update_: S = F * rows * columns must be at least 1, got 0");
 
+  for (const Tensor* row : {&q, &k, &v}) {
+    check_shape(*row, {{"B", p.batch}, {"S", p.tokens()}, {"H*D", p.channels()}});
+    check_contiguous_rows(*row);
+  }
+  check_shape(v_cache, {{"B", p.batch}, {"H", p.heads}, {"capacity", p.capacity}, {"D", p.head_dim}});
+  check_contiguous_rows(k_cache);
+  check_contiguous_rows(v_cache);
+  check_shape(q_out, {{"B", p.batch}, {"H", p.heads}, {"S", p.tokens()}, {"D", p.head_dim}});
+  check_contiguous(q_out);
+  for (const Tensor* norm : {&q_norm, &k_norm}) {
+    check_shape(*norm, {{"H*D", p.channels()}});
+    check_contiguous(*norm);
+  }
+  p.groups = write_index.dim() == 2 ? write_index.size(1) : 0;
+  if (p.groups < 1 || write_index.size(0) != p.batch || p.tokens() % p.groups) {
+    write_index.refuse("[B=" + std::to_string(p.batch) + ", G] with G a divisor of S=" + std::to_string(p.tokens()),
+                       write_index.shape_text());
+  }
+  check_dtype(write_index, DType::kInt32);
+  check_dtype(q, {DType::kFloat32, DType::kBFloat16, DType::kFloat16});
+  for (const Tensor* like : {&q_out, &k_cache, &v_cache, &k, &v, &q_norm, &k_norm}) check_same_dtype(*like, q);
+  check_device(q, CFPP_CUDA);
+  for (const Tensor* near :
+       {&q_out, &k_cache, &v_cache, &k, &v, &q_norm, &k_norm, &rope_t, &rope_h, &rope_w, &write_index}) {
+    check_same_device(*near, q);
+  }
+
+  p.dtype = q.dtype();
+  p.k_cache_ptr = k_cache.data();
+  p.v_cache_ptr = v_cache.data();
+  p.q_out_ptr = q_out.data();
+  p.q_ptr = q.data();
+  p.k_ptr = k.data();
+  p.v_ptr = v.data();
+  p.q_norm_ptr = q_norm.data();
+  p.k_norm_ptr = k_norm.data();
+  p.rope_t_ptr = rope_t.data<float>();
+  p.rope_h_ptr = rope_h.data<float>();
+  p.rope_w_ptr = rope_w.data<float>();
+  p.write_index_ptr = write_index.data<int32_t>();
+  k_cache.copy_strides(p.k_cache_stride);
+  v_cache.copy_strides(p.v_cache_stride);
+  q.copy_strides(p.q_stride);
+  k.copy_strides(p.k_stride);
+  v.copy_strides(p.v_stride);
+  rope_t.copy_strides(p.rope_t_stride);
+  write_index.copy_strides(p.write_index_stride);
+  p.eps = static_cast<float>(eps);
 #if CFPP_CUDA
-void kv_update(int dtype, const py::tuple& pointers, const py::tuple& layout, double eps, int device, int64_t stream) {
-  const KvUpdateParams params = read_params(dtype, pointers, layout, eps);
-  const Status status = kv_update_cuda(params, device, reinterpret_cast<void*>(stream));
+  const Status status = kv_update_cuda(p, q.device_index(), q.current_stream());
   if (!status.empty()) throw std::runtime_error(status);
-}
 #else
-void kv_update(int dtype, const py::tuple& pointers, const py::tuple& layout, double eps, int num_threads) {
-  const KvUpdateParams params = read_params(dtype, pointers, layout, eps);
   Status status;
   {
     py::gil_scoped_release release;
-    status = kv_update_cpu(params, num_threads);
+    status = kv_update_cpu(p, num_threads);
   }
-  if (!status.empty()) throw py::value_error(status);
-}
+  if (!status.empty()) raise_input_error(status);
 #endif
+}
 
 }  // namespace
 

@@ -1,144 +1,206 @@
-// CPU kernel of kv_update_. One task per token: the row is widened to float in an L1-sized buffer, normalised and
-// rotated there, and narrowed once into its destination. What binds is memory traffic, so a row is read and written
-// once.
-#include <omp.h>
+// CPU kernel of kv_update_. Threads share the tokens. A row of q or k is read twice, for the sum of squares and, then
+// from L1, to be normalised, rotated, narrowed and written in vectors of 16. What binds is memory traffic: 6 * H * D
+// elements a token, and for large calls no more, since streaming stores keep the destinations from being read first.
+// All functions that pass vectors are inlined, so how a call would pass them is no matter.
+#pragma GCC diagnostic ignored "-Wpsabi"
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
 
+#include "common/cpu.h"
 #include "common/half.h"
 #include "kv_update/kv_update.h"
 
-// The row function is compiled per instruction set and chosen at load time; elsewhere the plain build serves.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define CFPP_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CFPP_CLONES
+#if defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 namespace cfpp {
 namespace {
 
-struct Row {
-  const void* source;     // [heads * head_dim]
-  const float* weight;    // [heads * head_dim]
-  const float* rotation;  // [head_dim / 2, 2], (cos, sin) of this token
-  float* buffer;          // [heads * head_dim] scratch
-  char* target;           // first head's head_dim elements
-  int64_t head_stride;    // between heads of target, in elements
-  int64_t heads, head_dim;
-  float eps;
+constexpr int kLanes = 16;
+constexpr int kWidth = 2 * kLanes;         // channels a vector step takes
+constexpr int64_t kStreamBytes = 8 << 20;  // a call that writes more than this would not stay in the cache anyway
+
+typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
+typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+
+// kWidth channels: the first and the second of each adjacent pair.
+struct Pairs {
+  Floats first, second;
 };
 
+template <typename Vector>
+[[gnu::always_inline]] inline Vector read(const void* source) {
+  Vector vector;
+  std::memcpy(&vector, source, sizeof(Vector));
+  return vector;
+}
+
+// A pair of 16-bit channels is one word, the first channel in its low half.
+[[gnu::always_inline]] inline Pairs load(const bfloat16* source) {
+  const Words words = read<Words>(source);
+  return {bit_cast<Floats>(words << 16), bit_cast<Floats>(words & 0xffff0000u)};
+}
+[[gnu::always_inline]] inline Pairs load(const float16* source) {
+  const Words words = read<Words>(source);
+  return {bit_cast<Floats>(widen_float16<Floats>(words & 0xffffu)),
+          bit_cast<Floats>(widen_float16<Floats>(words >> 16))};
+}
+[[gnu::always_inline]] inline Pairs load(const float* source) {
+  const Floats low = read<Floats>(source), high = read<Floats>(source + kLanes);
+  const Words even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+  return {__builtin_shuffle(low, high, even), __builtin_shuffle(low, high, even + 1)};
+}
+
+// kStream: past the caches; both sides 16-byte aligned multiples of 16 bytes.
+template <bool kStream, typename Vector>
+[[gnu::always_inline]] inline void write(void* target, Vector vector) {
+#if defined(__SSE2__)
+  if (kStream) {
+    __m128i parts[sizeof(Vector) / sizeof(__m128i)];
+    std::memcpy(parts, &vector, sizeof(Vector));
+    for (size_t i = 0; i < sizeof(Vector) / sizeof(__m128i); ++i) {
+      _mm_stream_si128(static_cast<__m128i*>(target) + i, parts[i]);
+    }
+    return;
+  }
+#endif
+  std::memcpy(target, &vector, sizeof(Vector));
+}
+
+template <bool kStream>
+[[gnu::always_inline]] inline void store(bfloat16* target, const Pairs& x) {
+  write<kStream>(target, narrow_to_bfloat16(bit_cast<Words>(x.first)) | narrow_to_bfloat16(bit_cast<Words>(x.second))
+                                                                            << 16);
+}
+template <bool kStream>
+[[gnu::always_inline]] inline void store(float16* target, const Pairs& x) {
+  write<kStream>(target, narrow_to_float16<Floats>(bit_cast<Words>(x.first)) |
+                             narrow_to_float16<Floats>(bit_cast<Words>(x.second)) << 16);
+}
+template <bool kStream>
+[[gnu::always_inline]] inline void store(float* target, const Pairs& x) {
+  const Words low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+  write<kStream>(target, __builtin_shuffle(x.first, x.second, low));
+  write<kStream>(target + kLanes, __builtin_shuffle(x.first, x.second, low + kLanes / 2));
+}
+
 template <typename T>
-[[gnu::always_inline]] inline void norm_rotate(const Row& row) {
-  const int64_t channels = row.heads * row.head_dim;
-  const T* __restrict__ source = static_cast<const T*>(row.source);
-  float* __restrict__ buffer = row.buffer;
+[[gnu::always_inline]] inline float mean_of_squares(const T* row, int64_t channels) {
+  Floats sums[4] = {};  // several chains, since one would wait for each addition
+  int64_t i = 0;
+  for (; i + 2 * kWidth <= channels; i += 2 * kWidth) {
+    const Pairs x = load(row + i), y = load(row + i + kWidth);
+    sums[0] += x.first * x.first;
+    sums[1] += x.second * x.second;
+    sums[2] += y.first * y.first;
+    sums[3] += y.second * y.second;
+  }
+  const Floats lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   float sum = 0.f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < channels; ++i) {
-    const float x = to_float(source[i]);
-    buffer[i] = x;
-    sum += x * x;
-  }
-  const float scale = 1.f / std::sqrt(sum / static_cast<float>(channels) + row.eps);
-  const float* __restrict__ rotation = row.rotation;
-  for (int64_t h = 0; h < row.heads; ++h) {
-    float* __restrict__ x = buffer + h * row.head_dim;
-    const float* __restrict__ weight = row.weight + h * row.head_dim;
-#pragma omp simd
-    for (int64_t i = 0; i < row.head_dim; i += 2) {
-      const float x0 = x[i] * scale * weight[i];
-      const float x1 = x[i + 1] * scale * weight[i + 1];
-      x[i] = x0 * rotation[i] - x1 * rotation[i + 1];
-      x[i + 1] = x0 * rotation[i + 1] + x1 * rotation[i];
+  for (int j = 0; j < kLanes; ++j) sum += lanes[j];
+  for (; i < channels; ++i) sum += to_float(row[i]) * to_float(row[i]);
+  return sum / static_cast<float>(channels);
+}
+
+// The turn of each pair of a head at one token.
+struct Rotation {
+  explicit Rotation(int64_t pairs) : cos(pairs), sin(pairs) {}
+  // Sets `pairs` of them from `first` on from a table of (cos, sin).
+  void set(int64_t first, const float* table, int64_t pairs) {
+    for (int64_t i = 0; i < pairs; ++i) {
+      cos[first + i] = table[2 * i];
+      sin[first + i] = table[2 * i + 1];
     }
-    T* __restrict__ target = reinterpret_cast<T*>(row.target) + h * row.head_stride;
-#pragma omp simd
-    for (int64_t i = 0; i < row.head_dim; ++i) target[i] = from_float<T>(x[i]);
   }
-}
-
-CFPP_CLONES void norm_rotate_row(const Row& row, float) { norm_rotate<float>(row); }
-CFPP_CLONES void norm_rotate_row(const Row& row, bfloat16) { norm_rotate<bfloat16>(row); }
-CFPP_CLONES void norm_rotate_row(const Row& row, float16) { norm_rotate<float16>(row); }
-
-template <typename T>
-std::vector<float> widen(const void* weight, int64_t count) {
-  std::vector<float> result(count);
-  for (int64_t i = 0; i < count; ++i) result[i] = to_float(static_cast<const T*>(weight)[i]);
-  return result;
-}
-
-// Where token s of batch row b lies in the three axes and in the cache.
-struct Token {
-  int64_t batch, index, frame, row, column, cache_index;
+  std::vector<float> cos, sin;
 };
 
-Token locate(const KvUpdateParams& p, int64_t flat) {
-  Token t{};
-  t.batch = flat / p.tokens();
-  t.index = flat % p.tokens();
-  t.column = t.index % p.columns;
-  t.row = t.index / p.columns % p.rows;
-  t.frame = t.index / (p.columns * p.rows);
-  const int64_t group = t.index / p.tokens_per_group();
-  t.cache_index = p.write_index_ptr[t.batch * p.write_index_stride[0] + group * p.write_index_stride[1]] +
-                  t.index % p.tokens_per_group();
-  return t;
-}
-
-void gather_rotation(const KvUpdateParams& p, const Token& t, float* out) {
-  const float* time = p.rope_t_ptr + t.batch * p.rope_t_stride[0] + t.frame * p.rope_t_stride[1];
-  out = std::copy_n(time, 2 * p.time_pairs, out);
-  out = std::copy_n(p.rope_h_ptr + t.row * 2 * p.row_pairs, 2 * p.row_pairs, out);
-  std::copy_n(p.rope_w_ptr + t.column * 2 * p.column_pairs, 2 * p.column_pairs, out);
-}
-
-template <typename T>
-void run(const KvUpdateParams& p, int num_threads) {
-  const std::vector<float> q_weight = widen<T>(p.q_norm_ptr, p.channels());
-  const std::vector<float> k_weight = widen<T>(p.k_norm_ptr, p.channels());
-  const int64_t total = p.batch * p.tokens();
-#pragma omp parallel num_threads(static_cast<int>(std::clamp<int64_t>(num_threads, 1, total)))
-  {
-    std::vector<float> buffer(p.channels()), rotation(p.head_dim);
-    const auto at = [](const void* base, int64_t offset) { return static_cast<const T*>(base) + offset; };
-    const auto out = [](void* base, int64_t offset) { return static_cast<T*>(base) + offset; };
-#pragma omp for schedule(static)
-    for (int64_t flat = 0; flat < total; ++flat) {
-      const Token t = locate(p, flat);
-      gather_rotation(p, t, rotation.data());
-      Row row{};
-      row.rotation = rotation.data();
-      row.buffer = buffer.data();
-      row.heads = p.heads;
-      row.head_dim = p.head_dim;
-      row.eps = p.eps;
-
-      row.source = at(p.q_ptr, t.batch * p.q_stride[0] + t.index * p.q_stride[1]);
-      row.weight = q_weight.data();
-      row.target = reinterpret_cast<char*>(out(p.q_out_ptr, (t.batch * p.heads * p.tokens() + t.index) * p.head_dim));
-      row.head_stride = p.tokens() * p.head_dim;
-      norm_rotate_row(row, T{});
-
-      row.source = at(p.k_ptr, t.batch * p.k_stride[0] + t.index * p.k_stride[1]);
-      row.weight = k_weight.data();
-      row.target = reinterpret_cast<char*>(
-          out(p.k_cache_ptr, t.batch * p.k_cache_stride[0] + t.cache_index * p.k_cache_stride[2]));
-      row.head_stride = p.k_cache_stride[1];
-      norm_rotate_row(row, T{});
-
-      const T* v = at(p.v_ptr, t.batch * p.v_stride[0] + t.index * p.v_stride[1]);
-      T* v_target = out(p.v_cache_ptr, t.batch * p.v_cache_stride[0] + t.cache_index * p.v_cache_stride[2]);
-      for (int64_t h = 0; h < p.heads; ++h) {
-        std::memcpy(v_target + h * p.v_cache_stride[1], v + h * p.head_dim, p.head_dim * sizeof(T));
-      }
+template <bool kStream, typename T>
+[[gnu::always_inline]] inline void norm_rotate(const KvUpdateParams& p, const T* row, const T* weight,
+                                               const Rotation& rotation, T* target, int64_t head_stride) {
+  const float scale = 1.f / std::sqrt(mean_of_squares(row, p.channels()) + p.eps);
+  const float *cos = rotation.cos.data(), *sin = rotation.sin.data();
+  for (int64_t h = 0; h < p.heads; ++h, row += p.head_dim, weight += p.head_dim, target += head_stride) {
+    int64_t i = 0;
+    for (; i + kWidth <= p.head_dim; i += kWidth) {
+      const Pairs x = load(row + i), w = load(weight + i);
+      const Floats first = x.first * scale * w.first, second = x.second * scale * w.second;
+      const Floats c = read<Floats>(cos + i / 2), s = read<Floats>(sin + i / 2);
+      store<kStream>(target + i, {first * c - second * s, first * s + second * c});
+    }
+    for (; i < p.head_dim; i += 2) {
+      const float first = to_float(row[i]) * scale * to_float(weight[i]);
+      const float second = to_float(row[i + 1]) * scale * to_float(weight[i + 1]);
+      target[i] = from_float<T>(first * cos[i / 2] - second * sin[i / 2]);
+      target[i + 1] = from_float<T>(first * sin[i / 2] + second * cos[i / 2]);
     }
   }
+}
+
+template <bool kStream>
+[[gnu::always_inline]] inline void copy(char* target, const char* source, int64_t bytes) {
+  if (!kStream) {
+    std::memcpy(target, source, bytes);
+    return;
+  }
+  for (int64_t i = 0; i < bytes; i += sizeof(Words)) write<kStream>(target + i, read<Words>(source + i));
+}
+
+// Tokens first .. last of the B * S of a call.
+template <bool kStream, typename T>
+[[gnu::always_inline]] inline void update(const KvUpdateParams& p, int64_t first, int64_t last) {
+  Rotation rotation(p.head_dim / 2);
+  for (int64_t flat = first; flat < last; ++flat) {
+    const int64_t b = flat / p.tokens(), s = flat % p.tokens(), group = s / p.tokens_per_group();
+    const int64_t column = s % p.columns, row = s / p.columns % p.rows, frame = s / (p.columns * p.rows);
+    const int64_t slot =
+        p.write_index_ptr[b * p.write_index_stride[0] + group * p.write_index_stride[1]] + s % p.tokens_per_group();
+    if (column == 0 || flat == first) {
+      const float* time = p.rope_t_ptr + b * p.rope_t_stride[0] + frame * p.rope_t_stride[1];
+      rotation.set(0, time, p.time_pairs);
+      rotation.set(p.time_pairs, p.rope_h_ptr + row * 2 * p.row_pairs, p.row_pairs);
+    }
+    rotation.set(p.time_pairs + p.row_pairs, p.rope_w_ptr + column * 2 * p.column_pairs, p.column_pairs);
+
+    const T* q = static_cast<const T*>(p.q_ptr) + b * p.q_stride[0] + s * p.q_stride[1];
+    const T* k = static_cast<const T*>(p.k_ptr) + b * p.k_stride[0] + s * p.k_stride[1];
+    const T* v = static_cast<const T*>(p.v_ptr) + b * p.v_stride[0] + s * p.v_stride[1];
+    T* q_out = static_cast<T*>(p.q_out_ptr) + (b * p.heads * p.tokens() + s) * p.head_dim;
+    T* k_out = static_cast<T*>(p.k_cache_ptr) + b * p.k_cache_stride[0] + slot * p.k_cache_stride[2];
+    T* v_out = static_cast<T*>(p.v_cache_ptr) + b * p.v_cache_stride[0] + slot * p.v_cache_stride[2];
+    norm_rotate<kStream>(p, q, static_cast<const T*>(p.q_norm_ptr), rotation, q_out, p.tokens() * p.head_dim);
+    norm_rotate<kStream>(p, k, static_cast<const T*>(p.k_norm_ptr), rotation, k_out, p.k_cache_stride[1]);
+    for (int64_t h = 0; h < p.heads; ++h) {
+      copy<kStream>(reinterpret_cast<char*>(v_out + h * p.v_cache_stride[1]),
+                    reinterpret_cast<const char*>(v + h * p.head_dim), p.head_dim * sizeof(T));
+    }
+  }
+#if defined(__SSE2__)
+  if (kStream) _mm_sfence();  // before the thread says that it is done
+#endif
+}
+
+CFPP_CLONES void update(const KvUpdateParams& p, int64_t a, int64_t b, float) { update<false, float>(p, a, b); }
+CFPP_CLONES void update(const KvUpdateParams& p, int64_t a, int64_t b, bfloat16) { update<false, bfloat16>(p, a, b); }
+CFPP_CLONES void update(const KvUpdateParams& p, int64_t a, int64_t b, float16) { update<false, float16>(p, a, b); }
+CFPP_CLONES void stream(const KvUpdateParams& p, int64_t a, int64_t b, float) { update<true, float>(p, a, b); }
+CFPP_CLONES void stream(const KvUpdateParams& p, int64_t a, int64_t b, bfloat16) { update<true, bfloat16>(p, a, b); }
+CFPP_CLONES void stream(const KvUpdateParams& p, int64_t a, int64_t b, float16) { update<true, float16>(p, a, b); }
+
+// Large enough to stream, and every head a whole number of vectors at an address that streaming stores take.
+bool streams(const KvUpdateParams& p) {
+  const int64_t bytes = size_of(p.dtype);
+  bool fits = 3 * p.batch * p.tokens() * p.channels() * bytes > kStreamBytes && p.head_dim % kWidth == 0;
+  for (const void* pointer : {p.k_cache_ptr, p.v_cache_ptr, p.q_out_ptr}) {
+    fits = fits && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+  }
+  for (int i = 0; i < 3; ++i) {
+    fits = fits && p.k_cache_stride[i] * bytes % 16 == 0 && p.v_cache_stride[i] * bytes % 16 == 0;
+  }
+  return fits;
 }
 
 Status check_write_index(const KvUpdateParams& p) {
@@ -161,7 +223,13 @@ Status check_write_index(const KvUpdateParams& p) {
 Status kv_update_cpu(const KvUpdateParams& params, int num_threads) {
   Status status = check_write_index(params);
   if (status.empty()) {
-    dispatch_dtype<float, bfloat16, float16>(params.dtype, [&](auto tag) { run<decltype(tag)>(params, num_threads); });
+    const bool streaming = streams(params);
+    dispatch_dtype<float, bfloat16, float16>(params.dtype, [&](auto tag) {
+      parallel_for(params.batch * params.tokens(), 3 * params.channels(), num_threads,
+                   [&](int64_t first, int64_t last) {
+                     streaming ? stream(params, first, last, tag) : update(params, first, last, tag);
+                   });
+    });
   }
   return status;
 }

@@ -1,0 +1,90 @@
+// What bindings ask of a tensor argument. Each check throws InputError "<op>: <argument> must be <wanted>, got <got>".
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+#include <string>
+
+#include "common/tensor.h"
+
+namespace cfpp {
+
+// One wanted axis: its name in the messages and its size; a negative size takes any.
+struct Axis {
+  const char* name;
+  int64_t size;
+};
+
+inline void check_shape(const Tensor& tensor, std::initializer_list<Axis> wanted) {
+  bool fits = tensor.dim() == static_cast<int>(wanted.size());
+  int i = 0;
+  for (const Axis& axis : wanted) {
+    if (!fits) break;
+    fits = axis.size < 0 || tensor.size(i) == axis.size;
+    ++i;
+  }
+  if (fits) return;
+  std::string text;
+  for (const Axis& axis : wanted) {
+    text += (text.empty() ? "" : ", ") + std::string(axis.name);
+    if (axis.size >= 0) text += "=" + std::to_string(axis.size);
+  }
+  tensor.refuse("[" + text + "]", tensor.shape_text());
+}
+
+inline void check_dtype(const Tensor& tensor, DType wanted) {
+  if (tensor.dtype() != wanted) tensor.refuse(name_of(wanted), name_of(tensor.dtype()));
+}
+
+inline void check_dtype(const Tensor& tensor, std::initializer_list<DType> wanted) {
+  if (std::find(wanted.begin(), wanted.end(), tensor.dtype()) != wanted.end()) return;
+  std::string text;
+  for (const DType dtype : wanted) text += (text.empty() ? "" : " or ") + std::string(name_of(dtype));
+  tensor.refuse(text, name_of(tensor.dtype()));
+}
+
+inline void check_same_dtype(const Tensor& tensor, const Tensor& like) {
+  if (tensor.dtype() != like.dtype()) {
+    tensor.refuse(std::string(name_of(like.dtype())) + " like " + like.name(), name_of(tensor.dtype()));
+  }
+}
+
+inline void check_same_device(const Tensor& tensor, const Tensor& like) {
+  if (tensor.is_cuda() != like.is_cuda() || tensor.device_index() != like.device_index()) {
+    tensor.refuse("on " + like.device_text() + " like " + like.name(), tensor.device_text());
+  }
+}
+
+// The module at hand runs on one device type only.
+inline void check_device(const Tensor& tensor, bool is_cuda) {
+  if (tensor.is_cuda() != is_cuda) tensor.refuse(is_cuda ? "on a CUDA device" : "on the CPU", tensor.device_text());
+}
+
+// The last axis has stride 1, or nothing to step along.
+inline void check_contiguous_rows(const Tensor& tensor) {
+  const int last = tensor.dim() - 1;
+  if (last >= 0 && tensor.size(last) > 1 && tensor.stride(last) != 1) {
+    tensor.refuse("contiguous in its last dimension", "stride " + std::to_string(tensor.stride(last)));
+  }
+}
+
+inline void check_contiguous(const Tensor& tensor) {
+  if (!tensor.is_contiguous()) tensor.refuse("contiguous", tensor.strides_text() + " as strides");
+}
+
+// Address and strides of all axes but the last are multiples of `bytes`, so that rows can be moved in such pieces.
+inline bool is_aligned(const Tensor& tensor, int64_t bytes) {
+  bool aligned = reinterpret_cast<uintptr_t>(tensor.data()) % bytes == 0;
+  for (int i = 0; i + 1 < tensor.dim(); ++i)
+    aligned = aligned && tensor.stride(i) * size_of(tensor.dtype()) % bytes == 0;
+  return aligned;
+}
+
+inline void check_aligned(const Tensor& tensor, int64_t bytes) {
+  if (!is_aligned(tensor, bytes)) {
+    tensor.refuse("aligned to " + std::to_string(bytes) + " bytes in address and strides",
+                  tensor.strides_text() + " as strides");
+  }
+}
+
+}  // namespace cfpp
