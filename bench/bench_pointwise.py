@@ -1,0 +1,138 @@
+"""How near do the pointwise ops come to the memory roof, and how much faster than separate PyTorch layers are they?
+
+Shapes of 1, 2 and 3 latent frames at 480x832 (1560 tokens each) at the width of the 1.3B and of the 14B model, and of
+the small world (64 tokens, 192 channels). Bytes: every tensor of tokens or latents read or written once, modulation
+rows not counted. The roof is a copy of a large buffer, measured in the same run. Plain PyTorch is what the model would
+run without the op: layer_norm and addcmul, or the schedule's two formulas. Both take turns, from a cold cache: before
+every call a buffer larger than the last-level cache is overwritten.
+
+    python -m cfpp_rt.bench.bench_pointwise [--device cpu] [--json PATH]
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cfpp_rt.bench import harness
+from cfpp_rt.ops import backends
+from cfpp_rt.ops.adaln_modulate import adaln_modulate
+from cfpp_rt.ops.denoise_update import denoise_update
+from cfpp_rt.ops.gated_residual import gated_residual
+from cfpp_rt.schedule import add_noise, to_clean
+
+EPS = 1e-6
+SHAPES = ((64, 1, 192), (1560, 1, 1536), (3120, 2, 1536), (4680, 3, 1536), (1560, 1, 5120))  # tokens, frames, channels
+LATENTS = ((1, 1, 16, 16, 16), (1, 1, 16, 60, 104), (1, 3, 16, 60, 104))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    op: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    num_bytes: int
+    ours: Callable[[], object]
+    plain: Callable[[], object]
+
+
+def plain_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    frames = F.layer_norm(x, x.shape[-1:], eps=EPS).unflatten(1, (shift.shape[1], -1))
+    return torch.addcmul(shift[:, :, None], frames, 1 + scale[:, :, None]).flatten(1, 2)
+
+
+def plain_residual(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    x, y = (tokens.unflatten(1, (gate.shape[1], -1)) for tokens in (x, y))
+    total = torch.addcmul(x, y, gate[:, :, None]).flatten(1, 2)
+    return total, plain_modulate(total, shift, scale)
+
+
+def token_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    for tokens, frames, dim in SHAPES:
+        x, y = (torch.randn(1, tokens, dim, device=device).to(dtype) for _ in range(2))
+        gate, shift, scale = torch.randn(1, frames, 3, dim, device=device).to(dtype).unbind(2)
+        size = tokens * dim * dtype.itemsize
+        yield Case(
+            "adaln_modulate",
+            (tokens, dim),
+            dtype,
+            2 * size,
+            lambda x=x, shift=shift, scale=scale: adaln_modulate(x, shift, scale, EPS),
+            lambda x=x, shift=shift, scale=scale: plain_modulate(x, shift, scale),
+        )
+        yield Case(
+            "gated_residual",
+            (tokens, dim),
+            dtype,
+            4 * size,
+            lambda x=x, y=y, gate=gate, shift=shift, scale=scale: gated_residual(x, y, gate, shift, scale, EPS),
+            lambda x=x, y=y, gate=gate, shift=shift, scale=scale: plain_residual(x, y, gate, shift, scale),
+        )
+
+
+def latent_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    for shape in LATENTS:
+        x, noise = (torch.randn(shape, device=device) for _ in range(2))
+        velocity = torch.randn(shape, device=device).to(dtype)
+        sigma, next_sigma = (torch.full((1, shape[1]), level, device=device) for level in (0.9375, 0.8333))
+        yield Case(
+            "denoise_update",
+            shape,
+            dtype,
+            x.numel() * (4 * x.itemsize + dtype.itemsize),
+            lambda args=(x, velocity, sigma, noise, next_sigma): denoise_update(*args),
+            lambda x=x, velocity=velocity, noise=noise: add_noise(to_clean(x, velocity, 0.9375), noise, 0.8333),
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", metavar="PATH", help="append the rows as JSON lines")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    torch.manual_seed(0)
+    roof = harness.memory_roof(device)
+    backend, reason = backends()["adaln_modulate"][device.type]
+    print(f"backend {backend} ({reason}); memory roof {roof:.1f} GB/s")
+    print(
+        f"{'op':>14} {'shape':>12} {'dtype':>8} {'us':>8} {'p10':>8} {'p90':>8} {'GB/s':>7} {'% roof':>6} {'plain':>8}"
+    )
+    rows: list[dict[str, Any]] = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for case in (*token_cases(dtype, device), *latent_cases(dtype, device)):
+            with torch.inference_mode():
+                times = harness.measure_in_turns({"ours": case.ours, "plain": case.plain}, device, cold_cache=True)
+            ours, plain = times["ours"], times["plain"]
+            rate = case.num_bytes / ours.median_ms / 1e6
+            name, shape = str(dtype).removeprefix("torch."), "x".join(map(str, case.shape[-4:]))
+            print(
+                f"{case.op:>14} {shape:>12} {name:>8} {1000 * ours.median_ms:>8.1f} {1000 * ours.p10_ms:>8.1f} "
+                f"{1000 * ours.p90_ms:>8.1f} {rate:>7.1f} {100 * rate / roof:>6.0f} {1000 * plain.median_ms:>8.1f}"
+            )
+            rows.append(
+                {
+                    "bench": "pointwise",
+                    "op": case.op,
+                    "backend": backend,
+                    "dtype": name,
+                    "shape": list(case.shape),
+                    "ms": ours.median_ms,
+                    "p10_ms": ours.p10_ms,
+                    "p90_ms": ours.p90_ms,
+                    "gb_per_s": rate,
+                    "roof_gb_per_s": roof,
+                    "percent_of_roof": 100 * rate / roof,
+                    "plain_ms": plain.median_ms,
+                    "speed_up": plain.median_ms / ours.median_ms,
+                }
+            )
+    harness.record(rows, arguments.json, device)
+
+
+if __name__ == "__main__":
+    main()

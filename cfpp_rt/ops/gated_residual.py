@@ -1,0 +1,83 @@
+"""gated_residual: x + gate * y and the LayerNorm that the next layer wants of it, in one pass over memory."""
+
+import torch
+from torch import Tensor
+
+from cfpp_rt.ops._library import kernels, plain, register, wrong
+from cfpp_rt.ops._triton import triton_kernels
+from cfpp_rt.ops.adaln_modulate import check_like, check_rows, check_tokens
+from cfpp_rt.reference.gated_residual import gated_residual as reference
+
+
+def gated_residual(
+    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x + gate * y, and that normalised: LayerNorm(x + gate * y) * (1 + scale) + shift; both [B, S, dim] contiguous.
+
+    Without a gate it is x + y. With shift and scale [dim] they are the LayerNorm's own bias and weight, and the factor
+    is scale instead of 1 + scale. Arithmetic is float32: the norm is taken of the sum before it is rounded to the
+    dtype of x, which is nearer to the exact result than the norm of the rounded sum; each output is rounded once.
+
+    x, y: [B, S, dim] of one dtype: float32, bfloat16 or float16 (float64: the reference serves it). gate, and shift and
+    scale unless they are [dim]: [B or 1, F, dim], F a divisor of S: frame f's rows serve the tokens f * S / F and on.
+    Last dimensions contiguous, other strides free.
+
+    Where gradients are enabled and an argument requires one, plain PyTorch computes the same, differentiably.
+    Raises InputError naming the argument, what was wanted and what came. Source: the residual branches of Wan2.1's
+    blocks, each joined with the norm that follows it.
+    """
+    tensors = (x, y, shift, scale) if gate is None else (x, y, gate, shift, scale)
+    if plain(tensors):
+        return _run(x, y, gate, shift, scale, eps)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        _check(x, y, gate, shift, scale)
+        return reference(x, y, gate, shift, scale, eps)
+    return _op(x, y, gate, shift, scale, eps)
+
+
+def _check(x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor) -> None:
+    op = "gated_residual"
+    check_tokens(op, x)
+    if y.shape != x.shape:
+        raise wrong(op, "y", f"{list(x.shape)} like x", list(y.shape))
+    check_like(op, "y", y, x)
+    if gate is not None:
+        check_rows(op, "gate", gate, x)
+    if shift.ndim == 1:
+        for name, row in (("shift", shift), ("scale", scale)):
+            if row.shape != x.shape[2:]:
+                raise wrong(op, name, f"[dim={x.shape[2]}]", list(row.shape))
+            check_like(op, name, row, x)
+        return
+    check_rows(op, "shift", shift, x, None if gate is None else gate.shape[1])
+    check_rows(op, "scale", scale, x, shift.shape[1])
+
+
+def _empty(x: Tensor) -> tuple[Tensor, Tensor]:
+    total = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return total, torch.empty_like(total)
+
+
+def _run(x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    module = triton_kernels("gated_residual") if x.is_cuda else kernels("cpu")
+    if module is None or x.is_cuda or x.dtype == torch.float64:  # the CPU kernel's binding checks by itself
+        _check(x, y, gate, shift, scale)
+    if module is None or x.dtype == torch.float64:
+        return reference(x, y, gate, shift, scale, eps)
+    if x.is_cuda:
+        return module.gated_residual(x, y, gate, shift, scale, eps)
+    total, normed = _empty(x)
+    module.gated_residual(total, normed, x, y, gate, shift, scale, eps, torch.get_num_threads())
+    return total, normed
+
+
+def _fake(x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    _check(x, y, gate, shift, scale)
+    return _empty(x)
+
+
+_op = register(
+    "gated_residual(Tensor x, Tensor y, Tensor? gate, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+)

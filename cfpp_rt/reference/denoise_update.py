@@ -1,0 +1,15 @@
+"""denoise_update in plain PyTorch; arithmetic in float32, in float64 for float64 tensors."""
+
+from torch import Tensor
+
+
+def denoise_update(
+    x: Tensor, velocity: Tensor, sigma: Tensor, noise: Tensor | None, next_sigma: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The op behind `cfpp_rt.ops.denoise_update.denoise_update`: without noise, its second tensor is empty."""
+    per_frame = (..., *(None,) * (x.ndim - 2))
+    clean = x - sigma[per_frame] * velocity.to(x.dtype)
+    if noise is None or next_sigma is None:
+        return clean, x.new_empty(0)
+    level = next_sigma[per_frame]
+    return clean, (1 - level) * clean + level * noise

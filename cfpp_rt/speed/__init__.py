@@ -1,0 +1,4 @@
+"""Optional steps on a built model that make it faster and compute the same. The model runs without any of them."""
+
+from cfpp_rt.speed.fuse import fuse_gelu as fuse_gelu
+from cfpp_rt.speed.fuse import fuse_qkv as fuse_qkv

@@ -1,0 +1,91 @@
+"""When the Triton kernels run, and that they compile for the shipped architectures with accesses of 16 bytes."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from cfpp_rt.errors import InputError
+from cfpp_rt.ops import _triton
+
+ARCHS = (80, 90, 120)
+WIDTHS = (192, 1536, 5120)  # the small world, the 1.3B and the 14B model
+
+
+def compile_all() -> None:
+    """Print [kernel, arch, width of every access to global memory in bits] as JSON lines."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from cfpp_rt.ops import adaln_modulate_triton, denoise_update_triton, gated_residual_triton
+
+    gated = gated_residual_triton._gated_residual
+    norms = [
+        (adaln_modulate_triton._adaln_modulate, {}),
+        (gated, {"HAS_GATE": True, "SCALE_OFFSET": 1.0}),
+        (gated, {"HAS_GATE": False, "SCALE_OFFSET": 0.0, "gate_ptr": None}),
+    ]
+    shapes = [adaln_modulate_triton.launch_shape(width) for width in WIDTHS]
+    jobs = [
+        (kernel, {**flags, "BLOCK": shape["BLOCK"]}, shape["num_warps"]) for kernel, flags in norms for shape in shapes
+    ]
+    span = {"SPAN": denoise_update_triton.SPAN}
+    last = {"HAS_NOISE": False, "noise_ptr": None, "next_sigma_ptr": None}
+    jobs += [(denoise_update_triton._denoise_update, {**span, **flags}, 4) for flags in ({"HAS_NOISE": True}, last)]
+    for kernel, constants, warps in jobs:
+        latents = kernel is denoise_update_triton._denoise_update
+        signature, divisible = {}, {}
+        for index, name in enumerate(kernel.arg_names):
+            narrow = name == "velocity_ptr" or not latents
+            pointer = "*bf16" if narrow else "*fp32"
+            scalar = "fp32" if name == "eps" else "i32"
+            signature[name] = "constexpr" if name in constants else pointer if name.endswith("_ptr") else scalar
+            if signature[name] in ("*bf16", "*fp32", "i32") and "sigma" not in name:
+                divisible[(index,)] = [["tt.divisibility", 16]]  # what a launch finds out about addresses and strides
+        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(kernel, signature, places, divisible)
+        for arch in ARCHS:
+            ptx = compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps}).asm["ptx"]
+            accesses = re.findall(r"(?:ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", ptx)
+            print(json.dumps([kernel.__name__, arch, [int(count or 1) * int(bits) for count, bits in accesses]]))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_compiles_with_vector_accesses(tmp_path):
+    code = "from tests.ops.test_triton import compile_all; compile_all()"
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(rows) == len(ARCHS) * (3 * len(WIDTHS) + 2)
+    for kernel, arch, widths in rows:
+        levels = 2 if kernel == "_denoise_update" else 0  # sigma and next_sigma are one value each
+        assert len([width for width in widths if width != 128]) <= levels, (kernel, arch, widths)
+        assert widths.count(128) >= 3, (kernel, arch, widths)
+
+
+@pytest.mark.parametrize(
+    ("backend", "installed", "runs"), [("auto", True, True), ("auto", False, False), ("reference", True, False)]
+)
+def test_triton_runs_where_it_is_installed_and_not_refused(monkeypatch, backend, installed, runs):
+    monkeypatch.setenv("CFPP_BACKEND", backend)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed or None)
+    assert _triton.choose.__wrapped__()[0] is runs
+
+
+def test_a_demand_for_kernels_without_triton_is_refused(monkeypatch):
+    monkeypatch.setenv("CFPP_BACKEND", "cuda")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="CFPP_BACKEND=cuda cannot be met: triton is not installed"):
+        _triton.choose.__wrapped__()
+
+
+def test_the_package_imports_without_triton():
+    code = "import sys; sys.modules['triton'] = None; import cfpp_rt, cfpp_rt.model.transformer, cfpp_rt.rollout"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
