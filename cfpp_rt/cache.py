@@ -10,8 +10,7 @@ import torch
 
 from cfpp_rt.config import ModelConfig, RolloutConfig
 from cfpp_rt.errors import InputError, OutOfMemoryError
-
-Range = tuple[int, int]
+from cfpp_rt.ops.token_ranges import Range, TokenRanges
 
 
 class FrameRing:
@@ -145,7 +144,9 @@ class KVCache:
     def values(self, layer: int) -> torch.Tensor:
         return self.data[layer, 1]
 
-    def token_ranges(self, frames: list[int]) -> tuple[Range, ...]:
-        """Where the keys of these latent frames lie: maximal ranges [first, last) of cache tokens, ascending."""
+    def token_ranges(self, groups: list[list[int]]) -> TokenRanges:
+        """Where the keys lie that each group of queries sees, given as latent frames: maximal runs of slots."""
         t = self.tokens_per_frame
-        return tuple((first * t, last * t) for first, last in self.ring.runs(frames))
+        runs = [[(first * t, last * t) for first, last in self.ring.runs(frames)] for frames in groups]
+        _, _, batch, _, capacity, _ = self.data.shape
+        return TokenRanges.of(runs, capacity=capacity, batch=batch, device=self.data.device)

@@ -22,7 +22,8 @@ from cfpp_rt.memory import require_cache_fits
 from cfpp_rt.model.attention import CachePass
 from cfpp_rt.model.transformer import CausalWanTransformer, TimeEmbedding
 from cfpp_rt.noise import NoiseSource
-from cfpp_rt.schedule import FlowMatchSchedule, add_noise, to_clean
+from cfpp_rt.ops.denoise_update import denoise_update
+from cfpp_rt.schedule import FlowMatchSchedule
 from cfpp_rt.values import Conditioning, Latents
 
 _PREFILL_TIMESTEP = 0.0  # given frames are clean, whatever context_noise is: as published
@@ -193,21 +194,20 @@ class Rollout:
     def _next_block(self) -> Latents:
         config, n, start = self.config, self.config.frames_per_block, self.next_frame
         steps = config.steps if self._generated else config.first_steps or config.steps
-        timesteps = self._schedule.warp(steps).tolist()
-        sigmas = self._schedule.sigma(torch.tensor(timesteps)).tolist()
+        timesteps = self._schedule.warp(steps)
+        sigmas = self._schedule.sigma(timesteps).to(self.model.device)[:, None, None].expand(-1, 1, n)
+        levels = [*sigmas, None]  # [1, n] per step; after the last one nothing is noised again
         if config.refresh == "separate":
             self._run_refresh()
 
         x = self.noise.start(n)
-        clean = x
         passes = []
-        for step, (timestep, sigma) in enumerate(zip(timesteps, sigmas, strict=True)):
-            if step:
-                x = add_noise(clean, self.noise.between_steps(n), sigma)
+        for step, timestep in enumerate(timesteps.tolist()):
             groups = self._open_block(start) if step == 0 else []
             groups.append(self._group(x, start, timestep))
             velocity = self._forward(groups, keep=1)
-            clean = to_clean(x, velocity, sigma)
+            noise = None if levels[step + 1] is None else self.noise.between_steps(n)
+            clean, x = denoise_update(x, velocity, levels[step], noise, levels[step + 1])
             if self._check_finite:
                 passes.append((groups, clean.isfinite().all()))
         if self._check_finite and not bool(torch.stack([finite for _, finite in passes]).all()):
@@ -258,7 +258,7 @@ class Rollout:
         frames = [group.start + i for group in groups for i in range(group.latents.shape[1])]
         return CachePass(
             write_index=torch.tensor([first_tokens] * self._batch, dtype=torch.int32, device=device),
-            ranges=tuple(cache.token_ranges(group.sees) for group in groups),
+            ranges=cache.token_ranges([group.sees for group in groups]),
             rope_time=self.tables.time(frames).expand(self._batch, -1, -1, -1),
             rope_rows=self.tables.rows,
             rope_columns=self.tables.columns,

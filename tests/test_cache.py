@@ -90,5 +90,7 @@ def test_cache_views_share_one_allocation():
     assert cache.data.nbytes == CacheShape(2, 1, 3, 3, 4, 8).bytes(torch.float32)
     for frame in range(4):
         ring.write(frame)
-    assert cache.token_ranges(ring.visible(4, 2)) == ((0, 8),)
-    assert cache.token_ranges([0, 2]) == ((0, 4), (8, 12))
+    ranges = cache.token_ranges([ring.visible(4, 2), [0, 2]])
+    assert ranges.host == (((0, 8),), ((0, 4), (8, 12)))
+    assert ranges.device.dtype == torch.int32
+    assert ranges.device.tolist() == [[[[0, 8], [0, 0]], [[0, 4], [8, 12]]]] * cache.data.shape[2]

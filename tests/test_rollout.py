@@ -92,7 +92,7 @@ def test_single_passes_and_caches_equal_the_published_implementation(model, vect
         slot = ring.write(frame)
         place = CachePass(
             write_index=torch.tensor([[slot * tokens]], dtype=torch.int32),
-            ranges=(cache.token_ranges(ring.visible(frame + 1, None)),),
+            ranges=cache.token_ranges([ring.visible(frame + 1, None)]),
             rope_time=tables.time([frame])[None],
             rope_rows=tables.rows,
             rope_columns=tables.columns,

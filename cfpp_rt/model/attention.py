@@ -2,13 +2,13 @@
 
 import dataclasses
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cfpp_rt.cache import Range
 from cfpp_rt.config import ModelConfig
+from cfpp_rt.ops.block_attention import block_attention
 from cfpp_rt.ops.kv_update import kv_update_
+from cfpp_rt.ops.token_ranges import TokenRanges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,26 +16,15 @@ class CachePass:
     """Where one pass writes its keys and values, and what each of its groups of queries sees.
 
     The tokens of a pass are G equal groups (blocks of frames); group g is written to the cache from token
-    `write_index[:, g]` on and attends to `ranges[g]`. write_index: int32 [B, G], on the cache's device.
+    `write_index[:, g]` on and attends to `ranges.host[g]`. write_index: int32 [B, G], on the cache's device.
     rope_time: float32 [B, F, n_time, 2]; rope_rows, rope_columns: float32, as in `RotaryTables`.
     """
 
     write_index: Tensor
-    ranges: tuple[tuple[Range, ...], ...]
+    ranges: TokenRanges
     rope_time: Tensor
     rope_rows: Tensor
     rope_columns: Tensor
-
-
-def attend(q: Tensor, ranges: tuple[Range, ...], keys: Tensor, values: Tensor) -> Tensor:
-    """Softmax attention of q [B, H, S, D] over token ranges of keys and values [B, H, capacity, D] -> [B, S, H * D]."""
-    if len(ranges) == 1:
-        (first, last), *_ = ranges
-        keys, values = keys[:, :, first:last], values[:, :, first:last]
-    else:
-        keys = torch.cat([keys[:, :, first:last] for first, last in ranges], dim=2)
-        values = torch.cat([values[:, :, first:last] for first, last in ranges], dim=2)
-    return F.scaled_dot_product_attention(q, keys, values).transpose(1, 2).flatten(2)
 
 
 class SelfAttention(nn.Module):
@@ -47,14 +36,16 @@ class SelfAttention(nn.Module):
         self.norm_q = nn.RMSNorm(dim, eps=config.eps)
         self.norm_k = nn.RMSNorm(dim, eps=config.eps)
 
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, S, dim] of x, before norm and rotation."""
+        return self.q(x), self.k(x), self.v(x)
+
     def write(self, x: Tensor, keys: Tensor, values: Tensor, cached: CachePass) -> Tensor:
         """Write K and V of all tokens of x [B, S, dim] into the cache; returns the rotated queries [B, H, S, D]."""
         return kv_update_(
             keys,
             values,
-            self.q(x),
-            self.k(x),
-            self.v(x),
+            *self.project(x),
             self.norm_q.weight,
             self.norm_k.weight,
             cached.rope_time,
@@ -66,9 +57,8 @@ class SelfAttention(nn.Module):
 
     def read(self, q: Tensor, keys: Tensor, values: Tensor, cached: CachePass, groups: int) -> Tensor:
         """Attention of the last `groups` >= 1 groups of q [B, H, S, D], output projection included: [B, S', dim]."""
-        queries = q.chunk(len(cached.ranges), dim=2)[-groups:]
-        outputs = [attend(*args, keys, values) for args in zip(queries, cached.ranges[-groups:], strict=True)]
-        return self.o(outputs[0] if groups == 1 else torch.cat(outputs, dim=1))
+        dropped = q.shape[2] - q.shape[2] * groups // len(cached.ranges)
+        return self.o(block_attention(q[:, :, dropped:], keys, values, cached.ranges.last(groups)))
 
 
 class CrossAttention(nn.Module):

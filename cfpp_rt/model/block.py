@@ -5,28 +5,24 @@ from torch import Tensor, nn
 
 from cfpp_rt.config import ModelConfig
 from cfpp_rt.model.attention import CachePass, CrossAttention, SelfAttention
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift, with x [B, S, dim] and one row of shift and scale per frame, [B, F, 1, dim]."""
-    frames = x.unflatten(1, (shift.shape[1], -1))
-    return torch.addcmul(shift, frames, 1 + scale).flatten(1, 2)
+from cfpp_rt.ops.adaln_modulate import adaln_modulate
+from cfpp_rt.ops.gated_residual import gated_residual
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * y, with x and y [B, S, dim] and one row of gate per frame, [B, F, 1, dim]."""
+    """x + gate * y, with x and y [B, S, dim] and one row of gate per frame, [B, F, dim]."""
     frames = gate.shape[1]
-    return torch.addcmul(x.unflatten(1, (frames, -1)), y.unflatten(1, (frames, -1)), gate).flatten(1, 2)
+    x, y = (tokens.unflatten(1, (frames, -1)) for tokens in (x, y))
+    return torch.addcmul(x, y, gate.unsqueeze(2)).flatten(1, 2)
 
 
 class TransformerBlock(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.dim, eps=config.eps, elementwise_affine=False)
+        self.eps = config.eps
         self.self_attn = SelfAttention(config)
         self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)
         self.cross_attn = CrossAttention(config)
-        self.norm2 = nn.LayerNorm(config.dim, eps=config.eps, elementwise_affine=False)
         self.ffn = nn.Sequential(
             nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
         )
@@ -46,9 +42,9 @@ class TransformerBlock(nn.Module):
         time: [B, F, 6, dim], this block's modulation plus the timestep's: shift, scale, gate for attention, then for
         the feed-forward. text: keys and values [B, H, text_len, D]. cache: keys and values [B, H, capacity, D].
         """
-        shift1, scale1, gate1, shift2, scale2, gate2 = time.unsqueeze(3).unbind(2)
+        shift1, scale1, gate1, shift2, scale2, gate2 = time.unbind(2)
         total = len(cached.ranges)
-        q = self.self_attn.write(modulate(self.norm1(x), shift1, scale1), *cache, cached)
+        q = self.self_attn.write(adaln_modulate(x, shift1, scale1, self.eps), *cache, cached)
         if groups == 0:
             return x[:, :0]
         y = self.self_attn.read(q, *cache, cached, groups)
@@ -56,6 +52,6 @@ class TransformerBlock(nn.Module):
             x = x[:, x.shape[1] - y.shape[1] :]
             kept = gate1.shape[1] * groups // total
             gate1, shift2, scale2, gate2 = (row[:, -kept:] for row in (gate1, shift2, scale2, gate2))
-        x = add_gated(x, y, gate1)
-        x = x + self.cross_attn(self.norm3(x), *text)
-        return add_gated(x, self.ffn(modulate(self.norm2(x), shift2, scale2)), gate2)
+        x, normed = gated_residual(x, y, gate1, self.norm3.bias, self.norm3.weight, self.eps)
+        x, normed = gated_residual(x, self.cross_attn(normed, *text), None, shift2, scale2, self.eps)
+        return add_gated(x, self.ffn(normed), gate2)

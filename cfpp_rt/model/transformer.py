@@ -14,8 +14,9 @@ from cfpp_rt.cache import KVCache
 from cfpp_rt.config import ModelConfig
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.attention import CachePass
-from cfpp_rt.model.block import TransformerBlock, modulate
+from cfpp_rt.model.block import TransformerBlock
 from cfpp_rt.model.rope import RotaryTables
+from cfpp_rt.ops.adaln_modulate import adaln_modulate
 
 LayerText = tuple[Tensor, Tensor]
 
@@ -39,7 +40,6 @@ def sinusoid(timesteps: Tensor, length: int) -> Tensor:
 class Head(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.norm = nn.LayerNorm(config.dim, eps=config.eps, elementwise_affine=False)
         self.head = nn.Linear(config.dim, math.prod(config.patch_size) * config.out_dim)
         self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
 
@@ -116,7 +116,7 @@ class CausalWanTransformer(nn.Module):
         batch, frames, _, height, width = latents.shape
         total = len(cached.ranges)
         groups = total if groups is None else groups
-        x = self.patch_embedding(latents.to(self.dtype).transpose(1, 2)).flatten(2).transpose(1, 2)
+        x = self.patch_embedding(latents.to(self.dtype).transpose(1, 2)).flatten(2).transpose(1, 2).contiguous()
         last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
             rows = time.blocks[layer].unsqueeze(0)
@@ -127,8 +127,8 @@ class CausalWanTransformer(nn.Module):
         if groups == 0:
             return None
         kept_frames = frames * groups // total
-        shift, scale = time.head[-kept_frames:].unsqueeze(0).unsqueeze(3).unbind(2)
-        x = self.head.head(modulate(self.head.norm(x), shift, scale))
+        shift, scale = time.head[-kept_frames:].unsqueeze(0).unbind(2)
+        x = self.head.head(adaln_modulate(x, shift, scale, self.config.eps))
         return self._unpatchify(x, batch, kept_frames, height, width)
 
     def _unpatchify(self, x: Tensor, batch: int, frames: int, height: int, width: int) -> Tensor:

@@ -1,0 +1,59 @@
+"""Attention over token ranges by libraries that take one dense block of keys: ranges are gathered first.
+
+All take q [B, H, S, D], keys and values [B, H, n, D], the scale of the logits, and return [B, H, S, D].
+"""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cfpp_rt.ops.token_ranges import Range, TokenRanges
+
+Dense = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+def _sdpa(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, keys, values, scale=scale)
+
+
+def _cudnn(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return _sdpa(q, keys, values, scale)
+
+
+def _flash(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    function = importlib.import_module(_FLASH_MODULES[flash_version()]).flash_attn_func
+    result = function(*(t.transpose(1, 2) for t in (q, keys, values)), softmax_scale=scale)
+    return (result[0] if isinstance(result, tuple) else result).transpose(1, 2)
+
+
+_FLASH_MODULES = {3: "flash_attn_interface", 2: "flash_attn"}
+LIBRARIES: dict[str, Dense] = {"sdpa": _sdpa, "cudnn": _cudnn, "flash": _flash}
+
+
+@functools.cache
+def flash_version() -> int:
+    """3 or 2 where FlashAttention can be imported, else 0."""
+    return next((v for v, name in _FLASH_MODULES.items() if importlib.util.find_spec(name) is not None), 0)
+
+
+def _gather(tensor: Tensor, ranges: tuple[Range, ...]) -> Tensor:
+    parts = [tensor[:, :, first:last] for first, last in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def attend_gathered(
+    dense: Dense, q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: TokenRanges, scale: float
+) -> Tensor:
+    """block_attention by one dense call per group: [B, S, H * D]."""
+    outputs = [
+        dense(part, _gather(k_cache, visible), _gather(v_cache, visible), scale).transpose(1, 2)
+        for part, visible in zip(q.chunk(len(ranges), dim=2), ranges.host, strict=True)
+    ]
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).flatten(2)

@@ -1,0 +1,103 @@
+"""block_attention: softmax attention of one block of queries over token ranges of the KV cache."""
+
+import functools
+import os
+
+import torch
+from torch import Tensor
+
+from cfpp_rt.errors import InputError
+from cfpp_rt.ops._library import expect, kernels, plain, register, wrong
+from cfpp_rt.ops.attention_libraries import LIBRARIES, attend_gathered, flash_version
+from cfpp_rt.ops.attention_table import BACKENDS, Problem, choose_attention, kernel_takes
+from cfpp_rt.ops.token_ranges import TokenRanges
+from cfpp_rt.reference.block_attention import block_attention as reference
+
+
+def block_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: TokenRanges, scale: float | None = None
+) -> Tensor:
+    """softmax(scale * q k^T) v of every query over its group's token ranges of the cache: [B, Sq, H * D].
+
+    q: [B, H, Sq, D], G equal groups of queries in order. k_cache, v_cache: [B, H, capacity, D]. Last dimension
+    contiguous, other strides free (on CUDA multiples of 16 bytes). bfloat16, float16 or float32; logits and sums are
+    float32. ranges: what each group sees, any order, G divides Sq; `TokenRanges.of` checks them. scale: of the logits,
+    None = 1 / sqrt(D). Cache rows outside a group's ranges never reach its output, whatever they hold.
+
+    Which implementation runs is told by `choose_attention` and forced by CFPP_BACKEND. The compiled kernels read
+    ranges.device as they run and are bit-reproducible; the libraries get the keys gathered by ranges.host.
+    Raises InputError naming the argument, what was wanted and what came; refuses gradients, which it does not have.
+    """
+    if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad):
+        raise InputError("block_attention: has no gradient, q must not require one; use torch.no_grad()")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    backend = _backend(q, ranges)
+    if backend == "kernel":
+        tensors = (q, k_cache, v_cache, ranges.device)
+        return _run(*tensors, scale) if plain(tensors) else _op(*tensors, scale)
+    _check(q, k_cache, v_cache, ranges.device)
+    return attend_gathered(LIBRARIES[backend], q, k_cache, v_cache, ranges, scale)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def _backend(q: Tensor, ranges: TokenRanges) -> str:
+    forced = os.environ.get("CFPP_BACKEND", "auto")
+    if forced in BACKENDS:
+        if forced == "flash" and not flash_version():
+            raise InputError(
+                "CFPP_BACKEND=flash cannot be met: neither flash_attn_interface nor flash_attn is installed"
+            )
+        return forced
+    keys = sum(last - first for first, last in ranges.host[-1])
+    problem = Problem(q.device.type, _capability(q.device), q.dtype, q.shape[-1], q.shape[2] // len(ranges), keys)
+    if torch.compiler.is_compiling():  # the op reads the ranges as it runs: no graph per frame
+        return "kernel" if kernel_takes(problem) else "sdpa"
+    if forced in ("reference", q.device.type) or kernels(q.device.type) is None:
+        return "kernel"  # the op itself sees to its reference
+    return choose_attention(problem)[0]
+
+
+def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor) -> None:
+    """What the binding checks too."""
+    op = "block_attention"
+    if q.ndim != 4 or 0 in q.shape:
+        raise wrong(op, "q", "[B, H, Sq, D], none of them 0", list(q.shape))
+    batch, heads, queries, head_dim = q.shape
+    capacity = k_cache.shape[2] if k_cache.ndim == 4 else 0
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        shape = {"B": batch, "H": heads, "capacity": capacity, "D": head_dim}
+        expect(op, name, cache, shape, q.dtype, q.device)
+    groups = ranges.shape[1] if ranges.ndim == 4 else 0
+    if groups < 1 or ranges.shape[0] != batch or ranges.shape[3] != 2 or queries % groups:
+        raise wrong(op, "ranges", f"[B={batch}, G, R, 2] with G a divisor of Sq={queries}", list(ranges.shape))
+
+
+def _run(q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor, scale: float) -> Tensor:
+    module = kernels(q.device.type)
+    if module is None or q.dtype == torch.float64:
+        _check(q, k_cache, v_cache, ranges)
+        return reference(q, k_cache, v_cache, ranges, scale)
+    out = _fake(q, k_cache, v_cache, ranges, scale)
+    if q.is_cuda:
+        size = module.block_attention_workspace(q, k_cache, v_cache, ranges) // 4  # of float32 partial results
+        workspace = q.new_empty(size, dtype=torch.float32)
+        module.block_attention(out, workspace, q, k_cache, v_cache, ranges, scale)
+    else:
+        module.block_attention(out, q, k_cache, v_cache, ranges, scale, torch.get_num_threads())
+    return out
+
+
+def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor, scale: float) -> Tensor:
+    if q.ndim != 4:
+        raise wrong("block_attention", "q", "[B, H, Sq, D]", list(q.shape))
+    batch, heads, queries, head_dim = q.shape
+    return q.new_empty((batch, queries, heads * head_dim))
+
+
+_op = register(
+    "block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor ranges, float scale) -> Tensor", _run, _fake
+)
