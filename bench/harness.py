@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,11 @@ class Times:
     median_ms: float
     p10_ms: float
     p90_ms: float
+
+    @classmethod
+    def of(cls, durations: Sequence[float]) -> "Times":
+        deciles = statistics.quantiles(durations, n=10)
+        return cls(statistics.median(durations), deciles[0], deciles[-1])
 
 
 def _command_output(*command: str) -> str:
@@ -90,8 +95,35 @@ def measure(
     begin = time.perf_counter()
     while len(times) < repeats or time.perf_counter() - begin < min_seconds:
         times.append(_time_on_gpu(call) if device.type == "cuda" else _time_on_host(call))
-    deciles = statistics.quantiles(times, n=10)
-    return Times(statistics.median(times), deciles[0], deciles[-1])
+    return Times.of(times)
+
+
+def measure_in_turns(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = 30, cold_cache: bool = False
+) -> dict[str, Times]:
+    """Time several calls one after the other, round by round, so that a drifting clock meets all of them alike.
+
+    cold_cache: before every timed call, overwrite a buffer larger than any last-level cache.
+    """
+    flushed = torch.empty(ROOF_BYTES, dtype=torch.uint8, device=device) if cold_cache else None
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 2):
+        for name, call in calls.items():
+            if flushed is not None:
+                flushed.zero_()
+            duration = _time_on_gpu(call) if device.type == "cuda" else _time_on_host(call)
+            if turn >= 2:  # the first two warm up
+                times[name].append(duration)
+    return {name: Times.of(durations) for name, durations in times.items()}
+
+
+def matrix_roof(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s that one large matrix product reaches here."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    times = measure(lambda: torch.mm(a, b, out=out), device, warmup=2, repeats=10)
+    return 2 * size**3 / times.median_ms / 1e9
 
 
 def _time_on_host(call: Callable[[], object]) -> float:

@@ -1,0 +1,113 @@
+"""Everything that can be said of this GPU in one run: tests, sanitizer, benchmarks; a short table comes last.
+
+Results go to bench/results/<gpu>/<bench>.jsonl, or below --out. Every step has a time limit and runs whatever happened
+before it; the exit status is 1 if one failed. `make gpu` builds first, then calls this.
+
+    python -m cfpp_rt.bench.gpu [--out DIR] [--only NAME ...]
+"""
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+WHAT = ("op", "shape", "dtype", "queries", "tokens", "keys", "visible_frames", "heads")
+SANITIZED = ["tests/ops", "-m", "gpu", "-k", "two and groups and not libraries"]  # small, and every kernel is in it
+
+
+def unfinished(out: Path, bench: str) -> Path:
+    return out / "logs" / f"{bench}.jsonl"
+
+
+def steps(out: Path) -> dict[str, tuple[int, list[str]]]:
+    """Name to (seconds it may take, command)."""
+    python = sys.executable
+
+    def bench(name: str, *arguments: str) -> list[str]:
+        rows = str(unfinished(out, name))
+        return [python, "-m", f"cfpp_rt.bench.{name}", "--device", "cuda", *arguments, "--json", rows]
+
+    found: dict[str, tuple[int, list[str]]] = {
+        "doctor": (60, [str(Path(python).with_name("cfpp")), "doctor"]),
+        "tests": (240, [python, "-m", "pytest", "-q", "-m", "gpu"]),
+        "kv_update": (60, bench("bench_kv_update")),
+        "pointwise": (90, bench("bench_pointwise")),
+        "block_attention": (150, bench("bench_block_attention")),
+        "rollout": (150, bench("bench_rollout", "--model", "wan-1.3b")),
+    }
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer:
+        for tool in ("memcheck", "racecheck"):
+            command = [sanitizer, "--tool", tool, "--error-exitcode", "9", python, "-m", "pytest", "-q", *SANITIZED]
+            found[tool] = (120, command)
+    else:
+        print("compute-sanitizer is not installed: memcheck and racecheck are left out")
+    return found
+
+
+def run(name: str, limit: int, command: list[str], log: Path) -> tuple[str, float]:
+    begin = time.perf_counter()
+    with log.open("w", encoding="utf-8") as file:
+        try:
+            done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=limit)
+            outcome = "ok" if done.returncode == 0 else f"failed ({done.returncode})"
+        except subprocess.TimeoutExpired:
+            outcome = f"stopped after {limit} s"
+    print(f"== {name}: {outcome}, {time.perf_counter() - begin:.0f} s", flush=True)
+    if outcome != "ok":
+        print("\n".join(log.read_text(encoding="utf-8").splitlines()[-25:]), flush=True)
+    return outcome, time.perf_counter() - begin
+
+
+def table(out: Path) -> None:
+    """The figures that matter, one line each."""
+    for path in sorted(out.glob("*.jsonl")):
+        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            if row.get("contender", "kernel") != "kernel":
+                continue
+            what = [row.get(key) for key in WHAT]
+            figures = [
+                f"{row[key]:.3g} {unit}"
+                for key, unit in (
+                    ("ms", "ms"),
+                    ("tflops", "TFLOP/s"),
+                    ("gb_per_s", "GB/s"),
+                    ("percent_of_roof", "% of roof"),
+                    ("times_best_library", "x best library"),
+                )
+                if isinstance(row.get(key), float)
+            ]
+            print(f"{row['bench']:<16}{' '.join(str(w) for w in what if w is not None):<44}{'  '.join(figures)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder of the results (default: bench/results/<gpu>)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="run these steps only")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("cfpp: make gpu needs an NVIDIA GPU that torch can use, and there is none")
+    slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    out = (arguments.out or ROOT / "bench" / "results" / slug).resolve()
+    logs = out / "logs"
+    shutil.rmtree(logs, ignore_errors=True)
+    logs.mkdir(parents=True)
+    wanted = {name: step for name, step in steps(out).items() if not arguments.only or name in arguments.only}
+    outcomes = {name: run(name, *step, log=logs / f"{name}.log") for name, step in wanted.items()}
+    for rows in logs.glob("*.jsonl"):  # rows of this run replace older ones
+        rows.replace(out / rows.name)
+    table(out)
+    print("  ".join(f"{name} {outcome} {seconds:.0f}s" for name, (outcome, seconds) in outcomes.items()))
+    if any(outcome != "ok" for outcome, _ in outcomes.values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
