@@ -20,7 +20,7 @@ help:
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make format  let the formatters rewrite the files"
 	@echo "make bench   benchmarks of this machine into bench/results/"
-	@echo "make gpu     on a machine with an NVIDIA GPU: build, GPU tests, kernel benchmarks"
+	@echo "make gpu     on a machine with an NVIDIA GPU: build, GPU tests, sanitizer, benchmarks"
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 $(VENV)/.installed: $(SOURCES)
@@ -51,15 +51,15 @@ format: install
 
 bench: install
 	$(BIN)/python -m cfpp_rt.bench.bench_kv_update
+	$(BIN)/python -m cfpp_rt.bench.bench_pointwise
+	$(BIN)/python -m cfpp_rt.bench.bench_block_attention
+	$(BIN)/python -m cfpp_rt.bench.bench_call_overhead
 	$(BIN)/python -m cfpp_rt.bench.bench_rollout
 	$(BIN)/python -m cfpp_rt.bench.bench_long_rollout
 
 gpu: export CFPP_BUILD = cuda
 gpu: install
-	$(BIN)/cfpp doctor
-	$(BIN)/python -m pytest -q -m gpu
-	$(BIN)/python -m cfpp_rt.bench.bench_kv_update --device cuda
-	$(BIN)/python -m cfpp_rt.bench.bench_rollout --device cuda --model wan-1.3b
+	$(BIN)/python -m cfpp_rt.bench.gpu $(if $(OUT_GPU),--out $(OUT_GPU))
 
 clean:
 	rm -rf $(VENV) build *.egg-info $(OUT)

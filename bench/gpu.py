@@ -40,6 +40,7 @@ def steps(out: Path) -> dict[str, tuple[int, list[str]]]:
         "kv_update": (60, bench("bench_kv_update")),
         "pointwise": (90, bench("bench_pointwise")),
         "block_attention": (150, bench("bench_block_attention")),
+        "call_overhead": (30, bench("bench_call_overhead")),
         "rollout": (150, bench("bench_rollout", "--model", "wan-1.3b")),
     }
     sanitizer = shutil.which("compute-sanitizer")

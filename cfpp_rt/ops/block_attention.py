@@ -30,7 +30,8 @@ def block_attention(
     """
     if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad):
         raise InputError("block_attention: has no gradient, q must not require one; use torch.no_grad()")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
     backend = _backend(q, ranges)
     if backend == "kernel":
         tensors = (q, k_cache, v_cache, ranges.device)
@@ -44,21 +45,37 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
-def _backend(q: Tensor, ranges: TokenRanges) -> str:
+@functools.cache
+def _forced() -> str:
     forced = os.environ.get("CFPP_BACKEND", "auto")
+    if forced == "flash" and not flash_version():
+        raise InputError("CFPP_BACKEND=flash cannot be met: neither flash_attn_interface nor flash_attn is installed")
+    return forced
+
+
+def _problem(q: Tensor, ranges: TokenRanges) -> Problem:
+    groups = len(ranges.host)
+    return Problem(q.device.type, _capability(q.device), q.dtype, q.shape[-1], q.shape[2] // groups, ranges.most_keys)
+
+
+# The table is asked once per kind of call: asking costs as much as the kernel of a small call.
+_decided: dict[tuple[object, ...], str] = {}
+
+
+def _backend(q: Tensor, ranges: TokenRanges) -> str:
+    forced = _forced()
     if forced in BACKENDS:
-        if forced == "flash" and not flash_version():
-            raise InputError(
-                "CFPP_BACKEND=flash cannot be met: neither flash_attn_interface nor flash_attn is installed"
-            )
         return forced
-    keys = sum(last - first for first, last in ranges.host[-1])
-    problem = Problem(q.device.type, _capability(q.device), q.dtype, q.shape[-1], q.shape[2] // len(ranges), keys)
     if torch.compiler.is_compiling():  # the op reads the ranges as it runs: no graph per frame
-        return "kernel" if kernel_takes(problem) else "sdpa"
-    if forced in ("reference", q.device.type) or kernels(q.device.type) is None:
-        return "kernel"  # the op itself sees to its reference
-    return choose_attention(problem)[0]
+        return "kernel" if kernel_takes(_problem(q, ranges)) else "sdpa"
+    key = (q.device, q.dtype, q.shape, len(ranges.host), ranges.most_keys)
+    if (backend := _decided.get(key)) is None:
+        device = q.device.type
+        # Where the op is asked for by name or has no kernel, the op itself sees to its reference.
+        own = forced in ("reference", device) or kernels(device) is None
+        backend = "kernel" if own else choose_attention(_problem(q, ranges))[0]
+        _decided[key] = backend
+    return backend
 
 
 def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor) -> None:
@@ -77,8 +94,8 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor) -> None:
 
 
 def _run(q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor, scale: float) -> Tensor:
-    module = kernels(q.device.type)
-    if module is None or q.dtype == torch.float64:
+    module = kernels("cuda" if q.is_cuda else "cpu")
+    if module is None or q.dtype is torch.float64:
         _check(q, k_cache, v_cache, ranges)
         return reference(q, k_cache, v_cache, ranges, scale)
     out = _fake(q, k_cache, v_cache, ranges, scale)
@@ -95,7 +112,7 @@ def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor, scale: fl
     if q.ndim != 4:
         raise wrong("block_attention", "q", "[B, H, Sq, D]", list(q.shape))
     batch, heads, queries, head_dim = q.shape
-    return q.new_empty((batch, queries, heads * head_dim))
+    return q.new_empty(batch, queries, heads * head_dim)  # sizes in a tuple would take half as long again
 
 
 _op = register(

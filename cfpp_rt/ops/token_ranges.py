@@ -1,6 +1,7 @@
 """What each group of queries sees of the KV cache, checked once on the host and laid out for the device."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -50,6 +51,11 @@ class TokenRanges:
     def __len__(self) -> int:
         """Number of groups."""
         return len(self.host)
+
+    @functools.cached_property
+    def most_keys(self) -> int:
+        """Tokens that the group which sees most of them sees."""
+        return max(sum(last - first for first, last in ranges) for ranges in self.host)
 
     def last(self, groups: int) -> "TokenRanges":
         """Those of the last `groups` >= 1 groups."""
