@@ -2,8 +2,13 @@
 
 import argparse
 import importlib.util
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 EXTRAS = {
     "wan": ("diffusers", "transformers", "sentencepiece", "ftfy", "av", "PIL", "tqdm"),
@@ -34,7 +39,12 @@ def run(arguments: argparse.Namespace) -> None:
     print("ops")
     for op, rows in backends().items():
         for device, (backend, reason) in rows.items():
-            print(f"  {op:<12} {device:<5} {backend:<10} {reason}")
+            print(f"  {op:<16} {device:<5} {backend:<10} {reason}")
+    print("block_attention on 1560 queries of head_dim 128, 9360 tokens visible")
+    for name in ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            backend, reason = _attention(torch.device(name), dtype)
+            print(f"  {name:<8} {str(dtype).removeprefix('torch.'):<8} {backend:<8} {reason}")
     print("extras")
     for extra, modules in EXTRAS.items():
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
@@ -42,6 +52,24 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"  {extra:<6} {found or 'nothing'}")
         if missing:
             print(f"         missing {', '.join(missing)}: pip install 'cfpp-rt[{extra}]'")
+
+
+def _attention(device: "torch.device", dtype: "torch.dtype") -> tuple[str, str]:
+    import torch
+
+    from cfpp_rt.ops._library import choose
+    from cfpp_rt.ops.attention_table import BACKENDS, Problem, choose_attention
+
+    forced = os.environ.get("CFPP_BACKEND", "auto")
+    if forced in BACKENDS:
+        return forced, f"CFPP_BACKEND={forced}"
+    module, reason = choose(device.type)
+    if module is None:
+        return "reference", reason
+    if forced == device.type:
+        return "kernel", f"CFPP_BACKEND={forced}"
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return choose_attention(Problem(device.type, capability, dtype, 128, 1560, 9360))
 
 
 def _version(module: str) -> str:

@@ -118,13 +118,21 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
+def _kernel_of(op: str) -> tuple[bool, str]:
+    """Whether an op has its kernel for CUDA, and which."""
+    if op in _TRITON_OPS:
+        return _triton.choose()
+    module, reason = _load("cuda")
+    return module is not None, reason
+
+
 def backends() -> dict[str, dict[str, tuple[str, str]]]:
     """For each op and device type: the backend that runs it ("none" without such a device), and why."""
     rows: dict[str, dict[str, tuple[str, str]]] = {op: {} for op in OPS}
     for op in OPS:
         for device_type in _MODULES:
             if device_type == "cuda" and not torch.cuda.is_available():
-                rows[op][device_type] = ("none", f"no CUDA GPU; {_load(device_type)[1]}")
+                rows[op][device_type] = ("none", f"no CUDA GPU; {_kernel_of(op)[1]}")
             elif device_type == "cuda" and op in _TRITON_OPS:
                 ours, reason = _triton.choose()
                 rows[op][device_type] = ("triton" if ours else "reference", reason)
