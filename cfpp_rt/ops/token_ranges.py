@@ -1,7 +1,6 @@
 """What each group of queries sees of the KV cache, checked once on the host and laid out for the device."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -17,11 +16,17 @@ class TokenRanges:
     """Token ranges [first, last) of a cache, per group of queries; the same for every row of the batch.
 
     host: per group its ranges, for attention that gathers keys. device: int32 [B, G, R, 2], contiguous, for kernels
-    that read them as they run; a group with fewer than R ranges is filled up with (0, 0).
+    that read them as they run; a group with fewer than R ranges is filled up with (0, 0). most_keys: tokens that the
+    group which sees most of them sees.
     """
 
     host: tuple[tuple[Range, ...], ...]
     device: Tensor
+    most_keys: int = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        most = max(sum(last - first for first, last in ranges) for ranges in self.host)
+        object.__setattr__(self, "most_keys", most)
 
     @classmethod
     def of(
@@ -51,11 +56,6 @@ class TokenRanges:
     def __len__(self) -> int:
         """Number of groups."""
         return len(self.host)
-
-    @functools.cached_property
-    def most_keys(self) -> int:
-        """Tokens that the group which sees most of them sees."""
-        return max(sum(last - first for first, last in ranges) for ranges in self.host)
 
     def last(self, groups: int) -> "TokenRanges":
         """Those of the last `groups` >= 1 groups."""
