@@ -12,11 +12,11 @@ from cfpp_rt.errors import InputError
 _DIFFUSERS_NAMES = {"in_channels": "in_dim", "out_channels": "out_dim", "num_attention_heads": "num_heads"}
 
 
-def _require_positive(owner: object, *names: str) -> None:
+def _require_integer(owner: object, *names: str, least: int = 1) -> None:
     for name in names:
         value = getattr(owner, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{name} must be an integer >= 1, got {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise InputError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,9 @@ class ModelConfig:
     """Sizes of a causal Wan transformer. Field names are those of the public `config.json`.
 
     dim: model width; num_heads * head_dim. ffn_dim: hidden width of the feed-forward. freq_dim: length of the
-    sinusoid that embeds a timestep. text_len, text_dim: shape of the text embeddings. patch_size: (1, rows, columns).
+    sinusoid that embeds a timestep. text_len, text_dim: shape of the text embeddings; text_len 0: a model without text,
+    whose blocks have no cross-attention. num_actions: how many discrete actions the model knows, one per latent frame;
+    0: none. patch_size: (1, rows, columns).
     """
 
     dim: int = 1536
@@ -36,6 +38,7 @@ class ModelConfig:
     out_dim: int = 16
     text_dim: int = 4096
     text_len: int = 512
+    num_actions: int = 0
     patch_size: tuple[int, int, int] = (1, 2, 2)
     qk_norm: bool = True
     cross_attn_norm: bool = True
@@ -43,9 +46,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
-        _require_positive(
-            self, "dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "in_dim", "out_dim", "text_dim", "text_len"
-        )
+        _require_integer(self, "dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "in_dim", "out_dim", "text_dim")
+        _require_integer(self, "text_len", "num_actions", least=0)
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise InputError(f"dim must be num_heads={self.num_heads} times an even head size, got {self.dim}")
         whole = all(isinstance(side, int) and side >= 1 for side in self.patch_size)
@@ -137,13 +139,13 @@ class RolloutConfig:
             descending = all(a > b for a, b in zip(steps, steps[1:], strict=False))
             if not steps or not descending or not all(1 <= step <= 1000 for step in steps):
                 raise InputError(f"{name} must be descending integers in 1..1000, got {steps}")
-        _require_positive(self, "frames_per_block")
+        _require_integer(self, "frames_per_block")
         if not isinstance(self.sinks, int) or self.sinks < 0 or self.sinks % self.frames_per_block:
             raise InputError(
                 f"sinks must be a multiple >= 0 of frames_per_block={self.frames_per_block}, got {self.sinks}"
             )
         if self.window is not None:
-            _require_positive(self, "window")
+            _require_integer(self, "window")
             if self.window < self.sinks + self.frames_per_block:
                 raise InputError(
                     f"window must hold the sinks and one block, >= {self.sinks + self.frames_per_block}"

@@ -20,7 +20,7 @@ from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import InputError, NonFiniteError
 from cfpp_rt.memory import require_cache_fits
 from cfpp_rt.model.attention import CachePass
-from cfpp_rt.model.transformer import CausalWanTransformer, TimeEmbedding
+from cfpp_rt.model.transformer import CausalWanTransformer, LayerText, TimeEmbedding
 from cfpp_rt.noise import NoiseSource
 from cfpp_rt.ops.denoise_update import denoise_update
 from cfpp_rt.schedule import FlowMatchSchedule
@@ -29,22 +29,31 @@ from cfpp_rt.values import Conditioning, Latents
 _PREFILL_TIMESTEP = 0.0  # given frames are clean, whatever context_noise is: as published
 
 
+Actions = tuple[tuple[int, ...], ...]
+_MOST_TIMES = 512  # embedded timesteps and actions kept; a batch may act in more ways than it pays to keep
+
+
 @dataclasses.dataclass(frozen=True)
 class _Group:
-    """One block's part of a pass: latents [B, n, C, h, w], first frame, timestep, and the frames its queries see."""
+    """One block's part of a pass: latents [B, n, C, h, w], first frame, timestep, and the frames its queries see.
+
+    actions: n of them for each row of the batch; none for a model without actions.
+    """
 
     latents: Tensor
     start: int
     timestep: float
+    actions: Actions
     sees: list[int]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Clean:
-    """A finished block: latents [B, n, C, h, w], and the timestep at which its keys and values are made."""
+    """A finished block: latents [B, n, C, h, w], and the timestep and actions with which its keys are made."""
 
     latents: Tensor
     timestep: float
+    actions: Actions
 
 
 class Rollout:
@@ -104,7 +113,8 @@ class Rollout:
         self._batch = batch
         self._check_finite = check_finite
         self._schedule = FlowMatchSchedule(config.shift)
-        self._times: dict[tuple[float, ...], TimeEmbedding] = {}
+        self._times: dict[tuple[tuple[float, Actions], ...], TimeEmbedding] = {}
+        self._actions = ((0,) * block,) * batch if model.config.num_actions else ()
         self._text = self._embed(text)
         self._held: dict[int, _Clean] = {}  # finished blocks whose keys are in the cache, by first frame
         self._unrefreshed: int | None = None  # first frame of the finished block that still waits for its clean pass
@@ -148,6 +158,24 @@ class Rollout:
                 self._unrefreshed = None
                 self._recache()
 
+    def act(self, actions: int | Sequence[int] | Tensor) -> None:
+        """Take these actions from the next block on, until others are given; a rollout begins with action 0.
+
+        actions: one for all, [B], or [B, frames_per_block], in 0..num_actions - 1. Raises InputError, and leaves the
+        actions as they were, for others or for a model without actions.
+        """
+        known, n = self.model.config.num_actions, self.config.frames_per_block
+        if not known:
+            raise InputError(f"actions must not be given to a model without actions, got {actions}")
+        given = torch.as_tensor(actions)
+        fits = given.ndim < 2 and given.numel() in (1, self._batch) or given.shape == (self._batch, n)
+        if not fits or given.is_floating_point() or not bool(((given >= 0) & (given < known)).all()):
+            raise InputError(
+                f"actions must be integers in 0..{known - 1}: one, [B={self._batch}] or [B, {n}], got {actions}"
+            )
+        rows = given if given.ndim == 2 else given.reshape(-1, 1).expand(self._batch, n)
+        self._actions = tuple(tuple(row) for row in rows.tolist())
+
     @property
     def waits_for_refresh(self) -> bool:
         """Whether the newest block's clean pass is still to be run; never after the last block, which needs none."""
@@ -178,9 +206,9 @@ class Rollout:
             own = range(start, start + held.latents.shape[1])
             if not set(own).isdisjoint(visible):
                 sees = sorted({frame for frame in visible if frame < own.stop} | set(own))
-                self._forward([_Group(held.latents, start, held.timestep, sees)], keep=0)
+                self._forward([_Group(held.latents, start, held.timestep, held.actions, sees)], keep=0)
 
-    def _embed(self, text: Conditioning) -> list[tuple[Tensor, Tensor]]:
+    def _embed(self, text: Conditioning) -> list[LayerText]:
         with torch.inference_mode():
             return self.model.embed_text(text.embeds)
 
@@ -204,7 +232,7 @@ class Rollout:
         passes = []
         for step, timestep in enumerate(timesteps.tolist()):
             groups = self._open_block(start) if step == 0 else []
-            groups.append(self._group(x, start, timestep))
+            groups.append(self._group(x, start, timestep, self._actions))
             velocity = self._forward(groups, keep=1)
             noise = None if levels[step + 1] is None else self.noise.between_steps(n)
             clean, x = denoise_update(x, velocity, levels[step], noise, levels[step + 1])
@@ -229,27 +257,31 @@ class Rollout:
         waiting, self._unrefreshed = self._unrefreshed, None
         return [] if waiting is None else [self._clean_group(waiting)]
 
-    def _group(self, latents: Tensor, start: int, timestep: float) -> _Group:
+    def _group(self, latents: Tensor, start: int, timestep: float, actions: Actions) -> _Group:
         sees = self.cache.ring.visible(start + latents.shape[1], self.config.window)
-        return _Group(latents, start, timestep, sees)
+        return _Group(latents, start, timestep, actions, sees)
 
     def _clean_group(self, start: int) -> _Group:
         """The clean pass of a held block. Its window ends with the block itself."""
         held = self._held[start]
-        return self._group(held.latents, start, held.timestep)
+        return self._group(held.latents, start, held.timestep, held.actions)
 
     def _hold(self, latents: Tensor, start: int, timestep: float) -> None:
         """Keep a copy of a finished block, out of the caller's reach; forget those that the ring has overwritten."""
         ring = self.cache.ring
-        self._held[start] = _Clean(latents.clone(), timestep)
+        self._held[start] = _Clean(latents.clone(), timestep, self._actions)
         self._held = {first: kept for first, kept in self._held.items() if ring.holds[ring.slot(first)] == first}
 
     def _time(self, groups: list[_Group]) -> TimeEmbedding:
         """Modulation rows, one per frame; a rollout uses a handful of combinations, each made once."""
-        key = tuple(group.timestep for group in groups)
+        key = tuple((group.timestep, group.actions) for group in groups)
         if key not in self._times:
-            timesteps = torch.tensor(key).repeat_interleave(self.config.frames_per_block)
-            self._times[key] = self.model.embed_time(timesteps)
+            if len(self._times) >= _MOST_TIMES:
+                self._times.clear()
+            timesteps = torch.tensor([group.timestep for group in groups])
+            actions = torch.cat([torch.tensor(group.actions) for group in groups], dim=1) if self._actions else None
+            repeated = timesteps.repeat_interleave(self.config.frames_per_block)
+            self._times[key] = self.model.embed_time(repeated, actions)
         return self._times[key]
 
     def _place(self, groups: list[_Group]) -> CachePass:

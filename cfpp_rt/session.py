@@ -103,6 +103,10 @@ class Stream:
         """Follow another prompt from the next block on; see `Rollout.switch_prompt`."""
         self.rollout.switch_prompt(self._conditioning([prompt] if isinstance(prompt, str) else prompt), recache=recache)
 
+    def act(self, actions: int | Sequence[int] | Tensor) -> None:
+        """Take these actions from the next block on, until others are given; see `Rollout.act`."""
+        self.rollout.act(actions)
+
     def _conditioning(self, prompt: Sequence[str] | Conditioning) -> Conditioning:
         if isinstance(prompt, Conditioning):
             return prompt

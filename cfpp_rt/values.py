@@ -10,9 +10,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclasses.dataclass(frozen=True)
 class Conditioning:
-    """Text embeddings, float [B, text_len, text_dim]. Rows past the prompt's end are zero, and are attended to."""
+    """Text embeddings, float [B, text_len, text_dim]. Rows past the prompt's end are zero, and are attended to.
+
+    A model without text takes [B, 0, text_dim]: it is `Conditioning.none(B, text_dim)`.
+    """
 
     embeds: torch.Tensor
+
+    @classmethod
+    def none(cls, batch: int, text_dim: int) -> "Conditioning":
+        return cls(torch.zeros(batch, 0, text_dim))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One transformer block: modulated self-attention, cross-attention to the text, modulated feed-forward."""
+"""One transformer block: modulated self-attention, cross-attention to the text if any, modulated feed-forward."""
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,17 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 
 class TransformerBlock(nn.Module):
+    cross_attn: CrossAttention | None
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.eps = config.eps
         self.self_attn = SelfAttention(config)
-        self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)
-        self.cross_attn = CrossAttention(config)
+        if config.text_len:
+            self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)
+            self.cross_attn = CrossAttention(config)
+        else:
+            self.cross_attn = None
         self.ffn = nn.Sequential(
             nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
         )
@@ -32,15 +37,16 @@ class TransformerBlock(nn.Module):
         self,
         x: Tensor,
         time: Tensor,
-        text: tuple[Tensor, Tensor],
+        text: tuple[Tensor, Tensor] | None,
         cache: tuple[Tensor, Tensor],
         cached: CachePass,
         groups: int,
     ) -> Tensor:
         """Tokens x [B, S, dim] to tokens of their last `groups` groups; keys and values of all are written.
 
-        time: [B, F, 6, dim], this block's modulation plus the timestep's: shift, scale, gate for attention, then for
-        the feed-forward. text: keys and values [B, H, text_len, D]. cache: keys and values [B, H, capacity, D].
+        time: [B or 1, F, 6, dim], this block's modulation plus the timestep's: shift, scale, gate for attention, then
+        for the feed-forward. text: keys and values [B, H, text_len, D], None for a model without text. cache: keys and
+        values [B, H, capacity, D].
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = time.unbind(2)
         total = len(cached.ranges)
@@ -52,6 +58,22 @@ class TransformerBlock(nn.Module):
             x = x[:, x.shape[1] - y.shape[1] :]
             kept = gate1.shape[1] * groups // total
             gate1, shift2, scale2, gate2 = (row[:, -kept:] for row in (gate1, shift2, scale2, gate2))
-        x, normed = gated_residual(x, y, gate1, self.norm3.bias, self.norm3.weight, self.eps)
-        x, normed = gated_residual(x, self.cross_attn(normed, *text), None, shift2, scale2, self.eps)
+        return self.after_attention(x, y, gate1, shift2, scale2, gate2, text)
+
+    def after_attention(
+        self,
+        x: Tensor,
+        y: Tensor,
+        gate1: Tensor,
+        shift2: Tensor,
+        scale2: Tensor,
+        gate2: Tensor,
+        text: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """The rest of the block, from tokens x and what self-attention made of them, y; rows [B or 1, F, dim]."""
+        if self.cross_attn is None or text is None:
+            x, normed = gated_residual(x, y, gate1, shift2, scale2, self.eps)
+        else:
+            x, normed = gated_residual(x, y, gate1, self.norm3.bias, self.norm3.weight, self.eps)
+            x, normed = gated_residual(x, self.cross_attn(normed, *text), None, shift2, scale2, self.eps)
         return add_gated(x, self.ffn(normed), gate2)

@@ -18,12 +18,14 @@ from cfpp_rt.model.block import TransformerBlock
 from cfpp_rt.model.rope import RotaryTables
 from cfpp_rt.ops.adaln_modulate import adaln_modulate
 
-LayerText = tuple[Tensor, Tensor]
+LayerText = tuple[Tensor, Tensor] | None  # None: a model without text
 
 
 @dataclasses.dataclass(frozen=True)
 class TimeEmbedding:
-    """What a timestep turns into, for every layer at once. blocks: [L, N, 6, dim]; head: [N, 2, dim]."""
+    """What timesteps and actions turn into, for every layer at once. blocks: [L, B or 1, N, 6, dim]; head: [B or 1, N,
+    2, dim].
+    """
 
     blocks: Tensor
     head: Tensor
@@ -57,9 +59,12 @@ class CausalWanTransformer(nn.Module):
         dim = config.dim
         self.config = config
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, kernel_size=config.patch_size, stride=config.patch_size)
-        self.text_embedding = nn.Sequential(
-            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
-        )
+        if config.text_len:
+            self.text_embedding = nn.Sequential(
+                nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+            )
+        if config.num_actions:
+            self.action_embedding = nn.Embedding(config.num_actions, dim)
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks: Sequence[TransformerBlock] = nn.ModuleList(  # type: ignore[assignment]
@@ -76,20 +81,34 @@ class CausalWanTransformer(nn.Module):
         return self.patch_embedding.weight.device
 
     def embed_text(self, embeds: Tensor) -> list[LayerText]:
-        """Text embeddings [B, text_len, text_dim] to cross-attention keys and values [B, H, text_len, D] per layer."""
+        """Text embeddings [B, text_len, text_dim] to cross-attention keys and values [B, H, text_len, D] per layer.
+
+        A model without text takes none ([B, 0, text_dim]) and gives None per layer.
+        """
         wanted = (self.config.text_len, self.config.text_dim)
         if embeds.ndim != 3 or tuple(embeds.shape[1:]) != wanted:
             raise InputError(f"text embeds must be [B, {wanted[0]}, {wanted[1]}], got {list(embeds.shape)}")
+        if not self.config.text_len:
+            return [None] * len(self.blocks)
         text = self.text_embedding(embeds.to(self.device, self.dtype))
-        return [block.cross_attn.project_text(text) for block in self.blocks]
+        return [block.cross_attn.project_text(text) for block in self.blocks if block.cross_attn is not None]
 
-    def embed_time(self, timesteps: Tensor) -> TimeEmbedding:
-        """Timesteps [N] in 0..1000 (float, not integers: 937.5 is common) to every layer's modulation rows."""
-        e = self.time_embedding(sinusoid(timesteps.to(self.device), self.config.freq_dim).to(self.dtype))
-        rows = self.time_projection(e).unflatten(1, (6, -1))
+    def embed_time(self, timesteps: Tensor, actions: Tensor | None = None) -> TimeEmbedding:
+        """Timesteps [N] or [B, N] in 0..1000 (float, not integers: 937.5 is common) to every layer's modulation rows.
+
+        actions: int64 [B, N] in 0..num_actions - 1 for a model that knows actions, added to the timestep's embedding.
+        """
+        timesteps = torch.atleast_2d(timesteps).to(self.device)
+        wave = sinusoid(timesteps.flatten(), self.config.freq_dim).to(self.dtype)
+        e = self.time_embedding(wave).unflatten(0, timesteps.shape)
+        if self.config.num_actions:
+            if actions is None:
+                raise InputError(f"actions must be given, 0..{self.config.num_actions - 1} per frame, got None")
+            e = e + self.action_embedding(actions.to(self.device))
+        rows = self.time_projection(e).unflatten(2, (6, -1))
         return TimeEmbedding(
             blocks=torch.stack([block.modulation + rows for block in self.blocks]),
-            head=self.head.modulation + e[:, None],
+            head=self.head.modulation + e[:, :, None],
         )
 
     def rotary_tables(self, latent_height: int, latent_width: int) -> RotaryTables:
@@ -113,25 +132,29 @@ class CausalWanTransformer(nn.Module):
         the cache. groups: None = all; 0 = only the cache is wanted, and the last layer stops at its keys and values.
         probe: called with (layer, tokens) after every block, for diagnosis. Returns [B, F', out_dim, h, w] or None.
         """
-        batch, frames, _, height, width = latents.shape
+        frames, _, height, width = latents.shape[1:]
         total = len(cached.ranges)
         groups = total if groups is None else groups
-        x = self.patch_embedding(latents.to(self.dtype).transpose(1, 2)).flatten(2).transpose(1, 2).contiguous()
+        x = self.patchify(latents)
         last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
-            rows = time.blocks[layer].unsqueeze(0)
             kept = groups if layer == last else total
-            x = block(x, rows, text[layer], (cache.keys(layer), cache.values(layer)), cached, kept)
+            x = block(x, time.blocks[layer], text[layer], (cache.keys(layer), cache.values(layer)), cached, kept)
             if probe is not None:
                 probe(layer, x)
         if groups == 0:
             return None
-        kept_frames = frames * groups // total
-        shift, scale = time.head[-kept_frames:].unsqueeze(0).unbind(2)
-        x = self.head.head(adaln_modulate(x, shift, scale, self.config.eps))
-        return self._unpatchify(x, batch, kept_frames, height, width)
+        return self.unpatchify(x, time.head[:, -(frames * groups // total) :], height, width)
 
-    def _unpatchify(self, x: Tensor, batch: int, frames: int, height: int, width: int) -> Tensor:
+    def patchify(self, latents: Tensor) -> Tensor:
+        """Latents [B, F, C, h, w] to tokens [B, F * T, dim]."""
+        return self.patch_embedding(latents.to(self.dtype).transpose(1, 2)).flatten(2).transpose(1, 2).contiguous()
+
+    def unpatchify(self, x: Tensor, rows: Tensor, height: int, width: int) -> Tensor:
+        """The head: tokens [B, F * T, dim] and their frames' rows [B or 1, F, 2, dim] to velocity [B, F, C, h, w]."""
+        batch, frames = x.shape[0], rows.shape[1]
+        shift, scale = rows.unbind(2)
+        x = self.head.head(adaln_modulate(x, shift, scale, self.config.eps))
         _, p, q = self.config.patch_size
         x = x.reshape(batch, frames, height // p, width // q, p, q, self.config.out_dim)
         return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, frames, self.config.out_dim, height, width)
