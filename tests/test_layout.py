@@ -21,6 +21,7 @@ LAYERS = [
     {"rollout"},
     {"session"},
     {"pipeline"},
+    {"distill"},
     {"untrained"},
     {"generate", "doctor"},
     {"cli"},

@@ -1,14 +1,19 @@
 """Self-attention over the KV cache, and cross-attention to the text."""
 
 import dataclasses
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cfpp_rt.config import ModelConfig
+from cfpp_rt.model.rope import rotate
 from cfpp_rt.ops.block_attention import block_attention
 from cfpp_rt.ops.kv_update import kv_update_
 from cfpp_rt.ops.token_ranges import TokenRanges
+
+# Attention of a whole sequence, for training: queries, keys and values [B, H, S, D] to [B, H, S, D].
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +64,13 @@ class SelfAttention(nn.Module):
         """Attention of the last `groups` >= 1 groups of q [B, H, S, D], output projection included: [B, S', dim]."""
         dropped = q.shape[2] - q.shape[2] * groups // len(cached.ranges)
         return self.o(block_attention(q[:, :, dropped:], keys, values, cached.ranges.last(groups)))
+
+    def masked(self, x: Tensor, rope: Tensor, attend: Attend) -> Tensor:
+        """The same without a cache, differentiable: x [B, S, dim] to [B, S, dim]. rope: [S, D / 2, 2], as `rotate`."""
+        q, k, v = self.project(x)
+        q, k, v = (t.unflatten(2, (-1, 2 * rope.shape[1])) for t in (self.norm_q(q), self.norm_k(k), v))
+        q, k = (rotate(t, rope[:, None]).to(v.dtype) for t in (q, k))
+        return self.o(attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.Module):

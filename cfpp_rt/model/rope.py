@@ -39,3 +39,17 @@ class RotaryTables:
     def time(self, frames: Sequence[int]) -> torch.Tensor:
         """Table of absolute latent frame indices, float32 [len(frames), n_time, 2]."""
         return _axis_table(torch.tensor(list(frames)), self.time_pairs).to(self.rows.device)
+
+    def sequence(self, frames: Sequence[int]) -> torch.Tensor:
+        """(cos, sin) of every token of these frames, frame-major, then row, then column: float32 [S, D / 2, 2]."""
+        time, rows, columns = self.time(frames), self.rows, self.columns
+        grid = (len(time), len(rows), len(columns))
+        axes = (time[:, None, None], rows[None, :, None], columns[None, None, :])
+        return torch.cat([axis.expand(*grid, -1, -1) for axis in axes], dim=3).flatten(0, 2)
+
+
+def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Turn the channel pairs of x [..., D] by table, float32 (cos, sin) [..., D / 2, 2]; float32, differentiable."""
+    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = table.unbind(-1)
+    return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2)

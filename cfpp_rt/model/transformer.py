@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cfpp_rt.cache import KVCache
 from cfpp_rt.config import ModelConfig
 from cfpp_rt.errors import InputError
-from cfpp_rt.model.attention import CachePass
+from cfpp_rt.model.attention import Attend, CachePass
 from cfpp_rt.model.block import TransformerBlock
 from cfpp_rt.model.rope import RotaryTables
 from cfpp_rt.ops.adaln_modulate import adaln_modulate
@@ -88,33 +89,35 @@ class CausalWanTransformer(nn.Module):
         wanted = (self.config.text_len, self.config.text_dim)
         if embeds.ndim != 3 or tuple(embeds.shape[1:]) != wanted:
             raise InputError(f"text embeds must be [B, {wanted[0]}, {wanted[1]}], got {list(embeds.shape)}")
-        if not self.config.text_len:
-            return [None] * len(self.blocks)
-        text = self.text_embedding(embeds.to(self.device, self.dtype))
-        return [block.cross_attn.project_text(text) for block in self.blocks if block.cross_attn is not None]
+        text = self._text_tokens(embeds)
+        return [block.cross_attn.project_text(text) if block.cross_attn else None for block in self.blocks]
+
+    def _text_tokens(self, embeds: Tensor) -> Tensor:
+        return self.text_embedding(embeds.to(self.device, self.dtype)) if self.config.text_len else embeds
 
     def embed_time(self, timesteps: Tensor, actions: Tensor | None = None) -> TimeEmbedding:
         """Timesteps [N] or [B, N] in 0..1000 (float, not integers: 937.5 is common) to every layer's modulation rows.
 
         actions: int64 [B, N] in 0..num_actions - 1 for a model that knows actions, added to the timestep's embedding.
         """
-        timesteps = torch.atleast_2d(timesteps).to(self.device)
-        wave = sinusoid(timesteps.flatten(), self.config.freq_dim).to(self.dtype)
+        rows, head = self._time_rows(torch.atleast_2d(timesteps), actions)
+        return TimeEmbedding(torch.stack([block.modulation + rows for block in self.blocks]), head)
+
+    def _time_rows(self, timesteps: Tensor, actions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Rows [B or 1, N, 6, dim], before a block adds its own, and the head's [B or 1, N, 2, dim]."""
+        wave = sinusoid(timesteps.to(self.device).flatten(), self.config.freq_dim).to(self.dtype)
         e = self.time_embedding(wave).unflatten(0, timesteps.shape)
         if self.config.num_actions:
             if actions is None:
                 raise InputError(f"actions must be given, 0..{self.config.num_actions - 1} per frame, got None")
             e = e + self.action_embedding(actions.to(self.device))
-        rows = self.time_projection(e).unflatten(2, (6, -1))
-        return TimeEmbedding(
-            blocks=torch.stack([block.modulation + rows for block in self.blocks]),
-            head=self.head.modulation + e[:, :, None],
-        )
+        return self.time_projection(e).unflatten(2, (6, -1)), self.head.modulation + e[:, :, None]
 
-    def rotary_tables(self, latent_height: int, latent_width: int) -> RotaryTables:
+    def rotary_tables(self, latent_height: int, latent_width: int, device: torch.device | None = None) -> RotaryTables:
         _, rows, columns = self.config.patch_size
         self.config.tokens_per_frame(latent_height, latent_width)  # raises where the patch does not fit
-        return RotaryTables.build(self.config.head_dim, latent_height // rows, latent_width // columns, self.device)
+        size = (latent_height // rows, latent_width // columns)
+        return RotaryTables.build(self.config.head_dim, *size, device or self.device)
 
     def forward(
         self,
@@ -145,6 +148,32 @@ class CausalWanTransformer(nn.Module):
         if groups == 0:
             return None
         return self.unpatchify(x, time.head[:, -(frames * groups // total) :], height, width)
+
+    def masked(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        embeds: Tensor,
+        actions: Tensor | None,
+        rope: Tensor,
+        attend: Callable[[int], Attend],
+        *,
+        checkpointing: bool = False,
+    ) -> Tensor:
+        """The velocity of a whole sequence of frames without a cache, differentiable: what training runs.
+
+        latents: [B, F, C, h, w]. timesteps: float [B, F]. embeds: [B, text_len, text_dim]. actions: int64 [B, F] or
+        None. rope: float32 [S, D / 2, 2], `RotaryTables.sequence`. attend: the attention of a layer. checkpointing:
+        keep only the blocks' inputs for the backward pass and run the blocks again there.
+        """
+        height, width = latents.shape[-2:]
+        rows, head = self._time_rows(timesteps, actions)
+        text = self._text_tokens(embeds)
+        x = self.patchify(latents)
+        for layer, block in enumerate(self.blocks):
+            inputs = (x, rows, text, rope, attend(layer))
+            x = checkpoint(block.masked, *inputs, use_reentrant=False) if checkpointing else block.masked(*inputs)
+        return self.unpatchify(x, head, height, width)
 
     def patchify(self, latents: Tensor) -> Tensor:
         """Latents [B, F, C, h, w] to tokens [B, F * T, dim]."""

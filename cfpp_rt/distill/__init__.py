@@ -1,0 +1,1 @@
+"""The distillation pipeline: from a diffusion model to a few-step autoregressive student, stage by stage."""

@@ -1,0 +1,111 @@
+"""The training forwards of the transformer: the same module that the runtime runs, without a cache, differentiable.
+
+Timesteps are float32 throughout. The published code rounds them to bfloat16, which makes single steps of the
+consistency stage up to 1.6 times too long; the formulas want the exact ones.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cfpp_rt.distill import masks
+from cfpp_rt.errors import InputError
+from cfpp_rt.model.transformer import CausalWanTransformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """What a clip is conditioned on. embeds: [B, text_len, text_dim]; actions: int64 [B, F], or None."""
+
+    embeds: Tensor
+    actions: Tensor | None = None
+
+    def twice(self) -> "Condition":
+        """For a sequence that holds the same frames two times."""
+        actions = None if self.actions is None else torch.cat([self.actions, self.actions], dim=1)
+        return dataclasses.replace(self, actions=actions)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the frames of a training clip depend on each other. block: frames made together; window: as the rollout's."""
+
+    block: int = 1
+    window: int | None = None
+
+
+class Denoiser:
+    """A transformer as training sees it: velocities of whole clips under a mask.
+
+    network: called through its method `masked`, so sharding and hooks apply. checkpointing: of activations.
+    """
+
+    def __init__(self, network: CausalWanTransformer, layout: Layout | None = None, *, checkpointing: bool = False):
+        self.network, self.layout, self.checkpointing = network, layout or Layout(), checkpointing
+        self._made: dict[tuple[object, ...], tuple[Tensor, Callable[[Tensor, Tensor, Tensor], Tensor]]] = {}
+
+    def teacher_forced(
+        self,
+        clean: Tensor,
+        noisy: Tensor,
+        timesteps: Tensor,
+        condition: Condition,
+        clean_timesteps: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity of the noisy frames, each block conditioned on the clean blocks before it: [B, F, C, h, w] float32.
+
+        clean, noisy: [B, F, C, h, w]. timesteps: float [B, F] of the noisy ones. clean_timesteps: of the clean ones
+        where they carry noise of their own, default 0.
+        """
+        frames = _same_shape(clean, noisy)
+        if clean_timesteps is None:
+            clean_timesteps = torch.zeros_like(timesteps)
+        both = torch.cat([clean, noisy], dim=1)
+        levels = torch.cat([clean_timesteps, timesteps], dim=1)
+        visible = ("teacher_forcing", frames, [*range(frames)] * 2)
+        return self._run(both, levels, condition.twice(), *visible)[:, frames:]
+
+    def diffusion_forced(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """Velocity of noisy frames conditioned on the noisy frames before them: [B, F, C, h, w] float32."""
+        return self._run(noisy, timesteps, condition, "causal", noisy.shape[1], [*range(noisy.shape[1])])
+
+    def bidirectional(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """Velocity of noisy frames that all see each other: [B, F, C, h, w] float32."""
+        return self._run(noisy, timesteps, condition, "bidirectional", noisy.shape[1], [*range(noisy.shape[1])])
+
+    def _run(
+        self, latents: Tensor, timesteps: Tensor, condition: Condition, kind: str, frames: int, positions: list[int]
+    ) -> Tensor:
+        height, width = latents.shape[-2:]
+        key = (kind, frames, height, width, latents.device)
+        if key not in self._made:
+            self._made[key] = self._prepare(kind, frames, positions, height, width, latents.device)
+        rope, attend = self._made[key]
+        return self.network.masked(
+            latents,
+            timesteps,
+            condition.embeds,
+            condition.actions,
+            rope,
+            lambda layer: attend,
+            checkpointing=self.checkpointing and torch.is_grad_enabled(),
+        ).float()
+
+    def _prepare(
+        self, kind: str, frames: int, positions: list[int], height: int, width: int, device: torch.device
+    ) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+        tokens = self.network.config.tokens_per_frame(height, width)
+        if kind == "bidirectional":
+            visible = masks.bidirectional(frames)
+        else:
+            visible = getattr(masks, kind)(frames, self.layout.block, self.layout.window)
+        rope = self.network.rotary_tables(height, width, device).sequence(positions)
+        return rope, masks.attention(visible, tokens, device)
+
+
+def _same_shape(clean: Tensor, noisy: Tensor) -> int:
+    if clean.ndim != 5 or clean.shape != noisy.shape:
+        raise InputError(f"noisy must be [B, F, C, h, w] like clean {list(clean.shape)}, got {list(noisy.shape)}")
+    return clean.shape[1]

@@ -1,0 +1,77 @@
+"""Which frames see which in a training forward, and attention that keeps to it."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cfpp_rt.errors import InputError
+
+
+def causal(frames: int, block: int, window: int | None = None) -> Tensor:
+    """bool [F, F], query frame by key frame: every frame sees all up to the end of its own block.
+
+    block: frames made together. window: frames seen at most, the own block included; None = all.
+    """
+    _require_blocks(frames, block)
+    end = (torch.arange(frames) // block + 1)[:, None] * block
+    key = torch.arange(frames)[None]
+    visible = key < end
+    return visible if window is None else visible & (key >= end - window)
+
+
+def teacher_forcing(frames: int, block: int, window: int | None = None) -> Tensor:
+    """bool [2F, 2F] for clean frames followed by the same frames noised (arXiv 2605.15141, stage 1).
+
+    A clean frame sees the clean frames up to the end of its own block. A noisy frame sees the noisy frames of its own
+    block and the clean frames of the blocks before it. window: frames seen at most, the own block included.
+    """
+    clean = causal(frames, block, window)
+    own = torch.arange(frames) // block
+    same = own[:, None] == own[None]
+    return torch.cat([torch.cat([clean, torch.zeros_like(clean)], 1), torch.cat([clean & ~same, same], 1)])
+
+
+def bidirectional(frames: int) -> Tensor:
+    """bool [F, F]: every frame sees every other."""
+    return torch.ones(frames, frames, dtype=torch.bool)
+
+
+def attention(visible: Tensor, tokens: int, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Differentiable attention [B, H, S, D] of S = N * tokens tokens under a mask of frames, bool [N, N].
+
+    On CUDA FlexAttention, which skips the blocks that nobody sees; elsewhere a dense mask.
+    """
+    if device.type == "cuda":
+        return _flex(visible, tokens, device)
+    if bool(visible.all()):
+        return F.scaled_dot_product_attention
+    dense = visible.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1).to(device)
+    return functools.partial(F.scaled_dot_product_attention, attn_mask=dense)
+
+
+def _flex(visible: Tensor, tokens: int, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    seen = visible.to(device)
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return seen[query // tokens, key // tokens]
+
+    length = len(visible) * tokens
+    mask = create_block_mask(sees, None, None, length, length, device=device, _compile=True)
+    return functools.partial(_compiled_flex(), block_mask=mask)
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _require_blocks(frames: int, block: int) -> None:
+    if frames < 1 or block < 1 or frames % block:
+        raise InputError(f"frames must be a multiple >= 1 of the block of {block} frames, got {frames}")
