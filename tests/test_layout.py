@@ -23,6 +23,7 @@ LAYERS = [
     {"pipeline"},
     {"distill"},
     {"untrained"},
+    {"world"},
     {"generate", "doctor"},
     {"cli"},
     {"export", "bench"},

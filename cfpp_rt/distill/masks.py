@@ -42,14 +42,28 @@ def bidirectional(frames: int) -> Tensor:
 def attention(visible: Tensor, tokens: int, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Differentiable attention [B, H, S, D] of S = N * tokens tokens under a mask of frames, bool [N, N].
 
-    On CUDA FlexAttention, which skips the blocks that nobody sees; elsewhere a dense mask.
+    On CUDA FlexAttention, which skips the blocks that nobody sees; elsewhere each frame's keys are gathered, so that
+    nothing unseen is multiplied there either.
     """
     if device.type == "cuda":
         return _flex(visible, tokens, device)
     if bool(visible.all()):
         return F.scaled_dot_product_attention
-    dense = visible.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1).to(device)
-    return functools.partial(F.scaled_dot_product_attention, attn_mask=dense)
+    return functools.partial(_gathered, visible, tokens)
+
+
+def _gathered(visible: Tensor, tokens: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Frames that see equally many others attend together."""
+    q, k, v = (t.unflatten(2, (-1, tokens)).transpose(1, 2) for t in (q, k, v))  # [B, N, H, tokens, D]
+    counts = visible.sum(1)
+    out = torch.empty_like(q)
+    for count in counts.unique().tolist():
+        frames = (counts == count).nonzero().flatten()
+        seen = visible[frames].nonzero()[:, 1].reshape(-1, count)
+        keys, values = (t[:, seen].transpose(2, 3).flatten(3, 4) for t in (k, v))  # [B, n, H, count * tokens, D]
+        part = F.scaled_dot_product_attention(q[:, frames].flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1))
+        out = out.index_copy(1, frames, part.unflatten(0, (-1, len(frames))))
+    return out.transpose(1, 2).flatten(2, 3)
 
 
 def _flex(visible: Tensor, tokens: int, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

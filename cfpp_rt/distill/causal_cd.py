@@ -1,0 +1,116 @@
+"""Stage 2: causal consistency distillation, without stored trajectories (Causal Forcing++, arXiv 2605.15141).
+
+The teacher takes one step of its probability-flow ODE between two adjacent timesteps of a table; the student's clean
+estimate at the first is drawn to that of its own moving average at the second. All run under teacher forcing. The
+estimate x - sigma * v meets the boundary condition at sigma = 0 by itself.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from cfpp_rt.distill.ar_diffusion import mix
+from cfpp_rt.distill.batch import Batch
+from cfpp_rt.distill.draws import index, normal_like
+from cfpp_rt.distill.forward import Condition, Denoiser
+from cfpp_rt.distill.stage import clips
+from cfpp_rt.schedule import TABLE_SIZE, FlowMatchSchedule
+
+STEPS = 48
+
+
+def timestep_table(steps: int = STEPS, shift: float = 5.0) -> Tensor:
+    """Timesteps float32 [steps], descending from 1000, of which 0 would be the next: 1000 s u / (1 + (s - 1) u)."""
+    u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
+    return (TABLE_SIZE * shift * u / (1 + (shift - 1) * u)).float()
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance of a teacher: v(negative) + weight * (v(text) - v(negative)).
+
+    negative: embeds [1 or B, text_len, text_dim] of the negative prompt. Actions and cameras stay in both.
+    """
+
+    weight: float
+    negative: Tensor
+
+
+def guided(velocity: Callable[[Condition], Tensor], condition: Condition, guidance: Guidance | None) -> Tensor:
+    """The guided velocity; without guidance the conditional one, at half the cost."""
+    if guidance is None:
+        return velocity(condition)
+    negative = guidance.negative.to(condition.embeds).expand_as(condition.embeds)
+    without = velocity(dataclasses.replace(condition, embeds=negative))
+    return without + guidance.weight * (velocity(condition) - without)
+
+
+def clean_estimate(
+    network: Denoiser, clean: Tensor, noisy: Tensor, timestep: Tensor, condition: Condition, schedule: FlowMatchSchedule
+) -> Tensor:
+    """X(x, t) = x - sigma(t) * v(x, t) under teacher forcing, all frames at one timestep (float32 scalar): [B, F, ...].
+
+    sigma(t) is that of the schedule's nearest entry, as when the student runs.
+    """
+    timesteps = timestep.to(clean.device).expand(clean.shape[:2])
+    return noisy - schedule.sigma(timestep).item() * network.teacher_forced(clean, noisy, timesteps, condition)
+
+
+def ode_step(
+    teacher: Denoiser,
+    clean: Tensor,
+    noisy: Tensor,
+    timestep: Tensor,
+    next_timestep: Tensor,
+    condition: Condition,
+    guidance: Guidance | None,
+) -> Tensor:
+    """One Euler step of the teacher's ODE from `timestep` to `next_timestep` (float32 scalars): [B, F, C, h, w]."""
+    timesteps = timestep.to(clean.device).expand(clean.shape[:2])
+    velocity = guided(lambda c: teacher.teacher_forced(clean, noisy, timesteps, c), condition, guidance)
+    return noisy - (timestep - next_timestep).item() / TABLE_SIZE * velocity
+
+
+def consistency_loss(here: Tensor, there: Tensor, cell_weights: Tensor | None = None) -> Tensor:
+    """Mean square of the student's estimate minus its target's; here, there [B, F, C, h, w], weights [B, F, h, w]."""
+    error = (here - there.detach()).square().mean(dim=2)
+    return (error if cell_weights is None else error * cell_weights).mean()
+
+
+class CausalCD:
+    """The stage. teacher: frozen, from stage 1; the moving average of the student, `ema`, is the target.
+
+    schedule: what the student runs on. timesteps: the table, float32, descending; its last interval, to 0, is not
+    used, as published.
+    """
+
+    def __init__(
+        self,
+        student: Denoiser,
+        ema: Denoiser,
+        teacher: Denoiser,
+        *,
+        schedule: FlowMatchSchedule,
+        timesteps: Tensor,
+        guidance: Guidance | None = None,
+    ):
+        self.student, self.target, self.teacher = student, ema, teacher
+        self.schedule, self.timesteps, self.guidance = schedule, timesteps, guidance
+        self.ema: nn.Module = ema.network
+        self.trained: dict[str, nn.Module] = {"student": student.network}
+
+    def updates(
+        self, next_batch: Callable[[], Batch], draws: torch.Generator, step: int
+    ) -> Iterator[tuple[str, Tensor]]:
+        batch = next_batch()
+        clean = clips(batch)
+        m = index(len(self.timesteps) - 1, draws)
+        here, there = self.timesteps[m], self.timesteps[m + 1]
+        noisy = mix(clean, normal_like(clean, draws), (here / TABLE_SIZE).expand(1, clean.shape[1]).to(clean.device))
+        with torch.no_grad():
+            stepped = ode_step(self.teacher, clean, noisy, here, there, batch.condition, self.guidance)
+            wanted = clean_estimate(self.target, clean, stepped, there, batch.condition, self.schedule)
+        found = clean_estimate(self.student, clean, noisy, here, batch.condition, self.schedule)
+        yield "student", consistency_loss(found, wanted, batch.weights)

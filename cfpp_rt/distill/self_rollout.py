@@ -1,0 +1,160 @@
+"""Stage 3's videos: made by the student itself, through the runtime's own cache, a gradient at one step of each block.
+
+Every block is denoised as in the runtime; at a step drawn at random it stops, that step runs with gradient, and its
+clean estimate is the block. Then the clean pass writes the block's keys and values. Keys and values of earlier blocks
+are detached on purpose: a block answers for itself, not for what its predecessors left in the cache, as Self Forcing
+(arXiv 2506.08009) describes it. The published code leaves gradients to flow through a cache that is overwritten.
+"""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cfpp_rt.cache import CacheShape, FrameRing, KVCache, slots_for
+from cfpp_rt.config import RolloutConfig
+from cfpp_rt.distill.draws import index, normal_like
+from cfpp_rt.distill.forward import Condition
+from cfpp_rt.errors import InputError
+from cfpp_rt.model.attention import Attend, CachePass
+from cfpp_rt.model.transformer import CausalWanTransformer, LayerText
+from cfpp_rt.schedule import FlowMatchSchedule, add_noise
+
+
+@dataclasses.dataclass(frozen=True)
+class Exits:
+    """The step, 0 for the first, at which a block ends: one for the first block, one for all others."""
+
+    first: int
+    later: int
+
+    @classmethod
+    def draw(cls, config: RolloutConfig, draws: torch.Generator) -> "Exits":
+        """Both drawn evenly; the same one where the first block has no steps of its own, as published."""
+        later = index(len(config.steps), draws)
+        return cls(later if config.first_steps is None else index(len(config.first_steps), draws), later)
+
+
+class SelfRollout:
+    """Videos of a student as it runs. network: trained; config: how the runtime will run it, its `refresh` apart."""
+
+    def __init__(self, network: CausalWanTransformer, config: RolloutConfig, *, checkpointing: bool = False):
+        self.network, self.checkpointing = network, checkpointing
+        self.config = config.replace(refresh="separate")
+        self.schedule = FlowMatchSchedule(config.shift)
+
+    def __call__(
+        self,
+        noise: Tensor,
+        condition: Condition,
+        exits: Exits,
+        draws: torch.Generator,
+        *,
+        initial: Tensor | None = None,
+        gradient: bool = True,
+    ) -> Tensor:
+        """Clean estimates float32 [B, F, C, h, w]: the given frames, then those made.
+
+        noise: what each made block starts from, [B, F - F0, C, h, w]. condition: of all F frames. initial: given clean
+        frames [B, F0, C, h, w], whole blocks. gradient: with one at the exit steps, or none at all.
+        """
+        given = 0 if initial is None else initial.shape[1]
+        block, frames = self.config.frames_per_block, given + noise.shape[1]
+        if frames % block or given % block or not noise.shape[1]:
+            raise InputError(f"noise and initial must be blocks of {block} frames, got {noise.shape[1]} and {given}")
+        run = _Run(self, noise, condition, frames)
+        made = [] if initial is None else [initial.float()]
+        for start in range(0, given, block):
+            run.keep(made[0][:, start : start + block], start, 0.0)
+        for start in range(given, frames, block):
+            first = start == given
+            steps = (self.config.first_steps or self.config.steps) if first else self.config.steps
+            x = noise[:, start - given : start - given + block]
+            made.append(run.block(x, start, steps, exits.first if first else exits.later, draws, gradient))
+            if start + block < frames:
+                run.keep(made[-1].detach(), start, float(self.config.context_noise))
+        return torch.cat(made, dim=1)
+
+
+class _Run:
+    """One rollout's cache and the passes over it."""
+
+    def __init__(self, rollout: SelfRollout, like: Tensor, condition: Condition, frames: int):
+        self.rollout, self.network, self.condition = rollout, rollout.network, condition
+        config, (batch, _, _, height, width) = rollout.config, like.shape
+        sinks, ring = slots_for(config, frames)
+        tokens = self.network.config.tokens_per_frame(height, width)
+        shape = CacheShape.of(self.network.config, batch, sinks + ring, tokens)
+        self.cache = KVCache(shape, FrameRing(sinks, ring, config.frames_per_block), self.network.dtype, like.device)
+        self.tables = self.network.rotary_tables(height, width, like.device)
+        with torch.no_grad():
+            self.text: list[LayerText] = self.network.embed_text(condition.embeds)
+
+    def block(
+        self, x: Tensor, start: int, steps: tuple[int, ...], exit_step: int, draws: torch.Generator, gradient: bool
+    ) -> Tensor:
+        schedule = self.rollout.schedule
+        timesteps = schedule.warp(steps)
+        sigmas = schedule.sigma(timesteps).tolist()
+        self.cache.ring.write(start)
+        for step in range(exit_step):
+            velocity = self._cached(x, start, float(timesteps[step]), keep=1)
+            x = add_noise(x - sigmas[step] * velocity.float(), normal_like(x, draws), sigmas[step + 1])
+        timestep = float(timesteps[exit_step])
+        run = self._differentiable if gradient else self._cached
+        return x - sigmas[exit_step] * run(x, start, timestep).float()
+
+    def keep(self, clean: Tensor, start: int, timestep: float) -> None:
+        """Write a finished block's keys and values."""
+        if self.cache.ring.end <= start:
+            self.cache.ring.write(start)
+        self._cached(clean, start, timestep, keep=0)
+
+    def _actions(self, start: int, frames: int) -> Tensor | None:
+        actions = self.condition.actions
+        return None if actions is None else actions[:, start : start + frames]
+
+    @torch.no_grad()
+    def _cached(self, x: Tensor, start: int, timestep: float, keep: int = 1) -> Tensor:
+        batch, frames = x.shape[:2]
+        time = self.network.embed_time(torch.full((batch, frames), timestep), self._actions(start, frames))
+        first = self.cache.ring.slot(start) * self.cache.tokens_per_frame
+        visible = self.cache.ring.visible(start + frames, self.rollout.config.window)
+        place = CachePass(
+            write_index=torch.full((batch, 1), first, dtype=torch.int32, device=x.device),
+            ranges=self.cache.token_ranges([visible]),
+            rope_time=self.tables.time(range(start, start + frames)).expand(batch, -1, -1, -1),
+            rope_rows=self.tables.rows,
+            rope_columns=self.tables.columns,
+        )
+        return self.network(x, time, self.text, self.cache, place, groups=keep)
+
+    def _differentiable(self, x: Tensor, start: int, timestep: float) -> Tensor:
+        batch, frames = x.shape[:2]
+        own = range(start, start + frames)
+        visible = self.cache.ring.visible(own.stop, self.rollout.config.window)
+        past = [frame for frame in visible if frame not in own]
+        return self.network.masked(
+            x,
+            torch.full((batch, frames), timestep),
+            self.condition.embeds,
+            self._actions(start, frames),
+            self.tables.sequence(own),
+            lambda layer: self._attend(layer, past),
+            checkpointing=self.rollout.checkpointing,
+        )
+
+    def _attend(self, layer: int, past: list[int]) -> Attend:
+        """Attention of a block to the past, copied out of the cache now, and to itself."""
+        if not past:
+            return F.scaled_dot_product_attention
+        t = self.cache.tokens_per_frame
+        runs = [slice(first * t, last * t) for first, last in self.cache.ring.runs(past)]
+        cached = (self.cache.keys(layer), self.cache.values(layer))
+        keys, values = (torch.cat([part[:, :, run] for run in runs], dim=2) for part in cached)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2))
+
+        return attend

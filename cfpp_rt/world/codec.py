@@ -1,0 +1,93 @@
+"""The world's frame codec: every picture by itself, each 8 x 8 patch a point in a linear space of 16 dimensions.
+
+The world is drawn from few sprites, so its patches lie close to a linear subspace: its principal directions are found
+by singular value decomposition, and every latent channel is scaled to the same spread.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cfpp_rt.checkpoint import read_tensors, require_exact
+from cfpp_rt.codec.base import require_latents, require_pixels
+from cfpp_rt.world.policy import Wanderer
+from cfpp_rt.world.simulator import Simulator
+from cfpp_rt.world.sprites import TILE, render
+
+CHANNELS = 16
+_PATCH = 3 * TILE * TILE
+
+
+class PatchCodec:
+    """A `Codec` of one latent frame per picture; stateless, so it is its own streaming encoder and decoder.
+
+    mean: float32 [192]. basis: float32 [192, 16], orthonormal columns. scale: float32 [16] > 0. A latent is
+    (patch - mean) basis / scale, a patch is its rows, columns and RGB in [-1, 1].
+    """
+
+    temporal_factor = 1
+    spatial_factor = TILE
+    latent_channels = CHANNELS
+
+    def __init__(self, mean: Tensor, basis: Tensor, scale: Tensor):
+        self.mean, self.basis, self.scale = mean, basis, scale
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "PatchCodec":
+        """Raises CheckpointError for a file that is not such a codec."""
+        state = read_tensors(path)
+        require_exact(state, {"mean": (_PATCH,), "basis": (_PATCH, CHANNELS), "scale": (CHANNELS,)}, path)
+        return cls(*(state[name].to(device, torch.float32) for name in ("mean", "basis", "scale")))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"mean": self.mean, "basis": self.basis, "scale": self.scale}
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, T, 3, height, width] in [-1, 1] to latents [B, T, 16, height / 8, width / 8], float32."""
+        require_pixels(pixels, TILE, 1, first=True)
+        patches = _patches(pixels.to(self.mean))
+        return ((patches - self.mean) @ self.basis / self.scale).movedim(-1, 2)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, F, 16, h, w] to pixels [B, F, 3, 8h, 8w] in [-1, 1], float32."""
+        require_latents(latents, CHANNELS)
+        patches = (latents.to(self.mean).movedim(2, -1) * self.scale) @ self.basis.T + self.mean
+        patches = patches.clamp(-1, 1).unflatten(-1, (TILE, TILE, 3))  # [B, F, h, w, row, column, RGB]
+        return patches.permute(0, 1, 6, 2, 4, 3, 5).flatten(3, 4).flatten(4, 5)
+
+    def decoder(self) -> "PatchCodec":
+        return self
+
+    def encoder(self) -> "PatchCodec":
+        return self
+
+
+def fit_codec(seed: int, *, episodes: int = 512, frames: int = 64) -> PatchCodec:
+    """The codec of pictures that the simulator makes with this seed."""
+    simulator = Simulator([seed + episode for episode in range(episodes)])
+    play = Wanderer(seed, episodes)
+    pictures = [render(simulator.state)]
+    for _ in range(frames - 1):
+        pictures.append(render(simulator.step(play(simulator.state))))
+    patches = _patches(to_pixels(np.stack(pictures, axis=1))).reshape(-1, _PATCH)
+    distinct, counts = patches.unique(dim=0, return_counts=True)
+    # Rare patches (a crate half over a gate) are to be seen as well as the floor, the commonest by far.
+    weights = counts.double().pow(0.5)
+    weights /= weights.sum()
+    mean = weights @ distinct.double()
+    _, spread, basis = torch.linalg.svd((distinct - mean) * weights.sqrt()[:, None], full_matrices=False)
+    return PatchCodec(mean.float(), basis[:CHANNELS].T.float().contiguous(), spread[:CHANNELS].float())
+
+
+def to_pixels(pictures: NDArray[np.uint8]) -> Tensor:
+    """Pictures uint8 [B, T, height, width, 3] to pixels float32 [B, T, 3, height, width] in [-1, 1]."""
+    return torch.from_numpy(pictures).movedim(-1, 2).float() / 127.5 - 1
+
+
+def _patches(pixels: Tensor) -> Tensor:
+    """Pixels [B, T, 3, height, width] to patches [B, T, h, w, 192]: rows, columns, RGB."""
+    tiles = pixels.unflatten(4, (-1, TILE)).unflatten(3, (-1, TILE))  # [B, T, RGB, h, row, w, column]
+    return tiles.permute(0, 1, 3, 5, 4, 6, 2).flatten(4)
