@@ -4,7 +4,7 @@ import numpy as np
 
 from cfpp_rt.world.simulator import DOWN, INTERACT, LEFT, NONE, RIGHT, UP, Cells, State
 
-_CHANGE = 0.3  # chance per frame of another key
+_CHANGE = 0.25  # chance per frame of another key
 
 
 class Wanderer:
@@ -20,9 +20,9 @@ class Wanderer:
         change = draw.random(count) < _CHANGE
         kind = draw.random(count)
         other = draw.integers(UP, RIGHT + 1, count)
-        for low, high, goal in ((0.45, 0.7, state.crate), (0.7, 0.85, 2 * state.coin)):
+        for low, high, goal in ((0.3, 0.7, state.crate), (0.7, 0.86, 2 * state.coin)):
             other = np.where((kind >= low) & (kind < high), _towards(goal - state.agent, draw.random(count)), other)
-        other = np.where((kind >= 0.85) & (kind < 0.93), NONE, other)
+        other = np.where(kind >= 0.94, NONE, other)
         self._held = np.where(change, other, self._held)
         return np.where(draw.random(count) < 0.07, INTERACT, self._held)
 
