@@ -38,7 +38,7 @@ class WorldFeed:
 
 
 def record(seed: int, position: int, batch: int, frames: int) -> tuple[NDArray[np.uint8], NDArray, NDArray]:
-    """Pictures uint8 [B, F, 48, 48, 3], the actions that led to each int64 [B, F], and where things are [B, F, 6, 6]."""
+    """Pictures uint8 [B, F, 48, 48, 3], the actions that led to each int64 [B, F], where things are [B, F, 6, 6]."""
     draws = np.random.Generator(np.random.Philox(key=[seed, position]))
     simulator = Simulator(draws.integers(0, 2**62, batch).tolist())
     wander = Wanderer(int(draws.integers(0, 2**62)), batch)
