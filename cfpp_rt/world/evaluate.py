@@ -1,0 +1,104 @@
+"""How well a student keeps to the world's rules: its pictures against the simulator, over many episodes at once."""
+
+import dataclasses
+import time
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cfpp_rt.config import RolloutConfig
+from cfpp_rt.pipeline import Pipeline
+from cfpp_rt.values import Conditioning
+from cfpp_rt.world import look
+from cfpp_rt.world.policy import Wanderer
+from cfpp_rt.world.simulator import Simulator, State
+from cfpp_rt.world.sprites import SIZE, STEP
+from cfpp_rt.world.student import first_picture
+
+UNSEEN = 2**40  # seeds from here on are never drawn for training
+_FOLLOWED = 1.2  # pixels per axis
+_CLEAN = 30.0  # worst tile's root mean square difference, of 255
+
+
+@dataclasses.dataclass(frozen=True)
+class Play:
+    """What was played. pictures: uint8 [B, F, 48, 48, 3]; truth: the simulator's state after each frame; actions [B, F].
+
+    The given first picture is not among them. seconds: spent making all of it.
+    """
+
+    pictures: NDArray[np.uint8]
+    truth: list[State]
+    actions: NDArray[np.int64]
+    first: State
+    seconds: float
+
+
+def play(
+    pipeline: Pipeline, rollout: RolloutConfig, *, episodes: int, frames: int, seed: int = 0, noise_seed: int = 0
+) -> Play:
+    """Let a wanderer play the student and the simulator with the same keys. frames: a multiple of the block.
+
+    seed: which episodes and keys, 0..2**20; noise_seed: the student's noise.
+    """
+    seeds = [UNSEEN + seed * 4096 + episode for episode in range(episodes)]
+    simulator, wander = Simulator(seeds), Wanderer(UNSEEN + seed, episodes)
+    first = simulator.state.copy()
+    truth, keys = [], []
+    for _ in range(frames):
+        keys.append(wander(simulator.state))
+        truth.append(simulator.step(keys[-1]).copy())
+    actions = np.stack(keys, axis=1)
+
+    n = rollout.frames_per_block
+    stream = pipeline.stream(
+        Conditioning.none(episodes, pipeline.model.config.text_dim),
+        frames=None,
+        size=(SIZE, SIZE),
+        seed=[noise_seed * episodes + episode for episode in range(episodes)],
+        initial=first_picture(seeds, n),
+        rollout=rollout,
+    )
+    next(stream)
+    made, began = [], time.perf_counter()
+    for start in range(0, frames, n):
+        stream.act(torch.from_numpy(actions[:, start : start + n]))
+        made.append(next(stream).pixels)
+    return Play(torch.cat(made, dim=1).numpy(), truth, actions, first, time.perf_counter() - began)
+
+
+def score(played: Play) -> dict[str, float]:
+    """Scores of a play.
+
+    follow: share of frames whose agent is within 1.2 pixels of where the simulator puts it after the state seen in the
+    frame before. follow_moving: of those in which it moves. error_px: mean distance of the agent from the simulator's
+    own run, the larger of both axes; error_last_px: of the last frame. clean: share of frames that are a clean drawing
+    of the state they show (nothing doubled, faded or gone). colour: largest change of a colour channel's mean from
+    the first 30 frames' to the last 30 frames', as a share of the first.
+    """
+    frames = played.pictures.shape[1]
+    followed, moving, errors, clean = [], [], [], []
+    shown = played.first
+    for f in range(frames):
+        pictures = played.pictures[:, f]
+        simulator = Simulator([0] * len(pictures))
+        simulator.state = shown.copy()
+        wanted = simulator.step(played.actions[:, f]).agent
+        found = look.find(pictures, "agent")
+        followed.append(abs(found - STEP * wanted).max(axis=1) <= _FOLLOWED)
+        moving.append((wanted != shown.agent).any(axis=1))
+        errors.append(abs(found - STEP * played.truth[f].agent).max(axis=1))
+        shown = look.read(pictures, played.truth[f])
+        clean.append(look.blemish(pictures, shown) < _CLEAN)
+    follow, moves, error = np.stack(followed), np.stack(moving), np.stack(errors)
+    part = min(30, frames)
+    begin, end = (played.pictures[:, frame].mean(axis=(1, 2, 3)) for frame in (slice(0, part), slice(-part, None)))
+    return {
+        "follow": float(follow.mean()),
+        "follow_moving": float(follow[moves].mean()) if moves.any() else float("nan"),
+        "error_px": float(error.mean()),
+        "error_last_px": float(error[-1].mean()),
+        "clean": float(np.mean(clean)),
+        "colour": float((abs(end - begin) / begin).max()),
+    }

@@ -1,0 +1,72 @@
+"""The world's student as a pipeline: shipped with the package, or of your own making."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cfpp_rt.config import RolloutConfig
+from cfpp_rt.errors import CheckpointError
+from cfpp_rt.model.weights import load_model
+from cfpp_rt.pipeline import Pipeline
+from cfpp_rt.session import Stream
+from cfpp_rt.values import Conditioning
+from cfpp_rt.world.codec import PatchCodec, to_pixels
+from cfpp_rt.world.simulator import Simulator
+from cfpp_rt.world.sprites import SIZE, render
+
+SHIPPED = Path(__file__).parent / "weights"
+_ROLLOUT = "rollout"  # the entry of student.json that tells how the student is to be run
+
+
+def load_student(
+    folder: str | Path = SHIPPED,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Pipeline:
+    """The student of a folder: student.safetensors, student.json (sizes and rollout settings), codec.safetensors.
+
+    Raises CheckpointError for files that are missing or of something else.
+    """
+    folder = Path(folder)
+    model = load_model(folder / "student.safetensors", dtype=dtype, device=device)
+    codec = PatchCodec.load(folder / "codec.safetensors", device)
+    return Pipeline(model, codec, None, _rollout(folder / "student.json"))
+
+
+def _rollout(path: Path) -> RolloutConfig:
+    try:
+        return RolloutConfig(**json.loads(path.read_text(encoding="utf-8"))[_ROLLOUT])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: wanted sizes and {_ROLLOUT!r} settings of a world student ({error})") from error
+
+
+def describe(model: dict[str, Any], rollout: RolloutConfig) -> str:
+    """The text of student.json."""
+    return json.dumps({**model, _ROLLOUT: dataclasses.asdict(rollout)}, indent=1) + "\n"
+
+
+def first_picture(seeds: list[int], frames: int = 1) -> Tensor:
+    """The arenas of these seeds, drawn by the simulator: float32 [B, frames, 3, 48, 48] in [-1, 1], all still."""
+    picture = render(Simulator(seeds).state)
+    return to_pixels(np.repeat(picture[:, None], frames, axis=1))
+
+
+def start(pipeline: Pipeline, seed: int, *, frames: int | None = None, rollout: RolloutConfig | None = None) -> Stream:
+    """A stream that begins in the arena of `seed`, 0..2**63 - 1: the simulator draws the first picture, the student
+    all others. `stream.act` steers it. frames: pictures in all, the first included; None = without end.
+    """
+    rollout = rollout or pipeline.rollout
+    return pipeline.stream(
+        Conditioning.none(1, pipeline.model.config.text_dim),
+        frames=frames,
+        size=(SIZE, SIZE),
+        seed=seed,
+        initial=first_picture([seed], rollout.frames_per_block),
+        rollout=rollout,
+    )
