@@ -26,7 +26,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 $(VENV)/.installed: $(SOURCES)
 	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check '$(TORCH)'
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[wan,bench,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[wan,train,bench,dev]'
 	@touch $@
 install: $(VENV)/.installed
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cfpp_rt.checkpoint import read_tensors, require_exact
 from cfpp_rt.codec.base import require_latents, require_pixels
+from cfpp_rt.errors import InputError
 from cfpp_rt.world.policy import Wanderer
 from cfpp_rt.world.simulator import Simulator
 from cfpp_rt.world.sprites import TILE, render
@@ -66,7 +67,9 @@ class PatchCodec:
 
 
 def fit_codec(seed: int, *, episodes: int = 512, frames: int = 64) -> PatchCodec:
-    """The codec of pictures that the simulator makes with this seed."""
+    """The codec of pictures that the simulator makes with this seed. Raises InputError where they are too few to show
+    16 directions.
+    """
     simulator = Simulator([seed + episode for episode in range(episodes)])
     play = Wanderer(seed, episodes)
     pictures = [render(simulator.state)]
@@ -74,6 +77,8 @@ def fit_codec(seed: int, *, episodes: int = 512, frames: int = 64) -> PatchCodec
         pictures.append(render(simulator.step(play(simulator.state))))
     patches = _patches(to_pixels(np.stack(pictures, axis=1))).reshape(-1, _PATCH)
     distinct, counts = patches.unique(dim=0, return_counts=True)
+    if len(distinct) <= CHANNELS:
+        raise InputError(f"episodes and frames must show more than {CHANNELS} patches, got {len(distinct)}")
     # Rare patches (a crate half over a gate) are to be seen as well as the floor, the commonest by far.
     weights = counts.double().pow(0.5)
     weights /= weights.sum()

@@ -23,7 +23,7 @@ _CLEAN = 30.0  # worst tile's root mean square difference, of 255
 
 @dataclasses.dataclass(frozen=True)
 class Play:
-    """What was played. pictures: uint8 [B, F, 48, 48, 3]; truth: the simulator's state after each frame; actions [B, F].
+    """What was played. pictures: uint8 [B, F, 48, 48, 3]; truth: the simulator's state after each; actions [B, F].
 
     The given first picture is not among them. seconds: spent making all of it.
     """

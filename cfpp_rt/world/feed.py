@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from cfpp_rt.distill.batch import Batch
 from cfpp_rt.distill.forward import Condition
-from cfpp_rt.world.codec import PatchCodec, to_pixels
+from cfpp_rt.world.codec import PatchCodec, fit_codec, to_pixels
 from cfpp_rt.world.policy import Wanderer
 from cfpp_rt.world.simulator import NONE, Simulator, State
 from cfpp_rt.world.sprites import TILE, render
@@ -35,6 +35,11 @@ class WorldFeed:
             self.codec.encode(to_pixels(pictures)),
             weights=_cell_weights(pictures, things),
         )
+
+
+def open_feed(*, batch: int, seed: int, frames: int) -> WorldFeed:
+    """What a training config names as its data source; the codec is fitted anew, in a second."""
+    return WorldFeed(fit_codec(seed), seed, batch, frames)
 
 
 def record(seed: int, position: int, batch: int, frames: int) -> tuple[NDArray[np.uint8], NDArray, NDArray]:

@@ -1,9 +1,7 @@
 """The world's student as a pipeline: shipped with the package, or of your own making."""
 
-import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -44,11 +42,6 @@ def _rollout(path: Path) -> RolloutConfig:
         return RolloutConfig(**json.loads(path.read_text(encoding="utf-8"))[_ROLLOUT])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: wanted sizes and {_ROLLOUT!r} settings of a world student ({error})") from error
-
-
-def describe(model: dict[str, Any], rollout: RolloutConfig) -> str:
-    """The text of student.json."""
-    return json.dumps({**model, _ROLLOUT: dataclasses.asdict(rollout)}, indent=1) + "\n"
 
 
 def first_picture(seeds: list[int], frames: int = 1) -> Tensor:

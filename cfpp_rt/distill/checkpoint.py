@@ -1,0 +1,62 @@
+"""Checkpoints of a training run: folders that appear whole or not at all, and a resume that is exact."""
+
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cfpp_rt.checkpoint import read_tensors
+from cfpp_rt.errors import CheckpointError, InputError
+
+_NAME = re.compile(r"step-([0-9]{7})")
+_STATE = "state.pt"
+
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """The complete checkpoints of a run, by step, ascending."""
+    found = {}
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if (match := _NAME.fullmatch(path.name)) and (path / _STATE).is_file():
+                found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write the checkpoint of a step, then forget all but the newest `keep`.
+
+    state: nested mappings and lists of tensors and numbers. Raises InputError with the system's reason, a full disk
+    say, and leaves no trace of the attempt: earlier checkpoints stay as they are.
+    """
+    target = folder / f"step-{step:07d}"
+    temporary = folder / f".{target.name}.{secrets.token_hex(4)}"
+    try:
+        temporary.mkdir(parents=True)
+        with (temporary / _STATE).open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if target.exists():  # of a run that was started again from an earlier step
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+    except (OSError, RuntimeError) as error:  # torch.save tells a short write as a RuntimeError
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        raise InputError(f"{target}: the checkpoint cannot be written ({reason})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in list(checkpoints(folder).values())[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint folder, read without running what is inside. Raises CheckpointError."""
+    state = read_tensors(path / _STATE)
+    missing = {"step", "position", "draws", "networks", "ema", "optimizers"} - set(state)
+    if missing:
+        raise CheckpointError(f"{path / _STATE}: wanted a training state, missing {', '.join(sorted(missing))}")
+    return state

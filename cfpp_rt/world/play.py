@@ -1,0 +1,58 @@
+"""`cfpp play`: the built-in world in a terminal, every picture after the first made by the student."""
+
+import argparse
+import time
+
+from cfpp_rt.errors import InputError
+from cfpp_rt.session import Stream
+from cfpp_rt.world.simulator import ACTIONS
+from cfpp_rt.world.student import SHIPPED, load_student, start
+from cfpp_rt.world.terminal import screen
+
+_HELD_S = 0.25  # a terminal tells no key releases: a key counts as held until it has not been repeated for so long
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "keys: arrows or wasd move, space opens and closes the gate, r: another arena, q: quit"
+    parser.add_argument("--seed", type=int, default=0, help="which arena, and the student's noise (default: 0)")
+    parser.add_argument("--fps", type=float, default=10.0, help="pictures per second at most (default: %(default)s)")
+    parser.add_argument("--student", metavar="DIR", default=SHIPPED, help="a student of your own")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if not 0 <= arguments.seed < 2**62:
+        raise InputError(f"--seed must be in 0..2**62 - 1, got {arguments.seed}")
+    if not 0.1 <= arguments.fps <= 1000:
+        raise InputError(f"--fps must be in 0.1..1000, got {arguments.fps}")
+    pipeline = load_student(arguments.student)
+    seed, again = arguments.seed, True
+    with screen() as terminal:
+        while again:
+            stream = start(pipeline, seed, rollout=pipeline.rollout.replace(refresh="separate"))
+            again = _play(stream, terminal, 1 / arguments.fps)
+            seed += 1
+
+
+def _play(stream: Stream, terminal, interval: float) -> bool:  # type: ignore[no-untyped-def]
+    """Play until the end is asked for (False) or another arena (True)."""
+    terminal.show(next(stream).pixels[0, -1].numpy(), "")
+    held, until, due = "none", 0.0, time.monotonic()
+    while True:
+        due = max(due + interval, time.monotonic())
+        stream.refresh()  # the clean pass belongs into the idle time: a key then has the shortest way to the screen
+        while (left := due - time.monotonic()) > 0:
+            names = terminal.typed(left)
+            if "quit" in names or "restart" in names:
+                return "quit" not in names
+            if names:
+                held, until = names[-1], time.monotonic() + _HELD_S
+                if "interact" in names:  # must not be lost to an arrow typed with it
+                    held = "interact"
+        began = time.perf_counter()
+        stream.act(ACTIONS.index(held))
+        picture = next(stream).pixels[0, -1].numpy()
+        spent = 1000 * (time.perf_counter() - began)
+        frame = stream.rollout.next_frame
+        terminal.show(picture, f" {held:<9} frame {frame:<6} {spent:5.1f} ms   arrows, space, r: new arena, q: quit")
+        if held == "interact" or time.monotonic() > until:
+            held = "none"

@@ -1,0 +1,104 @@
+"""Pictures in a terminal: two pixels per character cell, an upper half block in two colours; and its keys."""
+
+import os
+import select
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cfpp_rt.errors import InputError
+
+_KEYS = {
+    b"\x1b[A": "up",
+    b"\x1b[B": "down",
+    b"\x1b[C": "right",
+    b"\x1b[D": "left",
+    b"\x1bOA": "up",  # the same in application mode
+    b"\x1bOB": "down",
+    b"\x1bOC": "right",
+    b"\x1bOD": "left",
+    b"w": "up",
+    b"s": "down",
+    b"d": "right",
+    b"a": "left",
+    b" ": "interact",
+    b"e": "interact",
+    b"r": "restart",
+    b"q": "quit",
+    b"\x03": "quit",
+    b"\x04": "quit",
+    b"\x1b": "quit",
+}
+_ENTER = "\x1b[?1049h\x1b[?25l\x1b[2J"  # another screen, no cursor
+_LEAVE = "\x1b[0m\x1b[?25h\x1b[?1049l"
+
+
+def cells(picture: NDArray[np.uint8]) -> str:
+    """A picture uint8 [height, width, 3] of even height as lines of half blocks, 24-bit colours."""
+    lines = []
+    for upper, lower in zip(picture[::2], picture[1::2], strict=True):
+        line, before = [], None
+        for top, bottom in zip(upper.tolist(), lower.tolist(), strict=True):
+            colours = (*top, *bottom)
+            if colours != before:  # a run of one colour is told once
+                line.append("\x1b[38;2;{};{};{};48;2;{};{};{}m".format(*colours))
+                before = colours
+            line.append("\N{UPPER HALF BLOCK}")
+        lines.append("".join(line) + "\x1b[0m")
+    return "\r\n".join(lines)
+
+
+def keys(typed: bytes) -> list[str]:
+    """What was typed, as names; unknown keys are left out."""
+    names, longest = [], max(map(len, _KEYS))
+    while typed:
+        for length in range(longest, 0, -1):
+            if typed[:length] in _KEYS:
+                names.append(_KEYS[typed[:length]])
+                break
+        else:
+            length = 1
+        typed = typed[length:]
+    return names
+
+
+class Screen:
+    """The terminal while something plays in it; made by `screen`."""
+
+    def show(self, picture: NDArray[np.uint8], status: str) -> None:
+        """Draw a picture uint8 [height, width, 3], as large as whole factors allow, and a line below it."""
+        columns, lines = shutil.get_terminal_size()
+        height, width = picture.shape[:2]
+        factor = max(1, min(columns // width, 2 * (lines - 1) // height))
+        shown = picture.repeat(factor, 0).repeat(factor, 1)
+        text = f"\x1b[H{cells(shown)}\r\n\x1b[K{status[: columns - 1]}"
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def typed(self, seconds: float) -> list[str]:
+        """Keys typed so far, or within so many seconds."""
+        ready, _, _ = select.select([sys.stdin], [], [], max(0.0, seconds))
+        return keys(os.read(sys.stdin.fileno(), 1024)) if ready else []
+
+
+@contextmanager
+def screen() -> Iterator[Screen]:
+    """Take the terminal over and give it back as it was, whatever happens. Raises InputError where there is none."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise InputError("stdin and stdout must be a terminal, got a pipe or a file")
+    import termios
+    import tty
+
+    before = termios.tcgetattr(sys.stdin)
+    try:
+        tty.setraw(sys.stdin)
+        sys.stdout.write(_ENTER)
+        yield Screen()
+    finally:
+        sys.stdout.write(_LEAVE)
+        sys.stdout.flush()
+        termios.tcsetattr(sys.stdin, termios.TCSAFLUSH, before)
