@@ -5,6 +5,7 @@ import dataclasses
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cfpp_rt.cache import LayerCache
 from cfpp_rt.config import ModelConfig
 from cfpp_rt.ops.block_attention import block_attention
 from cfpp_rt.ops.kv_update import kv_update_
@@ -40,12 +41,17 @@ class SelfAttention(nn.Module):
         """Queries, keys and values [B, S, dim] of x, before norm and rotation."""
         return self.q(x), self.k(x), self.v(x)
 
-    def write(self, x: Tensor, keys: Tensor, values: Tensor, cached: CachePass) -> Tensor:
+    def write(self, x: Tensor, cache: LayerCache, cached: CachePass) -> Tensor:
         """Write K and V of all tokens of x [B, S, dim] into the cache; returns the rotated queries [B, H, S, D]."""
+        q, k, v = self.project(x)
+        if cache.waits_for_scales:
+            cache.set_scales(self.norm_k.weight, v)
         return kv_update_(
-            keys,
-            values,
-            *self.project(x),
+            cache.keys,
+            cache.values,
+            q,
+            k,
+            v,
             self.norm_q.weight,
             self.norm_k.weight,
             cached.rope_time,
@@ -53,12 +59,15 @@ class SelfAttention(nn.Module):
             cached.rope_columns,
             cached.write_index,
             self.eps,
+            *cache.scales,
         )
 
-    def read(self, q: Tensor, keys: Tensor, values: Tensor, cached: CachePass, groups: int) -> Tensor:
+    def read(self, q: Tensor, cache: LayerCache, cached: CachePass, groups: int) -> Tensor:
         """Attention of the last `groups` >= 1 groups of q [B, H, S, D], output projection included: [B, S', dim]."""
         dropped = q.shape[2] - q.shape[2] * groups // len(cached.ranges)
-        return self.o(block_attention(q[:, :, dropped:], keys, values, cached.ranges.last(groups)))
+        ranges = cached.ranges.last(groups)
+        keys, values = cache.readable(ranges)
+        return self.o(block_attention(q[:, :, dropped:], keys, values, ranges))
 
 
 class CrossAttention(nn.Module):

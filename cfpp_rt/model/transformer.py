@@ -121,7 +121,7 @@ class CausalWanTransformer(nn.Module):
         for layer, block in enumerate(self.blocks):
             rows = time.blocks[layer].unsqueeze(0)
             kept = groups if layer == last else total
-            x = block(x, rows, text[layer], (cache.keys(layer), cache.values(layer)), cached, kept)
+            x = block(x, rows, text[layer], cache.layers[layer], cached, kept)
             if probe is not None:
                 probe(layer, x)
         if groups == 0:
