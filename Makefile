@@ -51,6 +51,7 @@ format: install
 
 bench: install
 	$(BIN)/python -m cfpp_rt.bench.bench_kv_update
+	$(BIN)/python -m cfpp_rt.bench.bench_kv_dequantize
 	$(BIN)/python -m cfpp_rt.bench.bench_pointwise
 	$(BIN)/python -m cfpp_rt.bench.bench_block_attention
 	$(BIN)/python -m cfpp_rt.bench.bench_call_overhead

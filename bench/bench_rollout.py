@@ -6,6 +6,7 @@ cross-attention and of self-attention over the visible frames. The roof is a pla
 shape, measured in the same run. Peak memory is that of the whole process on the CPU, of the allocator on a GPU.
 
     python -m cfpp_rt.bench.bench_rollout [--model wan-1.3b] [--device cpu] [--dtype bfloat16] [--frames 3]
+        [--kv-dtype float8_e4m3]
 """
 
 import argparse
@@ -19,7 +20,7 @@ from cfpp_rt.config import MODELS, ModelConfig, RolloutConfig
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.rollout import Rollout
 from cfpp_rt.timing import peak_memory_mib
-from cfpp_rt.values import DTYPES, Conditioning
+from cfpp_rt.values import DTYPES, KV_DTYPES, Conditioning
 
 LATENT = (60, 104)  # 480x832
 
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="wan-1.3b")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--kv-dtype", choices=KV_DTYPES, help="of the cache; default: --dtype")
     parser.add_argument("--frames", type=int, default=3, help="latent frames to make, one pass each")
     parser.add_argument(
         "--capacity", type=int, default=21, help="frame slots of the cache, as a user would allocate it"
@@ -63,7 +65,9 @@ def main() -> None:
     model = random_model(config, seed=0, dtype=dtype, device=str(device))
     tokens = config.tokens_per_frame(*LATENT)
     text = Conditioning(torch.randn(1, config.text_len, config.text_dim, generator=torch.Generator().manual_seed(0)))
-    one_pass = RolloutConfig(steps=(1000,), refresh="skip")  # one pass a frame: what is timed is the pass
+    one_pass = RolloutConfig(
+        steps=(1000,), refresh="skip", kv_dtype=arguments.kv_dtype
+    )  # one pass a frame: what is timed is the pass
     next(Rollout(model, text, one_pass, latent_size=LATENT, frames=1))  # warm-up
     rollout = Rollout(model, text, one_pass, latent_size=LATENT, frames=arguments.capacity)
     roof = matrix_rate(config, tokens, dtype, device)
@@ -84,6 +88,7 @@ def main() -> None:
                 "bench": "rollout",
                 "model": arguments.model,
                 "dtype": arguments.dtype,
+                "kv_dtype": arguments.kv_dtype or arguments.dtype,
                 "visible_frames": visible,
                 "pass_ms": pass_ms,
                 "linear_gflop": linear / 1e9,
@@ -93,7 +98,7 @@ def main() -> None:
             }
         )
     weights = sum(p.nbytes for p in model.parameters()) / 2**20
-    cache = rollout.cache.data.nbytes / 2**20
+    cache = rollout.cache.nbytes / 2**20
     peak = peak_memory_mib(device)
     print(f"peak memory {peak:.0f} MiB; weights {weights:.0f}, cache {cache:.0f} MiB of {arguments.capacity} frames")
     rows.append({"bench": "rollout_memory", "peak_mib": peak, "weights_mib": weights, "cache_mib": cache})

@@ -38,6 +38,7 @@ def steps(out: Path) -> dict[str, tuple[int, list[str]]]:
         "doctor": (60, [str(Path(python).with_name("cfpp")), "doctor"]),
         "tests": (240, [python, "-m", "pytest", "-q", "-m", "gpu"]),
         "kv_update": (60, bench("bench_kv_update")),
+        "kv_dequantize": (60, bench("bench_kv_dequantize")),
         "pointwise": (90, bench("bench_pointwise")),
         "block_attention": (150, bench("bench_block_attention")),
         "call_overhead": (30, bench("bench_call_overhead")),

@@ -7,10 +7,15 @@ token ranges, in any order, since attention does not care about the order of key
 import dataclasses
 
 import torch
+from torch import Tensor
 
 from cfpp_rt.config import ModelConfig, RolloutConfig
 from cfpp_rt.errors import InputError, OutOfMemoryError
+from cfpp_rt.ops.kv_dequantize import kv_dequantize_
 from cfpp_rt.ops.token_ranges import Range, TokenRanges
+
+_FLOAT8_MAX = 448.0
+_VALUE_HEADROOM = 16.0  # how far later values may outgrow those of the first pass before they saturate
 
 
 class FrameRing:
@@ -107,41 +112,121 @@ class CacheShape:
         """Elements of one frame slot: keys and values of all layers."""
         return 2 * self.layers * self.batch * self.heads * self.tokens_per_frame * self.head_dim
 
-    def bytes(self, dtype: torch.dtype) -> int:
-        return self.per_frame * self.frames * dtype.itemsize
+    def bytes_per_frame(self, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> int:
+        """Of one frame slot; with a kv_dtype also of its part of the room for one layer in `dtype`."""
+        if kv_dtype is None:
+            return self.per_frame * dtype.itemsize
+        return self.per_frame * kv_dtype.itemsize + self.per_frame // self.layers * dtype.itemsize
+
+    def bytes(self, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> int:
+        return self.bytes_per_frame(dtype, kv_dtype) * self.frames
 
     @classmethod
     def of(cls, model: ModelConfig, batch: int, frames: int, tokens_per_frame: int) -> "CacheShape":
         return cls(model.num_layers, batch, model.num_heads, frames, tokens_per_frame, model.head_dim)
 
 
+def _power_of_two_above(x: Tensor) -> Tensor:
+    """The smallest power of two > x, of float32 x >= 0, within 2^-126..2^126; 1 for 0 and for what is not finite."""
+    exponent = torch.frexp(x).exponent.clamp(-126, 126)
+    power = ((exponent + 127) << 23).view(torch.float32)  # exact on every device, which exp2 is not
+    return torch.where(x.isfinite(), power, 1.0)
+
+
+class LayerCache:
+    """One layer's part of a KVCache. keys, values: [B, H, capacity * T, D], as they are stored.
+
+    scales: empty, or for float8 those of keys and of values, float32 [B, H] each, powers of two. waits_for_scales: they
+    are still to be set, by the first pass.
+    """
+
+    def __init__(self, data: Tensor, scales: Tensor | None, wide: Tensor | None):
+        """data: [2, B, H, capacity * T, D]; scales: [2, B, H]; wide: like data, room that all layers share."""
+        self.keys, self.values = data.unbind(0)
+        self.scales: tuple[Tensor, ...] = () if scales is None else tuple(scales.unbind(0))
+        self.waits_for_scales = scales is not None
+        self._wide = None if wide is None else (wide[0], wide[1])
+
+    @property
+    def wide_nbytes(self) -> int:
+        return 0 if self._wide is None else sum(tensor.nbytes for tensor in self._wide)
+
+    def set_scales(self, k_norm: Tensor, values: Tensor) -> None:
+        """Fix the scales. k_norm: [H * D], weight of the keys' RMSNorm; values: [B, S, H * D] of the first pass.
+
+        A normalised channel is at most sqrt(H * D) times its weight, and rotation keeps the length of a pair, so keys
+        never saturate. Values have no such bound: they do where they outgrow the first ones of their head by 16.
+        """
+        heads, head_dim = self.keys.shape[1], self.keys.shape[3]
+        bound = k_norm.float().abs().unflatten(0, (heads, head_dim)).amax(1) * (heads * head_dim) ** 0.5
+        largest = values.unflatten(2, (heads, head_dim)).abs().amax((1, 3)).float()
+        self.scales[0].copy_(_power_of_two_above(bound / _FLOAT8_MAX))
+        self.scales[1].copy_(_power_of_two_above(largest * (_VALUE_HEADROOM / _FLOAT8_MAX)))
+        self.waits_for_scales = False
+
+    def readable(self, ranges: TokenRanges) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, capacity * T, D] in the model's dtype; float8: of the ranges, until the next call."""
+        if self._wide is None:
+            return self.keys, self.values
+        k_scale, v_scale = self.scales
+        kv_dequantize_(*self._wide, self.keys, self.values, k_scale, v_scale, ranges)
+        return self._wide
+
+
 class KVCache:
     """Keys (after RoPE, at absolute frame positions) and values of every layer, allocated once.
 
     data: [L, 2, B, H, capacity * T, D] in the model's dtype; `keys(l)` and `values(l)` are its views
-    [B, H, capacity * T, D].
+    [B, H, capacity * T, D], and `layers[l]` is what a layer works with.
+
+    kv_dtype float8_e4m3fn is the approximate form: data holds x / scale in 8 bits, 4 of them significant, and what a
+    layer is about to read is widened into room for one layer in the model's dtype. There is one scale per layer, batch
+    row and head, for keys and for values. The format being a floating one, its relative error of at most 2^-4 does not
+    depend on the scale as long as numbers neither saturate nor fall below scale / 64; hence scales are set once (see
+    `LayerCache.set_scales`), nothing is ever rescaled, and powers of two make widening exact.
     """
 
-    def __init__(self, shape: CacheShape, ring: FrameRing, dtype: torch.dtype, device: torch.device | str):
+    def __init__(
+        self,
+        shape: CacheShape,
+        ring: FrameRing,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        kv_dtype: torch.dtype | None = None,
+    ):
+        """dtype: of the model. Raises InputError for a kv_dtype but None and float8_e4m3fn, or another capacity."""
         if shape.frames != ring.capacity:
             raise InputError(f"shape.frames must be the ring's capacity {ring.capacity}, got {shape.frames}")
+        if kv_dtype not in (None, torch.float8_e4m3fn):
+            raise InputError(f"kv_dtype must be None or torch.float8_e4m3fn, got {kv_dtype}")
         self.ring = ring
         self.tokens_per_frame = shape.tokens_per_frame
-        tokens = shape.frames * shape.tokens_per_frame
-        size = (shape.layers, 2, shape.batch, shape.heads, tokens, shape.head_dim)
+        layer = (2, shape.batch, shape.heads, shape.frames * shape.tokens_per_frame, shape.head_dim)
+        scales = wide = None
         try:
-            self.data = torch.empty(size, dtype=dtype, device=device)
+            self.data = torch.empty((shape.layers, *layer), dtype=kv_dtype or dtype, device=device)
+            if kv_dtype is not None:
+                wide = torch.empty(layer, dtype=dtype, device=device)
+                scales = torch.ones(shape.layers, *layer[:3], device=device)
         except RuntimeError as error:
-            wanted = shape.bytes(dtype) / 2**30
+            wanted = shape.bytes(dtype, kv_dtype) / 2**30
             raise OutOfMemoryError(
                 f"the KV cache of {shape.frames} frames needs {wanted:.2f} GiB on {device}, which cannot be allocated:"
                 " a smaller window, picture or batch is needed"
             ) from error
+        self.layers = [
+            LayerCache(data, None if scales is None else scales[layer], wide) for layer, data in enumerate(self.data)
+        ]
 
-    def keys(self, layer: int) -> torch.Tensor:
+    @property
+    def nbytes(self) -> int:
+        """Of keys and values, and of the room for one layer that float8 has; scales are a few KiB."""
+        return self.data.nbytes + self.layers[0].wide_nbytes
+
+    def keys(self, layer: int) -> Tensor:
         return self.data[layer, 0]
 
-    def values(self, layer: int) -> torch.Tensor:
+    def values(self, layer: int) -> Tensor:
         return self.data[layer, 1]
 
     def token_ranges(self, groups: list[list[int]]) -> TokenRanges:

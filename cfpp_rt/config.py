@@ -115,6 +115,8 @@ class RolloutConfig:
     refresh: "fused" (clean pass of a block and first step of the next in one forward: highest throughput), "separate"
     (same result in a forward of its own: lowest latency from input to frame, if `refresh()` is called in the idle time
     between frames) or "skip" (no clean pass: approximate).
+    kv_dtype: how keys and values are kept: None = in the model's dtype, "float8_e4m3" = in 8 bits, which takes about
+    half the memory and some time per pass, and is approximate (see `KVCache`).
     """
 
     steps: tuple[int, ...] = (1000, 500)
@@ -125,6 +127,7 @@ class RolloutConfig:
     shift: float = 5.0
     context_noise: int = 0
     refresh: str = "fused"
+    kv_dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "first_steps"):
@@ -159,6 +162,8 @@ class RolloutConfig:
             raise InputError(f"context_noise must be in 0..1000, got {self.context_noise}")
         if self.refresh not in ("fused", "separate", "skip"):
             raise InputError(f"refresh must be fused, separate or skip, got {self.refresh!r}")
+        if self.kv_dtype not in (None, "float8_e4m3"):
+            raise InputError(f"kv_dtype must be None or 'float8_e4m3', got {self.kv_dtype!r}")
 
     def replace(self, **changes: Any) -> "RolloutConfig":
         return dataclasses.replace(self, **changes)

@@ -17,7 +17,7 @@ from cfpp_rt.errors import InputError
 from cfpp_rt.pipeline import Pipeline
 from cfpp_rt.session import Stream, latent_frames
 from cfpp_rt.timing import peak_memory_mib
-from cfpp_rt.values import DTYPES, Conditioning
+from cfpp_rt.values import DTYPES, KV_DTYPES, Conditioning
 from cfpp_rt.video import open_writer, read_image, read_video
 
 
@@ -61,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--refresh", choices=("fused", "separate", "skip"), help="clean pass (default: fused); skip is lossy"
     )
     how.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and cache (default: %(default)s)")
+    how.add_argument(
+        "--kv-dtype",
+        choices=KV_DTYPES,
+        help="of the cache alone: about half its memory, approximate (default: --dtype)",
+    )
     how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     out = parser.add_argument_group("output")
     out.add_argument(
@@ -184,7 +189,7 @@ def _parse_size(text: str) -> tuple[int, int]:
 
 
 def _rollout(arguments: argparse.Namespace) -> RolloutConfig:
-    changes = {name: getattr(arguments, name) for name in ("window", "sinks", "refresh")}
+    changes = {name: getattr(arguments, name) for name in ("window", "sinks", "refresh", "kv_dtype")}
     changes = {name: value for name, value in changes.items() if value is not None}
     if arguments.steps is not None:
         if not re.fullmatch(r"[0-9]{1,6}(,[0-9]{1,6})*", arguments.steps):

@@ -7,6 +7,7 @@ import torch
 from cfpp_rt.cache import CacheShape
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import OutOfMemoryError
+from cfpp_rt.values import KV_DTYPES
 
 # Activations of one pass, next to weights and cache; below this much the run would die later with a worse message.
 _HEADROOM_BYTES = 256 << 20
@@ -31,10 +32,11 @@ def available_bytes(device: torch.device) -> int | None:
 def require_cache_fits(shape: CacheShape, dtype: torch.dtype, device: torch.device, rollout: RolloutConfig) -> None:
     """Raise OutOfMemoryError, saying which window would fit, if the cache does not fit in free memory."""
     available = available_bytes(device)
-    wanted = shape.bytes(dtype)
+    per_frame = shape.bytes_per_frame(dtype, None if rollout.kv_dtype is None else KV_DTYPES[rollout.kv_dtype])
+    wanted = per_frame * shape.frames
     if available is None or wanted + _HEADROOM_BYTES <= available:
         return
-    block, fits = rollout.frames_per_block, max(available - _HEADROOM_BYTES, 0) // (shape.per_frame * dtype.itemsize)
+    block, fits = rollout.frames_per_block, max(available - _HEADROOM_BYTES, 0) // per_frame
     spare = block if rollout.refresh == "fused" else 0
     window = fits // block * block - spare
     least = rollout.sinks + block

@@ -24,7 +24,7 @@ from cfpp_rt.model.transformer import CausalWanTransformer, LayerText, TimeEmbed
 from cfpp_rt.noise import NoiseSource
 from cfpp_rt.ops.denoise_update import denoise_update
 from cfpp_rt.schedule import FlowMatchSchedule
-from cfpp_rt.values import Conditioning, Latents
+from cfpp_rt.values import KV_DTYPES, Conditioning, Latents
 
 _PREFILL_TIMESTEP = 0.0  # given frames are clean, whatever context_noise is: as published
 
@@ -107,7 +107,8 @@ class Rollout:
         sinks, ring = slots_for(config, frames)
         shape = CacheShape.of(model.config, batch, sinks + ring, model.config.tokens_per_frame(*latent_size))
         require_cache_fits(shape, model.dtype, model.device, config)
-        self.cache = KVCache(shape, FrameRing(sinks, ring, block), model.dtype, model.device)
+        kv_dtype = None if config.kv_dtype is None else KV_DTYPES[config.kv_dtype]
+        self.cache = KVCache(shape, FrameRing(sinks, ring, block), model.dtype, model.device, kv_dtype)
         self.tables = model.rotary_tables(*latent_size)
         self.next_frame = 0
         self._batch = batch

@@ -6,6 +6,7 @@ import torch
 
 # What weights and cache may be held in, by the name that commands and files use.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KV_DTYPES = {"float8_e4m3": torch.float8_e4m3fn}  # what the cache alone may be held in: approximate
 
 
 @dataclasses.dataclass(frozen=True)

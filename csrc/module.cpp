@@ -6,6 +6,7 @@ void register_adaln_modulate(pybind11::module_& m);
 void register_block_attention(pybind11::module_& m);
 void register_denoise_update(pybind11::module_& m);
 void register_gated_residual(pybind11::module_& m);
+void register_kv_dequantize(pybind11::module_& m);
 void register_kv_update(pybind11::module_& m);
 }  // namespace cfpp
 
@@ -14,5 +15,6 @@ PYBIND11_MODULE(CFPP_MODULE, m) {
   cfpp::register_block_attention(m);
   cfpp::register_denoise_update(m);
   cfpp::register_gated_residual(m);
+  cfpp::register_kv_dequantize(m);
   cfpp::register_kv_update(m);
 }

@@ -96,6 +96,14 @@ def test_video_extension(files, tmp_path):
     assert len(read_back(tmp_path / "longer.mp4")[0]) == 13
 
 
+def test_a_float8_cache_makes_nearly_the_same_video(files, tmp_path):
+    made = []
+    for name, extra in (("plain", ()), ("float8", ("--kv-dtype", "float8_e4m3"))):
+        assert main(command(files, tmp_path / f"{name}.rgb", "--quiet", *extra)) == 0
+        made.append(np.fromfile(tmp_path / f"{name}.rgb", np.uint8).astype(float))
+    assert 0 < np.abs(made[0] - made[1]).mean() < 2
+
+
 def test_same_seed_same_video_and_prompts_file(files, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert main(command(files, tmp_path / f"{name}.rgb", "--quiet", "--seed", str(seed), frames=5)) == 0
@@ -187,6 +195,7 @@ def fault(capsys, arguments):
         (["--image", ""], "no such file|not a picture"),
         (["--student", "chunkwise-4step", "--image", "x.jpg"], "--image is one latent frame, student chunkwise-4step"),
         (["--sinks", "3"], "sinks need a window"),
+        (["--kv-dtype", "int8"], "--kv-dtype.*invalid choice: 'int8'"),
         (["--steps", "9" * 5000], "--steps must be integers"),
         (["--fram", "5"], "--fram"),
         (["--embeds", str(DATA / "vectors.safetensors")], "wanted a tensor 'embeds'"),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cfpp_rt.cache import LayerCache
 from cfpp_rt.config import ModelConfig
 from cfpp_rt.model.rope import rotate
 from cfpp_rt.ops.block_attention import block_attention
@@ -45,12 +46,17 @@ class SelfAttention(nn.Module):
         """Queries, keys and values [B, S, dim] of x, before norm and rotation."""
         return self.q(x), self.k(x), self.v(x)
 
-    def write(self, x: Tensor, keys: Tensor, values: Tensor, cached: CachePass) -> Tensor:
+    def write(self, x: Tensor, cache: LayerCache, cached: CachePass) -> Tensor:
         """Write K and V of all tokens of x [B, S, dim] into the cache; returns the rotated queries [B, H, S, D]."""
+        q, k, v = self.project(x)
+        if cache.waits_for_scales:
+            cache.set_scales(self.norm_k.weight, v)
         return kv_update_(
-            keys,
-            values,
-            *self.project(x),
+            cache.keys,
+            cache.values,
+            q,
+            k,
+            v,
             self.norm_q.weight,
             self.norm_k.weight,
             cached.rope_time,
@@ -58,12 +64,15 @@ class SelfAttention(nn.Module):
             cached.rope_columns,
             cached.write_index,
             self.eps,
+            *cache.scales,
         )
 
-    def read(self, q: Tensor, keys: Tensor, values: Tensor, cached: CachePass, groups: int) -> Tensor:
+    def read(self, q: Tensor, cache: LayerCache, cached: CachePass, groups: int) -> Tensor:
         """Attention of the last `groups` >= 1 groups of q [B, H, S, D], output projection included: [B, S', dim]."""
         dropped = q.shape[2] - q.shape[2] * groups // len(cached.ranges)
-        return self.o(block_attention(q[:, :, dropped:], keys, values, cached.ranges.last(groups)))
+        ranges = cached.ranges.last(groups)
+        keys, values = cache.readable(ranges)
+        return self.o(block_attention(q[:, :, dropped:], keys, values, ranges))
 
     def masked(self, x: Tensor, rope: Tensor, attend: Attend) -> Tensor:
         """The same without a cache, differentiable: x [B, S, dim] to [B, S, dim]. rope: [S, D / 2, 2], as `rotate`."""

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from cfpp_rt.cache import LayerCache
 from cfpp_rt.config import ModelConfig
 from cfpp_rt.model.attention import Attend, CachePass, CrossAttention, SelfAttention
 from cfpp_rt.ops.adaln_modulate import adaln_modulate
@@ -38,22 +39,22 @@ class TransformerBlock(nn.Module):
         x: Tensor,
         time: Tensor,
         text: tuple[Tensor, Tensor] | None,
-        cache: tuple[Tensor, Tensor],
+        cache: LayerCache,
         cached: CachePass,
         groups: int,
     ) -> Tensor:
         """Tokens x [B, S, dim] to tokens of their last `groups` groups; keys and values of all are written.
 
         time: [B or 1, F, 6, dim], this block's modulation plus the timestep's: shift, scale, gate for attention, then
-        for the feed-forward. text: keys and values [B, H, text_len, D], None for a model without text. cache: keys and
-        values [B, H, capacity, D].
+        for the feed-forward. text: keys and values [B, H, text_len, D], None for a model without text. cache: this
+        layer's.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = time.unbind(2)
         total = len(cached.ranges)
-        q = self.self_attn.write(adaln_modulate(x, shift1, scale1, self.eps), *cache, cached)
+        q = self.self_attn.write(adaln_modulate(x, shift1, scale1, self.eps), cache, cached)
         if groups == 0:
             return x[:, :0]
-        y = self.self_attn.read(q, *cache, cached, groups)
+        y = self.self_attn.read(q, cache, cached, groups)
         if groups < total:  # the rest was needed for its keys and values only
             x = x[:, x.shape[1] - y.shape[1] :]
             kept = gate1.shape[1] * groups // total

@@ -142,7 +142,7 @@ class CausalWanTransformer(nn.Module):
         last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
             kept = groups if layer == last else total
-            x = block(x, time.blocks[layer], text[layer], (cache.keys(layer), cache.values(layer)), cached, kept)
+            x = block(x, time.blocks[layer], text[layer], cache.layers[layer], cached, kept)
             if probe is not None:
                 probe(layer, x)
         if groups == 0:

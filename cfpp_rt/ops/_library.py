@@ -22,7 +22,7 @@ from cfpp_rt.ops import _triton
 
 LIBRARY = torch.library.Library("cfpp_rt", "DEF")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/common/dispatch.h
-OPS = ("kv_update_", "block_attention", "adaln_modulate", "gated_residual", "denoise_update")
+OPS = ("kv_update_", "kv_dequantize_", "block_attention", "adaln_modulate", "gated_residual", "denoise_update")
 _TRITON_OPS = {"adaln_modulate", "denoise_update", "gated_residual"}  # those with their CUDA kernel in Triton
 
 _CHOICES = ("auto", "reference", "cpu", "cuda")

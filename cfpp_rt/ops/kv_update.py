@@ -23,6 +23,8 @@ def kv_update_(
     rope_w: Tensor,
     write_index: Tensor,
     eps: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Write the keys and values of S tokens into the cache in place; return the queries, [B, H, S, D] contiguous.
 
@@ -37,16 +39,19 @@ def kv_update_(
     rows and columns, and of one frame, are contiguous.
     write_index: int32 [B, G], G divides S: group g of S / G tokens goes to cache tokens write_index[b, g] and on. Out
     of range it is an error on the CPU, before anything is written, and a trap on CUDA, where only the device knows it.
+    k_scale, v_scale: float32 [B, H], contiguous, for caches in float8_e4m3fn, and only for these. Such a cache holds
+    x * (1 / scale) in float32, rounded once to nearest, ties to even, saturated at 448; NaN is 0x7f. Scales are in
+    2^-126..2^126: others are an error on the CPU, before anything is written, and not looked at on CUDA.
 
     Raises InputError naming the argument, what was wanted and what came. Source: Wan2.1's self-attention
     (RMSNorm over the model width, 3-D RoPE over frame, row and column).
     """
     tensors = (k_cache, v_cache, q, k, v, q_norm, k_norm, rope_t, rope_h, rope_w, write_index)
-    if plain(tensors):
-        return _run(*tensors, eps)
+    if plain(tensors) and (k_scale is None or plain((k_scale,))) and (v_scale is None or plain((v_scale,))):
+        return _run(*tensors, eps, k_scale, v_scale)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise InputError("kv_update_: has no gradient, q, k and v must not require one; use torch.no_grad()")
-    return _op(*tensors, eps)
+    return _op(*tensors, eps, k_scale, v_scale)
 
 
 def _check(
@@ -61,6 +66,8 @@ def _check(
     rope_h: Tensor,
     rope_w: Tensor,
     write_index: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     """What the binding checks too; of strides only the last, which is 1."""
     op, dtype, device = "kv_update_", q.dtype, q.device
@@ -84,17 +91,26 @@ def _check(
         raise wrong(op, "q", "torch.float32, torch.bfloat16, torch.float16 or torch.float64", dtype)
     row = {"B": batch, "S": tokens, "H*D": heads * head_dim}
     cache = {"B": batch, "H": heads, "capacity": capacity, "D": head_dim}
-    for name, tensor, shape in (
-        *(("q", q, row), ("k", k, row), ("v", v, row), ("k_cache", k_cache, cache), ("v_cache", v_cache, cache)),
-        *(("q_norm", q_norm, {"H*D": heads * head_dim}), ("k_norm", k_norm, {"H*D": heads * head_dim})),
+    stored = dtype if k_scale is None and v_scale is None else torch.float8_e4m3fn
+    if stored == dtype and torch.float8_e4m3fn in (k_cache.dtype, v_cache.dtype):
+        raise wrong(op, "k_scale and v_scale", "given for caches in torch.float8_e4m3fn", None)
+    for name, tensor, shape, held in (
+        *(("q", q, row, dtype), ("k", k, row, dtype), ("v", v, row, dtype)),
+        *(("k_cache", k_cache, cache, stored), ("v_cache", v_cache, cache, stored)),
+        *(("q_norm", q_norm, {"H*D": heads * head_dim}, dtype), ("k_norm", k_norm, {"H*D": heads * head_dim}, dtype)),
     ):
-        expect(op, name, tensor, shape, dtype, device)
+        expect(op, name, tensor, shape, held, device)
         if tensor.stride(-1) != 1:
             raise wrong(op, name, "contiguous in its last dimension", f"stride {tensor.stride(-1)}")
     expect(op, "rope_t", rope_t, {"B": batch, "F": frames, "n": pairs[0], "2": 2}, torch.float32, device)
     expect(op, "rope_h", rope_h, {"rows": rows, "n": pairs[1], "2": 2}, torch.float32, device)
     expect(op, "rope_w", rope_w, {"columns": columns, "n": pairs[2], "2": 2}, torch.float32, device)
     expect(op, "write_index", write_index, {"B": batch, "G": groups}, torch.int32, device)
+    if stored != dtype:
+        for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+            if scale is None:
+                raise wrong(op, name, "a tensor, as the other scale is", None)
+            expect(op, name, scale, {"B": batch, "H": heads}, torch.float32, device)
 
 
 def _new_queries(k_cache: Tensor, q: Tensor) -> Tensor:
@@ -109,21 +125,28 @@ def _run(*arguments: Any) -> Tensor:
     k_cache, q = arguments[0], arguments[2]
     module = kernels("cuda" if q.is_cuda else "cpu")
     if module is None or q.dtype == torch.float64:
-        _check(*arguments[:-1])
+        _check(*arguments[:11], *arguments[12:])
         return reference(*arguments)
     q_out = _new_queries(k_cache, q)
     module.kv_update_(q_out, *arguments, torch.get_num_threads())
     return q_out
 
 
+def _whole(*arguments: Any) -> tuple[Any, ...]:
+    """The dispatcher leaves out trailing arguments that are None."""
+    return (*arguments, *[None] * (14 - len(arguments)))
+
+
 def _fake(*arguments: Any) -> Tensor:
-    _check(*arguments[:-1])
+    arguments = _whole(*arguments)
+    _check(*arguments[:11], *arguments[12:])
     return _new_queries(arguments[0], arguments[2])
 
 
 _op = register(
     "kv_update_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor q, Tensor k, Tensor v, Tensor q_norm, Tensor k_norm, "
-    "Tensor rope_t, Tensor rope_h, Tensor rope_w, Tensor write_index, float eps) -> Tensor",
-    _run,
+    "Tensor rope_t, Tensor rope_h, Tensor rope_w, Tensor write_index, float eps, Tensor? k_scale=None, "
+    "Tensor? v_scale=None) -> Tensor",
+    lambda *arguments: _run(*_whole(*arguments)),
     _fake,
 )

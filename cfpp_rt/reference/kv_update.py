@@ -7,7 +7,7 @@ from cfpp_rt.errors import InputError
 
 
 def _norm_rotate(x: Tensor, weight: Tensor, rotation: Tensor, heads: int, eps: float) -> Tensor:
-    """RMS-norm over all channels, then the turn of adjacent pairs: [B, S, H * D] to [B, H, S, D].
+    """RMS-norm over all channels, then the turn of adjacent pairs: [B, S, H * D] to [B, H, S, D], not rounded yet.
 
     rotation: [B, S, 1, D / 2, 2] (cos, sin).
     """
@@ -16,7 +16,14 @@ def _norm_rotate(x: Tensor, weight: Tensor, rotation: Tensor, heads: int, eps: f
     first, second = wide.unflatten(2, (heads, -1, 2)).unbind(-1)
     cos, sin = rotation.unbind(-1)
     turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
-    return turned.flatten(3).transpose(1, 2).to(x.dtype)
+    return turned.flatten(3).transpose(1, 2)
+
+
+def to_float8(x: Tensor, scale: Tensor) -> Tensor:
+    """x [B, H, S, D] * (1 / scale [B, H]) in float8_e4m3fn: nearest, ties to even, saturated at 448, NaN 0x7f."""
+    scaled = x.to(torch.promote_types(x.dtype, torch.float32)) * scale.reciprocal()[:, :, None, None]
+    # Older torch makes NaN of what is too large, and keeps the sign of NaN.
+    return scaled.clamp(-448, 448).masked_fill(scaled.isnan(), torch.nan).to(torch.float8_e4m3fn)
 
 
 def kv_update_(
@@ -32,6 +39,8 @@ def kv_update_(
     rope_w: Tensor,
     write_index: Tensor,
     eps: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """The contract of `cfpp_rt.ops.kv_update.kv_update_`; works on any device and in float64 too."""
     batch, heads, capacity, _ = k_cache.shape
@@ -55,7 +64,13 @@ def kv_update_(
     offsets = torch.arange(tokens // groups, device=q.device)
     slots = (write_index[:, :, None] + offsets).flatten(1)
     rows_of_batch = torch.arange(batch, device=q.device)[:, None]
-    turned = _norm_rotate(k, k_norm, rotation, heads, eps)
-    k_cache.transpose(1, 2)[rows_of_batch, slots] = turned.transpose(1, 2)
-    v_cache.transpose(1, 2)[rows_of_batch, slots] = v.unflatten(2, (heads, -1))
-    return _norm_rotate(q, q_norm, rotation, heads, eps).contiguous()
+    keys, values = _norm_rotate(k, k_norm, rotation, heads, eps), v.unflatten(2, (heads, -1)).transpose(1, 2)
+    for name, cache, new, scale in (("k", k_cache, keys, k_scale), ("v", v_cache, values, v_scale)):
+        if scale is None:
+            stored = new.to(cache.dtype)
+        else:
+            if scale.device.type == "cpu" and not bool(((scale >= 2.0**-126) & (scale <= 2.0**126)).all()):
+                raise InputError(f"kv_update_: {name}_scale must be in 2^-126..2^126, got {scale.tolist()}")
+            stored = to_float8(new, scale)
+        cache.transpose(1, 2)[rows_of_batch, slots] = stored.transpose(1, 2)
+    return _norm_rotate(q, q_norm, rotation, heads, eps).to(q.dtype).contiguous()

@@ -3,7 +3,8 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
+
+#include "common/bits.h"
 
 namespace cfpp {
 
@@ -13,14 +14,6 @@ struct bfloat16 {
 struct float16 {
   uint16_t bits;
 };
-
-template <typename To, typename From>
-[[gnu::always_inline]] inline To bit_cast(From value) {
-  static_assert(sizeof(To) == sizeof(From));
-  To result;
-  std::memcpy(&result, &value, sizeof(To));
-  return result;
-}
 
 // The arithmetic, on the bits of one number (uint32_t) or of a vector of them (a GCC vector type).
 template <typename Float, typename Bits>

@@ -11,9 +11,12 @@ namespace cfpp {
 // Pointers are device pointers for the CUDA launcher. Strides are in elements; innermost dimensions are contiguous.
 // B batch, H heads, D head_dim (even), S = frames * rows * columns tokens, token s = (frame, row, column) row-major.
 struct KvUpdateParams {
-  DType dtype;                     // of every void pointer
+  DType dtype;                     // of every void pointer but the caches'
+  DType cache_dtype;               // the same, or float8 e4m3, which holds x / scale, saturated
   void* k_cache_ptr;               // [B, H, capacity, D], written at tokens write_index .. + S / groups
   void* v_cache_ptr;               // likewise
+  const float* k_scale_ptr;        // [B, H], contiguous, > 0; null unless the caches are float8
+  const float* v_scale_ptr;        // likewise
   void* q_out_ptr;                 // [B, H, S, D], contiguous, written in full
   const void* q_ptr;               // [B, S, H * D]
   const void* k_ptr;               // [B, S, H * D]
@@ -39,11 +42,12 @@ struct KvUpdateParams {
   CFPP_HOST_DEVICE int64_t tokens_per_group() const { return tokens() / groups; }
 };
 
-// Checks write_index before anything is written.
+// Checks write_index and the scales before anything is written.
 Status kv_update_cpu(const KvUpdateParams& params, int num_threads);
 
 // Enqueues on `stream` (a cudaStream_t). A write_index out of range stops the kernel with a trap, since the value is
-// known on the device only; the cache's host mirror refuses such an index before it gets here.
+// known on the device only; the cache's host mirror refuses such an index before it gets here. Scales are not checked:
+// one that is not a positive number makes NaN or saturated values.
 Status kv_update_cuda(const KvUpdateParams& params, int device, void* stream);
 
 }  // namespace cfpp

@@ -29,7 +29,8 @@ void check_rotation(const Tensor& time, const Tensor& row, const Tensor& column,
 void kv_update(py::handle q_out_object, py::handle k_cache_object, py::handle v_cache_object, py::handle q_object,
                py::handle k_object, py::handle v_object, py::handle q_norm_object, py::handle k_norm_object,
                py::handle rope_t_object, py::handle rope_h_object, py::handle rope_w_object,
-               py::handle write_index_object, double eps, [[maybe_unused]] int num_threads) {
+               py::handle write_index_object, double eps, py::handle k_scale_object, py::handle v_scale_object,
+               [[maybe_unused]] int num_threads) {
   const auto tensor = [](const char* name, py::handle object) { return Tensor("kv_update_", name, object); };
   const Tensor q_out = tensor("q_out", q_out_object), k_cache = tensor("k_cache", k_cache_object);
   const Tensor v_cache = tensor("v_cache", v_cache_object), q = tensor("q", q_object);
@@ -73,14 +74,35 @@ void kv_update(py::handle q_out_object, py::handle k_cache_object, py::handle v_
   }
   check_dtype(write_index, DType::kInt32);
   check_dtype(q, {DType::kFloat32, DType::kBFloat16, DType::kFloat16});
-  for (const Tensor* like : {&q_out, &k_cache, &v_cache, &k, &v, &q_norm, &k_norm}) check_same_dtype(*like, q);
+  for (const Tensor* like : {&q_out, &k, &v, &q_norm, &k_norm}) check_same_dtype(*like, q);
   check_device(q, CFPP_CUDA);
   for (const Tensor* near :
        {&q_out, &k_cache, &v_cache, &k, &v, &q_norm, &k_norm, &rope_t, &rope_h, &rope_w, &write_index}) {
     check_same_device(*near, q);
   }
 
+  if (k_scale_object.is_none() && v_scale_object.is_none()) {
+    for (const Tensor* cache : {&k_cache, &v_cache}) {
+      if (cache->dtype() == DType::kFloat8E4M3) {
+        raise_input_error("kv_update_: k_scale and v_scale must be given for caches in torch.float8_e4m3fn, got None");
+      }
+      check_same_dtype(*cache, q);
+    }
+  } else {
+    const Tensor k_scale = tensor("k_scale", k_scale_object), v_scale = tensor("v_scale", v_scale_object);
+    for (const Tensor* cache : {&k_cache, &v_cache}) check_dtype(*cache, DType::kFloat8E4M3);
+    for (const Tensor* scale : {&k_scale, &v_scale}) {
+      check_shape(*scale, {{"B", p.batch}, {"H", p.heads}});
+      check_dtype(*scale, DType::kFloat32);
+      check_contiguous(*scale);
+      check_same_device(*scale, q);
+    }
+    p.k_scale_ptr = k_scale.data<float>();
+    p.v_scale_ptr = v_scale.data<float>();
+  }
+
   p.dtype = q.dtype();
+  p.cache_dtype = k_cache.dtype();
   p.k_cache_ptr = k_cache.data();
   p.v_cache_ptr = v_cache.data();
   p.q_out_ptr = q_out.data();

@@ -1,0 +1,18 @@
+// The bits of one value, or vector of them, as another type of the same size.
+#pragma once
+
+#include <cstring>
+
+#include "common/status.h"
+
+namespace cfpp {
+
+template <typename To, typename From>
+CFPP_HOST_DEVICE inline __attribute__((always_inline)) To bit_cast(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To result;
+  std::memcpy(&result, &value, sizeof(To));
+  return result;
+}
+
+}  // namespace cfpp
