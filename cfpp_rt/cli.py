@@ -10,6 +10,7 @@ from typing import NoReturn
 COMMANDS = {
     "generate": ("cfpp_rt.generate", "prompt or image in, video out"),
     "convert": ("cfpp_rt.export.convert", "any public checkpoint to one safetensors file"),
+    "play": ("cfpp_rt.world.play", "the built-in world in a terminal, by arrow keys"),
     "distill": ("cfpp_rt.distill.command", "train a student, stage by stage"),
     "doctor": ("cfpp_rt.doctor", "what is installed, which backend runs each op, and what is missing"),
 }
