@@ -54,6 +54,9 @@ class Projections:
             return parts[0]
         return cls(torch.cat([p.matrices for p in parts], dim=1), torch.cat([p.inverses for p in parts], dim=1))
 
+    def of_frames(self, first: int, end: int) -> "Projections":
+        return Projections(self.matrices[:, first:end], self.inverses[:, first:end])
+
 
 @dataclasses.dataclass(frozen=True)
 class Cameras:
@@ -106,8 +109,12 @@ class Cameras:
         return Cameras(self.views[:, frames], self.focal[:, frames])
 
     def in_world_of(self, first: Tensor) -> "Cameras":
-        """The same cameras in a world where `first`, views [B, 1, 4, 4], is the identity: smaller numbers round less."""
+        """The same in a world where `first`, views [B, 1, 4, 4], is the identity: smaller numbers round less."""
         return Cameras(self.views @ invert(first), self.focal)
+
+    def from_first(self) -> "Cameras":
+        """The same in the world of the first frame's camera."""
+        return self.in_world_of(self.views[:, :1])
 
     def projections(self, device: torch.device | str = "cpu") -> Projections:
         """P = K V and P^-1 = V^-1 K^-1, made in float64."""
@@ -193,3 +200,19 @@ def parse_trajectory(text: str) -> Tensor:
         keys += [key] * count
     start = torch.eye(4, dtype=torch.float64)
     return torch.cat([start[None], walk(keys, start)])
+
+
+def parse_cameras(trajectory: str | None, intrinsics: str | None) -> Cameras | None:
+    """The cameras of a command's two options: a trajectory, and a name of `INTRINSICS` or FX,FY. None without one."""
+    if trajectory is None:
+        if intrinsics is not None:
+            raise InputError("--intrinsics needs a --trajectory, got none")
+        return None
+    name = "training" if intrinsics is None else intrinsics
+    if name in INTRINSICS:
+        return Cameras.of(parse_trajectory(trajectory), INTRINSICS[name])
+    number = r"([0-9]*\.?[0-9]+)"
+    match = re.fullmatch(f"{number},{number}", name)
+    if match is None:
+        raise InputError(f"--intrinsics must be {', '.join(INTRINSICS)} or FX,FY as 0.5,0.9, got {name!r}")
+    return Cameras.of(parse_trajectory(trajectory), (float(match[1]), float(match[2])))

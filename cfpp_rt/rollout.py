@@ -67,8 +67,9 @@ class Rollout:
     (needs a window). initial: given clean latents [B, F0, C, h, w] that the video continues (image-to-video, video
     extension); they are not yielded. cameras: for a model with the camera branch, one per latent frame, given ones
     included, or a single one that stands still until `move`; without end, the last one stands still. None: the branch
-    is left out, and no memory is taken for it. seed, noise, renoise: see `NoiseSource`. check_finite: raise NonFiniteError,
-    naming frame and layer, when the model produces NaN or infinity (one device synchronisation per block).
+    is left out, and no memory is taken for it. seed, noise, renoise: see `NoiseSource`. check_finite: raise
+    NonFiniteError, naming frame and layer, when the model produces NaN or infinity (one device synchronisation per
+    block).
 
     Raises InputError for sizes that do not fit together and OutOfMemoryError if the cache cannot be allocated.
     """

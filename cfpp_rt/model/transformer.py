@@ -199,6 +199,19 @@ class CausalWanTransformer(nn.Module):
         return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, frames, self.config.out_dim, height, width)
 
 
+def add_camera_branch(model: CausalWanTransformer) -> CausalWanTransformer:
+    """Give a model without the camera branch one of zeros, in place: until it is trained nothing changes."""
+    if model.config.camera:
+        raise InputError("model must be without the camera branch, got one that has it")
+    model.config = dataclasses.replace(model.config, camera=True)
+    dim = model.config.dim
+    for block in model.blocks:
+        block.self_attn.prope_o = nn.Linear(dim, dim, device=model.device, dtype=model.dtype)
+        for parameter in block.self_attn.prope_o.parameters():
+            nn.init.zeros_(parameter).requires_grad_(model.patch_embedding.weight.requires_grad)
+    return model
+
+
 def random_model(config: ModelConfig, *, seed: int, dtype: torch.dtype, device: str = "cpu") -> CausalWanTransformer:
     """A model of random weights, for benchmarks and trials without a checkpoint: what it makes is noise."""
     with torch.device("meta"):
