@@ -99,11 +99,10 @@ def test_a_bad_key_is_named():
 
 @st.composite
 def cameras(draw):
-    keys = draw(st.lists(st.sampled_from(KEYS), min_size=1, max_size=30))
-    start = invert(walk(draw(st.lists(st.sampled_from(KEYS), max_size=30)), EYE)[-1:] if draw(st.booleans()) else EYE)
-    start = start if start.ndim == 2 and start.numel() else EYE
+    keys = draw(st.lists(st.sampled_from(KEYS), min_size=1, max_size=60))
+    skipped = draw(st.integers(0, len(keys) - 1))  # so that the first camera need not be the identity
     focal = draw(st.tuples(st.floats(0.2, 4), st.floats(0.2, 4)))
-    return Cameras.of(walk(keys, start), focal)
+    return Cameras.of(walk(keys, EYE)[skipped:], focal)
 
 
 @given(made=cameras())
