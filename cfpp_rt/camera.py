@@ -130,6 +130,29 @@ def invert(views: Tensor) -> Tensor:
     return torch.cat([top, views[..., 3:, :]], dim=-2)
 
 
+def views_from_poses(poses: Tensor) -> Tensor:
+    """Views float64 [..., 4, 4] of poses [..., 7]: translation, then quaternion x, y, z, w, both world to camera.
+
+    This is how minWM's data sets hold cameras. Quaternions are normalised; InputError for one that is not near 1.
+    """
+    if poses.shape[-1:] != (7,):
+        raise InputError(f"poses must be [..., 7], a translation and a quaternion, got {list(poses.shape)}")
+    translation, quaternion = poses.detach().to("cpu", torch.float64).split([3, 4], dim=-1)
+    length = quaternion.norm(dim=-1, keepdim=True)
+    if not bool(((length - 1).abs() <= _RIGID).all()):
+        raise InputError(f"poses must have quaternions of length 1, got {length.min():.4f} to {length.max():.4f}")
+    x, y, z, w = (quaternion / length).unbind(-1)
+    rows = (
+        (1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)),
+        (2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)),
+        (2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)),
+    )
+    views = torch.eye(4, dtype=torch.float64).repeat(*poses.shape[:-1], 1, 1)
+    views[..., :3, :3] = torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
+    views[..., :3, 3] = translation
+    return views
+
+
 def _focal(intrinsics: Tensor | tuple[float, float], batch: int, frames: int) -> Tensor:
     """(fx, fy) of every frame, float64 [B, F, 2]."""
     if isinstance(intrinsics, Tensor):

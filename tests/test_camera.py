@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from cfpp_rt.camera import INTRINSICS, Cameras, invert, parse_cameras, parse_trajectory, walk
+from cfpp_rt.camera import INTRINSICS, Cameras, invert, parse_cameras, parse_trajectory, views_from_poses, walk
 from cfpp_rt.errors import InputError
 
 EYE = torch.eye(4, dtype=torch.float64)
@@ -182,6 +182,35 @@ def test_bad_views_are_named(views, message):
 def test_bad_intrinsics_are_named(intrinsics, message):
     with pytest.raises(InputError, match=message):
         Cameras.of(parse_trajectory("w*2"), intrinsics)
+
+
+def test_poses_with_quaternions():
+    """A turn about y by 40 degrees, about x by 30, and none; a sign of the quaternion that changes nothing."""
+    views = torch.stack([parse_trajectory(text)[-1] for text in ("w*2,l*13", "d*3,i*10", "u*1")])
+    angles = [(0, -39 / 2, 0), (-30 / 2, 0, 0), (0, 0, 0)]  # world to camera turns the other way
+    poses = torch.zeros(3, 7, dtype=torch.float64)
+    for pose, view, half in zip(poses, views, angles, strict=True):
+        pose[:3] = view[:3, 3]
+        pose[3:6] = torch.tensor([math.sin(math.radians(a)) for a in half], dtype=torch.float64)
+        pose[6] = math.cos(math.radians(sum(half)))
+    assert torch.allclose(views_from_poses(poses), views)
+    poses[:, 3:] *= -1
+    assert torch.allclose(views_from_poses(poses), views)
+    assert views_from_poses(poses.expand(2, 3, 7)).shape == (2, 3, 4, 4)
+    with pytest.raises(InputError, match=r"poses must be \[..., 7\].*got \[3, 6\]"):
+        views_from_poses(poses[:, :6])
+    with pytest.raises(InputError, match="poses must have quaternions of length 1, got 0.0000 to 1.0000"):
+        views_from_poses(torch.cat([poses, torch.zeros(1, 7)]))
+
+
+@given(axis=st.tuples(*[st.floats(-1, 1)] * 4).filter(lambda q: sum(x * x for x in q) > 0.01))
+@settings(max_examples=40, deadline=None)
+def test_every_quaternion_is_a_rotation_about_itself(axis):
+    quaternion = torch.tensor(axis, dtype=torch.float64)
+    quaternion = quaternion / quaternion.norm()
+    view = views_from_poses(torch.cat([torch.zeros(3, dtype=torch.float64), quaternion]))
+    Cameras.of(view[None])  # rigid
+    assert torch.allclose(view[:3, :3] @ quaternion[:3], quaternion[:3], atol=1e-9)
 
 
 def test_options_of_a_command():
