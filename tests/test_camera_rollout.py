@@ -17,6 +17,7 @@ from cfpp_rt.model.weights import build_model, infer_config, load_model
 from cfpp_rt.rollout import Rollout
 from cfpp_rt.schedule import FlowMatchSchedule
 from cfpp_rt.speed.fuse import fuse_qkv
+from cfpp_rt.untrained import random_pipeline, random_text
 from cfpp_rt.values import Conditioning
 from tests import plain_model
 from tests.closeness import assert_close_max
@@ -343,3 +344,19 @@ def test_the_published_student():
     rollout = student("camera-chunkwise-4step")
     assert (rollout.frames_per_block, rollout.steps) == (4, (1000, 750, 500, 250))
     assert sum(slots_for(rollout, 20)) == 20 and len(path("w*19")) == 20
+
+
+def test_a_stream_moves_its_camera():
+    pytest.importorskip("diffusers")
+    pipeline = random_pipeline(
+        RolloutConfig((1000,), frames_per_block=2), dtype=torch.float32, device=torch.device("cpu"), camera=True
+    )
+    cameras, text = path("l*40,w*60").at([0, 0, 40, 100]), random_text("x", pipeline.model.config)
+    options = {"frames": 13, "size": (32, 48)}
+    stream = pipeline.stream(text, cameras=cameras.at([0]), **options)
+    made = [next(stream).pixels]
+    stream.move(cameras.at([2, 3]))
+    made = torch.cat([*made, next(stream).pixels], dim=1).int()
+    assert (made - pipeline.generate(text, cameras=cameras, **options).pixels.int()).abs().max() <= 1
+    still = pipeline.generate(text, cameras=cameras.at([0]), **options).pixels.int()
+    assert torch.equal(made[:, :5], still[:, :5]) and (made - still).abs().max() > 9
