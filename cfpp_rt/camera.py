@@ -15,8 +15,8 @@ from torch import Tensor
 
 from cfpp_rt.errors import InputError
 
-# Focal lengths (fx / width, fy / height). The public models were trained with the first, which is the default therefore;
-# their command line runs them with the second: 90 degrees of view from top to bottom, where they have seen 58.
+# Focal lengths (fx / width, fy / height). The public models were trained with the first, hence the default; their
+# command line runs them with the second: 90 degrees of view from top to bottom, where they have seen 58.
 INTRINSICS = {"training": (969.697 / 1920, 969.697 / 1080), "published-cli": (0.5, 0.5)}
 
 _LONGEST_FOCAL = 10.0  # 6 degrees of view; beyond it, focal lengths are pixels that were not normalised
