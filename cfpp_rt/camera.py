@@ -80,7 +80,7 @@ class Cameras:
             views = views[None]
         if views.ndim != 4 or views.shape[2:] != (4, 4) or 0 in views.shape:
             raise InputError(f"views must be [B, F, 4, 4] or [F, 4, 4], none of them 0, got {list(views.shape)}")
-        views = views.detach().to("cpu", torch.float64)
+        views = views.detach().to("cpu", torch.float64, copy=True)  # out of the caller's reach
         if not bool(views.isfinite().all()):
             raise InputError("views must be finite, got NaN or infinity")
         rotation = views[..., :3, :3]

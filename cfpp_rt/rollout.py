@@ -109,6 +109,7 @@ class Rollout:
             raise InputError("cameras must not be given to a model without the camera branch")
         if cameras is not None and frames is not None and len(cameras) not in (1, frames):
             raise InputError(f"cameras must be one per latent frame, {frames}, or a single one, got {len(cameras)}")
+        self._path, self._path_start = None if cameras is None else cameras.rows(batch), 0  # of that frame and on
 
         self.model, self.config, self.frames = model, config, frames
         generated = None if frames is None else frames - given
@@ -129,8 +130,7 @@ class Rollout:
         self._times: dict[tuple[tuple[float, Actions], ...], TimeEmbedding] = {}
         self._actions = ((0,) * block,) * batch if model.config.num_actions else ()
         self._text = self._embed(text)
-        self._world = None if cameras is None else cameras.rows(batch).views[:, :1]
-        self._path, self._path_start = cameras, 0  # cameras of this frame and on; the last of them stays
+        self._world = None if self._path is None else self._path.views[:, :1]
         self._held: dict[int, _Clean] = {}  # finished blocks whose keys are in the cache, by first frame
         self._unrefreshed: int | None = None  # first frame of the finished block that still waits for its clean pass
         self._generated = False
@@ -199,8 +199,7 @@ class Rollout:
         """
         if self._path is None:
             raise InputError("cameras must be given when the rollout is made for it to move, got none then")
-        cameras.rows(self._batch)
-        self._path, self._path_start = cameras, self.next_frame
+        self._path, self._path_start = cameras.rows(self._batch), self.next_frame
 
     def _look(self, start: int, frames: int) -> Projections | None:
         """The cameras of a block as its keys and queries take them, in the world of the video's first one."""
@@ -208,7 +207,7 @@ class Rollout:
             return None
         last = len(self._path) - 1
         own = self._path.at([min(frame - self._path_start, last) for frame in range(start, start + frames)])
-        return own.rows(self._batch).in_world_of(self._world).projections(self.model.device)
+        return own.in_world_of(self._world).projections(self.model.device)
 
     @property
     def waits_for_refresh(self) -> bool:

@@ -17,8 +17,6 @@ from cfpp_rt.ops.token_ranges import TokenRanges
 
 # Attention of a whole sequence, for training: queries, keys and values [B, H, S, D] to [B, H, S, D].
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
 # What a pass's keys are compared with, [B, H, S, D] each: rotated queries, and those of the camera branch if it runs.
 Queries = tuple[Tensor, Tensor | None]
 
