@@ -12,6 +12,7 @@ from cfpp_rt.camera import Cameras, parse_trajectory
 from cfpp_rt.config import ModelConfig, RolloutConfig, student
 from cfpp_rt.distill import masks
 from cfpp_rt.errors import CheckpointError, InputError, OutOfMemoryError
+from cfpp_rt.export.convert import convert
 from cfpp_rt.model.transformer import add_camera_branch, random_model
 from cfpp_rt.model.weights import build_model, infer_config, load_model
 from cfpp_rt.rollout import Rollout
@@ -320,6 +321,8 @@ def test_the_branch_is_told_by_the_tensors(tmp_path, weights, config):
     assert load_model(tmp_path / "camera.safetensors").config == config
     assert load_model(tmp_path / "camera.safetensors", config=ModelConfig.from_dict(META["config"])).config.camera
     assert infer_config(weights, "here").camera
+    convert(tmp_path / "camera.safetensors", tmp_path / "again.safetensors")
+    assert ModelConfig.from_json(tmp_path / "again.json") == config
     half = {name: tensor for name, tensor in weights.items() if name != "blocks.1.self_attn.prope_o.bias"}
     save_file(half, tmp_path / "half.safetensors")
     with pytest.raises(CheckpointError, match=r"half\.safetensors.*blocks\.1\.self_attn\.prope_o\.bias"):
