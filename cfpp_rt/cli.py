@@ -13,6 +13,7 @@ COMMANDS = {
     "play": ("cfpp_rt.world.play", "the built-in world in a terminal, by arrow keys"),
     "world-eval": ("cfpp_rt.bench.world_eval", "how well a student of the built-in world keeps to its rules"),
     "distill": ("cfpp_rt.distill.command", "train a student, stage by stage"),
+    "distill-data": ("cfpp_rt.distill.data.command", "folders of training data: clips, prompts, trajectories"),
     "doctor": ("cfpp_rt.doctor", "what is installed, which backend runs each op, and what is missing"),
 }
 
