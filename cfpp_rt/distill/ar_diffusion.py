@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cfpp_rt.distill.batch import Batch
-from cfpp_rt.distill.draws import block_indices, normal_like
+from cfpp_rt.distill.draws import block_indices, normal_like, rows
 from cfpp_rt.distill.forward import Condition, Denoiser
 from cfpp_rt.distill.stage import clips
 from cfpp_rt.schedule import TABLE_SIZE, FlowMatchSchedule
@@ -100,7 +100,8 @@ class ArDiffusion:
         noise = normal_like(clean, draws)
         context = None
         if self.most_context_noise:
-            amount = torch.rand(count, 1, generator=draws) * (torch.rand(count, 1, generator=draws) < 0.5)
+            size, some = (rows(lambda n: torch.rand(n, 1, generator=draws), count) for _ in range(2))
+            amount = size * (some < 0.5)
             sigmas = (self.most_context_noise * amount).expand(count, frames).to(clean.device)
             context = normal_like(clean, draws), sigmas
         yield (
@@ -130,7 +131,7 @@ class Bidirectional:
     ) -> Iterator[tuple[str, Tensor]]:
         batch = next_batch()
         clean = clips(batch)
-        levels = torch.randint(TABLE_SIZE, (len(clean),), generator=draws).to(clean.device)
+        levels = rows(lambda n: torch.randint(TABLE_SIZE, (n,), generator=draws), len(clean)).to(clean.device)
         noise = normal_like(clean, draws)
         loss = bidirectional_loss(
             self.student, clean, noise, levels, batch.condition, self.schedule, cell_weights=batch.weights

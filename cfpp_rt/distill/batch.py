@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import torch
 from torch import Tensor
 
 from cfpp_rt.distill.forward import Condition
@@ -20,3 +21,11 @@ class Batch:
     latents: Tensor | None = None
     trajectory: Tensor | None = None
     weights: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on another device."""
+        return Batch(self.condition.to(device), *_moved(device, self.latents, self.trajectory, self.weights))
+
+
+def _moved(device: torch.device, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.to(device, non_blocking=True) for tensor in tensors]

@@ -26,13 +26,18 @@ def checkpoints(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return folder / f"step-{step:07d}"
+
+
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write the checkpoint of a step, then forget all but the newest `keep`.
 
     state: nested mappings and lists of tensors and numbers. Raises InputError with the system's reason, a full disk
     say, and leaves no trace of the attempt: earlier checkpoints stay as they are.
     """
-    target = folder / f"step-{step:07d}"
+    target = path_of(folder, step)
     temporary = folder / f".{target.name}.{secrets.token_hex(4)}"
     try:
         temporary.mkdir(parents=True)

@@ -6,13 +6,22 @@ import json
 import signal
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from cfpp_rt.checkpoint import write_atomically
 from cfpp_rt.distill.assemble import Weights, build_stage, open_feed
+from cfpp_rt.distill.batch import Batch
 from cfpp_rt.distill.checkpoint import checkpoints
+from cfpp_rt.distill.flops import matmul_rate, step_flops
+from cfpp_rt.distill.processes import joined, rank, whole
+from cfpp_rt.distill.samples import Samples, open_codec
 from cfpp_rt.distill.settings import STAGES, Settings
 from cfpp_rt.distill.stage import Stage
-from cfpp_rt.distill.train import Trainer
+from cfpp_rt.distill.train import Feed, Trainer, Work
 from cfpp_rt.errors import InputError
+from cfpp_rt.model.transformer import CausalWanTransformer
+from cfpp_rt.values import DTYPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--init", metavar="FILE", type=Path, help="weights that the student starts from")
     parser.add_argument("--teacher", metavar="FILE", type=Path, help="stages ode and cd (default: --init)")
     parser.add_argument("--real", metavar="FILE", type=Path, help="stage dmd: the bidirectional model")
+    parser.add_argument(
+        "--critic", metavar="FILE", type=Path, help="stage dmd: what its critic starts from (default: --real)"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
 
 
@@ -32,15 +44,32 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError(f"{arguments.config}: stages must have {name}, got {', '.join(settings.stages)}")
     if not arguments.resume and checkpoints(folder):
         raise InputError(f"--out {folder} holds a run already: give --resume to go on with it, or another folder")
+    with joined(settings.device) as device:
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32 where float32 remains, as published
+        _train(name, settings, folder, arguments, device)
+
+
+def _train(name: str, settings: Settings, folder: Path, arguments: argparse.Namespace, device: torch.device) -> None:
     own = settings.stages[name]
     feed = open_feed(settings, own)
-    latents = feed(0).latents
-    if latents is None:
-        raise InputError(f"data must have latents for stage {name}, got prompts alone")
-    weights = Weights(arguments.init, arguments.teacher, arguments.real)
-    channels, height, width = latents.shape[2:]
-    stage = build_stage(name, settings, weights, (channels, height, width))
-    trainer = Trainer(name, stage, own, feed, folder)
+    first = feed(0)
+    size = settings.latent_size if first.latents is None else _size(first.latents)
+    if size is None:
+        raise InputError("latent_size must be given, (C, h, w): the data are prompts alone")
+    weights = Weights(arguments.init, arguments.teacher, arguments.real, arguments.critic)
+    stage = build_stage(name, settings, weights, size, device)
+    trainer = Trainer(
+        name,
+        stage,
+        own,
+        feed,
+        folder,
+        dtype=DTYPES[settings.dtype],
+        device=device,
+        sample=_samples(name, settings, stage, feed, first.to(device), size, folder, device),
+        work=_work(name, settings, first, size, device),
+    )
     if arguments.resume:
         trainer.resume()
     stopped: list[int] = []
@@ -54,16 +83,63 @@ def run(arguments: argparse.Namespace) -> None:
     trainer.run()
     if stopped:
         raise SystemExit(128 + stopped[0])
-    export(stage, settings, folder)
-    print(f"{folder / 'student.safetensors'}: stage {name}, {trainer.step} steps")
+    state = whole(dict(trainer.ema.module.state_dict()))
+    if rank() == 0:
+        export(state, settings, folder)
+        print(f"{folder / 'student.safetensors'}: stage {name}, {trainer.step} steps")
 
 
-def export(stage: Stage, settings: Settings, folder: Path) -> None:
+def _size(latents: Tensor) -> tuple[int, int, int]:
+    channels, height, width = latents.shape[2:]
+    return channels, height, width
+
+
+def _samples(
+    name: str,
+    settings: Settings,
+    stage: Stage,
+    feed: Feed,
+    batch: Batch,
+    size: tuple[int, int, int],
+    folder: Path,
+    device: torch.device,
+) -> Samples | None:
+    own, wanted = settings.stages[name], settings.samples
+    if not own.sample_every:
+        return None
+    if name == "base":
+        raise InputError("stages.base.sample_every must be 0: what it trains sees the future and cannot be rolled out")
+    frames = wanted.frames or (own.frames if batch.latents is None else batch.latents.shape[1])
+    network = stage.ema
+    assert isinstance(network, CausalWanTransformer)
+    return Samples(
+        network,
+        settings.rollout if wanted.steps is None else settings.rollout.replace(steps=wanted.steps, first_steps=None),
+        batch,
+        folder / "samples",
+        frames=frames,
+        latent_size=size,
+        initial=wanted.initial_frames,
+        codec=open_codec(wanted, feed, device) if rank() == 0 else None,
+        fps=wanted.fps,
+    )
+
+
+def _work(name: str, settings: Settings, batch: Batch, size: tuple[int, int, int], device: torch.device) -> Work | None:
+    if device.type != "cuda":
+        return None
+    own = settings.stages[name]
+    frames = own.frames if batch.latents is None else batch.latents.shape[1]
+    flops = step_flops(name, settings, own, frames, settings.model.tokens_per_frame(*size[1:]))
+    return Work(flops, matmul_rate(device, DTYPES[settings.dtype]))
+
+
+def export(state: dict[str, Tensor], settings: Settings, folder: Path) -> None:
     """Write the student's moving average as student.safetensors and student.json, which `load_model` reads."""
     from safetensors.torch import save_file
 
     with write_atomically(folder / "student.safetensors") as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in stage.ema.state_dict().items()}, temporary)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, temporary)
     described = {**settings.model.to_dict(), "rollout": dataclasses.asdict(settings.rollout)}
     with write_atomically(folder / "student.json") as temporary:
         temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")

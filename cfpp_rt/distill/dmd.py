@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cfpp_rt.distill.ar_diffusion import flow_loss, mix
 from cfpp_rt.distill.batch import Batch
 from cfpp_rt.distill.causal_cd import Guidance, guided
-from cfpp_rt.distill.draws import normal_like
+from cfpp_rt.distill.draws import normal_like, rows
 from cfpp_rt.distill.forward import Condition, Denoiser
 from cfpp_rt.distill.self_rollout import Exits, SelfRollout
 from cfpp_rt.distill.stage import clips
@@ -24,7 +24,7 @@ _LEAST, _MOST = 20.0, 980.0  # timesteps between which scores are compared, as p
 
 def score_timesteps(batch: int, shift: float, draws: torch.Generator) -> Tensor:
     """One timestep per video, evenly drawn from 0..999, shifted, then clamped to 20..980: float32 [B]."""
-    u = torch.randint(TABLE_SIZE, (batch,), generator=draws) / TABLE_SIZE
+    u = rows(lambda n: torch.randint(TABLE_SIZE, (n,), generator=draws), batch) / TABLE_SIZE
     return (TABLE_SIZE * shift * u / (1 + (shift - 1) * u)).clamp(_LEAST, _MOST)
 
 

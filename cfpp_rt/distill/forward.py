@@ -26,6 +26,11 @@ class Condition:
     actions: Tensor | None = None
     cameras: Cameras | None = None
 
+    def to(self, device: torch.device) -> "Condition":
+        """The same on another device; cameras go there when they are projected."""
+        actions = None if self.actions is None else self.actions.to(device)
+        return dataclasses.replace(self, embeds=self.embeds.to(device), actions=actions)
+
     def twice(self) -> "Condition":
         """For a sequence that holds the same frames two times."""
         actions = None if self.actions is None else torch.cat([self.actions, self.actions], dim=1)

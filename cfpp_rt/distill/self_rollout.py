@@ -17,6 +17,7 @@ from cfpp_rt.camera import Projections
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.distill.draws import index, normal_like
 from cfpp_rt.distill.forward import Condition
+from cfpp_rt.distill.processes import gather, release
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.attention import Attend, CachePass, CameraPass
 from cfpp_rt.model.transformer import CausalWanTransformer, LayerText
@@ -64,6 +65,7 @@ class SelfRollout:
         block, frames = self.config.frames_per_block, given + noise.shape[1]
         if frames % block or given % block or not noise.shape[1]:
             raise InputError(f"noise and initial must be blocks of {block} frames, got {noise.shape[1]} and {given}")
+        gather(self.network)  # it runs many times in a row
         run = _Run(self, noise, condition, frames)
         made = [] if initial is None else [initial.float()]
         for start in range(0, given, block):
@@ -75,6 +77,8 @@ class SelfRollout:
             made.append(run.block(x, start, steps, exits.first if first else exits.later, draws, gradient))
             if start + block < frames:
                 run.keep(made[-1].detach(), start, float(self.config.context_noise))
+        if not gradient:
+            release(self.network)
         return torch.cat(made, dim=1)
 
 

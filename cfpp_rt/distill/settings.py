@@ -20,10 +20,11 @@ class StageSettings:
     steps: optimiser steps. batch: clips per process. lr, critic_lr: peak learning rates. optimizer: adamw, or muon for
     the matrices of the blocks at 10 times lr and AdamW for the rest. warmup: steps of linear rise. decay: share of lr
     at the end of a cosine, 1 = constant. clip: largest gradient norm. ema: decay of the student's moving average, which
-    starts at step ema_start. guidance: of the teacher, 1 = none. context_noise: largest sigma on the clean frames of
-    stage ar. table: timesteps of stages ode and cd. ratio: critic steps per student step of stage dmd. frames,
-    initial_frames: length of its videos, and how many of them are given. checkpointing: of activations. accumulate:
-    batches per step.
+    starts at step ema_start. guidance: weight of the teacher's, 1 = none, else the config must have `negative`.
+    context_noise: largest sigma on the clean frames of stage ar. table: timesteps of stages ode and cd. ratio: critic
+    steps per student step of stage dmd. frames, initial_frames: length of its videos, and how many of them are given.
+    checkpointing: of activations. accumulate: batches per step. sample_every: steps between samples of the student,
+    0 = none. tensorboard: log there too. data: of this stage, instead of the config's.
     """
 
     steps: int
@@ -50,11 +51,14 @@ class StageSettings:
     log_every: int = 10
     save_every: int = 1000
     keep: int = 3
+    sample_every: int = 0
+    tensorboard: bool = False
+    data: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "table", "ratio", "frames", "accumulate", "log_every", "save_every", "keep"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "an integer >= 1")
-        for name in ("warmup", "ema_start", "initial_frames", "seed"):
+        for name in ("warmup", "ema_start", "initial_frames", "seed", "sample_every"):
             _require(name, getattr(self, name), 0 <= getattr(self, name) < 2**63, "an integer >= 0")
         for name in ("lr", "critic_lr", "clip"):
             _require(name, getattr(self, name), 0 < getattr(self, name) < float("inf"), "a number > 0")
@@ -68,9 +72,33 @@ class StageSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class SampleSettings:
+    """What is made while the student learns. codec: the Wan2.1 directory, the tiny autoencoder's file, or
+    module:function; None = the data source's own, and if it has none latents are written. frames: of a clip, None =
+    those of the data. initial_frames: how many of them are given. steps: of the rollout, None = the config's: a student
+    that does not yet know few steps needs more. fps: pictures per second of the video.
+    """
+
+    codec: str | None = None
+    frames: int | None = None
+    initial_frames: int = 0
+    steps: tuple[int, ...] | None = None
+    fps: float = 16.0
+
+    def __post_init__(self) -> None:
+        _require("frames", self.frames, self.frames is None or self.frames >= 1, "an integer >= 1")
+        _require("initial_frames", self.initial_frames, self.initial_frames >= 0, "an integer >= 0")
+        _require("fps", self.fps, 0 < self.fps <= 1000, "a number in 0..1000")
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """A whole pipeline. model: sizes, or a name of `MODELS`. layout: block and window of the clips. rollout: how the
     student will run, in stage dmd too. data: what `module:function` of `source` is called with. stages: by name.
+    dtype: of the arithmetic, float32 or bfloat16; trained weights are float32 either way. device: cpu, cuda, or auto:
+    cuda where there is one. negative: file with `embeds` [1, text_len, text_dim] of the negative prompt, for guidance.
+    latent_size: (C, h, w) of the clips, where the data of stage dmd are prompts alone. real: sizes of stage dmd's
+    frozen score, None = those of model.
     """
 
     model: ModelConfig
@@ -78,6 +106,20 @@ class Settings:
     rollout: RolloutConfig
     data: dict[str, Any]
     stages: dict[str, StageSettings]
+    dtype: str = "float32"
+    device: str = "auto"
+    negative: str | None = None
+    latent_size: tuple[int, int, int] | None = None
+    real: ModelConfig | None = None
+    samples: SampleSettings = dataclasses.field(default_factory=SampleSettings)
+
+    def __post_init__(self) -> None:
+        _require("dtype", self.dtype, self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
+        _require("device", self.device, self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
+
+    def data_of(self, own: StageSettings) -> dict[str, Any]:
+        """The data of a stage."""
+        return self.data if own.data is None else own.data
 
     @classmethod
     def read(cls, path: str | Path) -> "Settings":
@@ -100,20 +142,38 @@ class Settings:
     @classmethod
     def _from(cls, found: Any) -> "Settings":
         names = {field.name for field in dataclasses.fields(cls)}
-        _check_keys("the config", found, names, names - {"layout"})
-        model, data, stages = found["model"], found["data"], found["stages"]
-        if isinstance(model, str):
-            _require("model", model, model in MODELS, f"sizes or one of {', '.join(MODELS)}")
-        if not isinstance(data, dict) or not isinstance(data.get("source"), str):
-            raise InputError(f"data must hold a source, module:function, got {data!r}")
-        _check_keys("stages", stages, set(STAGES), set())
-        return cls(
-            MODELS[model] if isinstance(model, str) else _build(ModelConfig, "model", model),
-            _build(Layout, "layout", found.get("layout", {})),
-            _build(RolloutConfig, "rollout", found["rollout"]),
-            data,
-            {name: _build(StageSettings, f"stages.{name}", values) for name, values in stages.items()},
-        )
+        _check_keys("the config", found, names, {"model", "rollout", "data", "stages"})
+        _check_keys("stages", found["stages"], set(STAGES), set())
+        _check_source("data", found["data"])
+        stages = {name: _build(StageSettings, f"stages.{name}", values) for name, values in found["stages"].items()}
+        for name, own in stages.items():
+            if own.data is not None:
+                _check_source(f"stages.{name}.data", own.data)
+        built = {
+            "model": _sizes("model", found["model"]),
+            "layout": _build(Layout, "layout", found.get("layout", {})),
+            "rollout": _build(RolloutConfig, "rollout", found["rollout"]),
+            "stages": stages,
+        }
+        if found.get("real") is not None:
+            built["real"] = _sizes("real", found["real"])
+        if "samples" in found:
+            built["samples"] = _build(SampleSettings, "samples", found["samples"])
+        types_of = typing.get_type_hints(cls)
+        rest = {name: _value(name, value, types_of[name]) for name, value in found.items() if name not in built}
+        return cls(**{**rest, **built})
+
+
+def _sizes(where: str, values: Any) -> ModelConfig:
+    if isinstance(values, str):
+        _require(where, values, values in MODELS, f"sizes or one of {', '.join(MODELS)}")
+        return MODELS[values]
+    return _build(ModelConfig, where, values)
+
+
+def _check_source(where: str, data: Any) -> None:
+    if not isinstance(data, dict) or not isinstance(data.get("source"), str):
+        raise InputError(f"{where} must hold a source, module:function, got {data!r}")
 
 
 T = TypeVar("T")
@@ -125,17 +185,20 @@ def _build(kind: type[T], where: str, values: Any) -> T:
     _check_keys(where, values, set(types_of), set())
     built = {}
     for name, value in values.items():
-        wanted = types_of[name]
-        if not _fits(value, wanted):
-            text = wanted.__name__ if isinstance(wanted, type) else str(wanted)
-            raise InputError(f"{where}.{name} must be {text}, got {value!r}")
-        built[name] = float(value) if wanted is float else tuple(value) if isinstance(value, list) else value
+        built[name] = _value(f"{where}.{name}", value, types_of[name])
     try:
         return kind(**built)
     except TypeError as error:
         raise InputError(f"{where}: {error}") from None
     except InputError as error:
         raise InputError(f"{where}.{error}") from None
+
+
+def _value(where: str, value: Any, wanted: Any) -> Any:
+    if not _fits(value, wanted):
+        text = wanted.__name__ if isinstance(wanted, type) else str(wanted)
+        raise InputError(f"{where} must be {text}, got {value!r}")
+    return float(value) if wanted is float else tuple(value) if isinstance(value, list) else value
 
 
 def _fits(value: Any, wanted: Any) -> bool:
@@ -145,6 +208,8 @@ def _fits(value: Any, wanted: Any) -> bool:
     if origin is tuple:
         every = inside[:1] * len(value) if isinstance(value, list) and inside[-1] is Ellipsis else inside
         return isinstance(value, list) and len(value) == len(every) and all(map(_fits, value, every))
+    if origin is dict:
+        return isinstance(value, dict)
     if wanted is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))

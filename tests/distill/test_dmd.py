@@ -8,6 +8,7 @@ import torch
 from cfpp_rt.config import ModelConfig, RolloutConfig
 from cfpp_rt.distill.batch import Batch
 from cfpp_rt.distill.dmd import DMD, clean_score, matching_loss, score_timesteps
+from cfpp_rt.distill.draws import normal_like
 from cfpp_rt.distill.forward import Condition, Denoiser
 from cfpp_rt.distill.self_rollout import Exits, SelfRollout
 from cfpp_rt.errors import InputError
@@ -64,7 +65,7 @@ def test_last_exits_give_the_videos_that_the_runtime_makes(network, config, grad
     renoise = []
     for block in range(frames // config.frames_per_block):
         for _ in range(len(first if block == 0 else config.steps) - 1):
-            renoise.append(torch.randn(2, config.frames_per_block, 16, 4, 4, generator=draws))
+            renoise.append(normal_like(torch.empty(2, config.frames_per_block, 16, 4, 4), draws))
     made = SelfRollout(network, config)(
         noise,
         condition,

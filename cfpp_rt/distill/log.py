@@ -1,0 +1,49 @@
+"""What a run tells of itself: a CSV file, and TensorBoard where it is asked for."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from cfpp_rt.checkpoint import write_atomically
+from cfpp_rt.errors import MissingExtraError
+
+
+class Log:
+    """log.csv of a folder, one row per step. A resumed run drops what was logged after its checkpoint.
+
+    tensorboard: the same numbers under folder/tensorboard. Raises MissingExtraError without tensorboard.
+    """
+
+    def __init__(self, folder: Path, step: int, *, tensorboard: bool = False):
+        self.path = folder / "log.csv"
+        self.rows: list[dict[str, Any]] = []
+        self.columns = ["step"]
+        self._board: Any = _open_board(folder / "tensorboard", step) if tensorboard else None
+        if step and self.path.exists():
+            with self.path.open(newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+            self.columns = list(self.rows[0]) if self.rows else ["step"]
+
+    def add(self, step: int, row: dict[str, float]) -> None:
+        self.rows.append({"step": step, **{name: f"{value:.6g}" for name, value in row.items()}})
+        self.columns += [name for name in row if name not in self.columns]
+        if self._board is not None:
+            for name, value in row.items():
+                self._board.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with write_atomically(self.path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns, restval="")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        if self._board is not None:
+            self._board.flush()
+
+
+def _open_board(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingExtraError("tensorboard", "tensorboard", "logging to TensorBoard") from error
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
