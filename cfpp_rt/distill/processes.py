@@ -96,7 +96,7 @@ def gather(network: nn.Module) -> None:
 
 
 def release(network: nn.Module) -> None:
-    """Let go of what `gather` brought here."""
+    """Let go of what `gather`, or a pass that no backward pass followed, left here."""
     for part in _sharded(network):
         part.set_reshard_after_forward(True, recurse=False)
         part.reshard()

@@ -118,6 +118,7 @@ class Trainer:
             row[f"{network}_loss"] = self._backward(network, loss)
             row[f"{network}_norm"] = self._apply(network, share)
             if network == "student":
+                processes.release(self.ema.module)  # stage cd has just run it
                 update_ema(self.ema.module, self.masters[network].module, self.step, self.settings)
                 self.ema.publish()
         return row
