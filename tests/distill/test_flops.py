@@ -11,8 +11,10 @@ from cfpp_rt.config import MODELS, ModelConfig, RolloutConfig
 from cfpp_rt.distill.ar_diffusion import ArDiffusion
 from cfpp_rt.distill.batch import Batch
 from cfpp_rt.distill.causal_cd import CausalCD, Guidance, timestep_table
+from cfpp_rt.distill.dmd import DMD
 from cfpp_rt.distill.flops import pass_flops, step_flops
 from cfpp_rt.distill.forward import Condition, Denoiser, Layout
+from cfpp_rt.distill.self_rollout import SelfRollout
 from cfpp_rt.distill.settings import Settings, StageSettings
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.schedule import FlowMatchSchedule
@@ -101,3 +103,30 @@ def test_a_stage_1_step_of_wan_is_petaflops():
     pairs = sum(range(1, 22)) * 2 * 1560**2
     attention = 12 * pairs * config.dim * config.num_layers
     assert step_flops("ar", settings, own, 21, 1560) == pytest.approx(linear + attention, rel=0.1)
+
+
+def test_a_step_of_stage_dmd():
+    """Attention over the cache is an op of ours, which the counter does not see, and is little here."""
+    rollout, own = RolloutConfig(steps=(1000,), window=2), StageSettings(steps=1, frames=FRAMES, ratio=2)
+    student, real, critic = (
+        random_model(TINY, seed=0, dtype=torch.float32).requires_grad_(learns) for learns in (True, False, True)
+    )
+    stage = DMD(
+        SelfRollout(student, rollout),
+        student,
+        Denoiser(real),
+        Denoiser(critic),
+        frames=FRAMES,
+        latent_size=(16, 4, 6),
+        guidance=Guidance(4.0, torch.randn(1, 5, 8)),
+        ratio=2,
+    )
+    guided = dataclasses.replace(own, guidance=4.0)
+
+    def steps():
+        for step in range(2):
+            for _, loss in stage.updates(lambda: Batch(condition()), torch.Generator(), step):
+                loss.backward()
+
+    settings = Settings(TINY, Layout(), rollout, {}, {"dmd": guided})
+    assert 2 * step_flops("dmd", settings, guided, FRAMES, TOKENS) == pytest.approx(counted(steps), rel=0.15)
