@@ -61,12 +61,12 @@ CASES = (
         Layout(1, 3),
     ),
     Case(
-        "wan-small",  # Wan's shape of block, an eighth of the picture, no window
-        ModelConfig(dim=384, ffn_dim=2240, num_heads=3, num_layers=4, freq_dim=256, text_dim=256, text_len=128),
+        "wan-small",  # Wan's kind of block, small pictures, no window
+        ModelConfig(dim=384, ffn_dim=2240, num_heads=3, num_layers=2, freq_dim=256, text_dim=256, text_len=128),
         1,
         9,
+        12,
         16,
-        20,
         Layout(1, None),
     ),
 )
