@@ -54,9 +54,7 @@ def _train(name: str, settings: Settings, folder: Path, arguments: argparse.Name
     own = settings.stages[name]
     feed = open_feed(settings, own)
     first = feed(0)
-    size = settings.latent_size if first.latents is None else _size(first.latents)
-    if size is None:
-        raise InputError("latent_size must be given, (C, h, w): the data are prompts alone")
+    size = latent_size(settings, first)
     weights = Weights(arguments.init, arguments.teacher, arguments.real, arguments.critic)
     stage = build_stage(name, settings, weights, size, device)
     trainer = Trainer(
@@ -89,8 +87,15 @@ def _train(name: str, settings: Settings, folder: Path, arguments: argparse.Name
         print(f"{folder / 'student.safetensors'}: stage {name}, {trainer.step} steps")
 
 
-def _size(latents: Tensor) -> tuple[int, int, int]:
-    channels, height, width = latents.shape[2:]
+def latent_size(settings: Settings, batch: Batch) -> tuple[int, int, int]:
+    """(C, h, w) of the clips, which prompts alone do not tell. Raises InputError where settings and data differ."""
+    if batch.latents is None:
+        if settings.latent_size is None:
+            raise InputError("latent_size must be given, [C, h, w]: the data are prompts alone")
+        return settings.latent_size
+    channels, height, width = batch.latents.shape[2:]
+    if settings.latent_size not in (None, (channels, height, width)):
+        raise InputError(f"latent_size must be {[channels, height, width]} as the data, got {settings.latent_size}")
     return channels, height, width
 
 
@@ -110,6 +115,11 @@ def _samples(
     if name == "base":
         raise InputError("stages.base.sample_every must be 0: what it trains sees the future and cannot be rolled out")
     frames = wanted.frames or (own.frames if batch.latents is None else batch.latents.shape[1])
+    known = frames if batch.condition.actions is None else batch.condition.actions.shape[1]
+    if not wanted.initial_frames < frames <= known:
+        raise InputError(f"samples.frames must be in {wanted.initial_frames + 1}..{known}, got {frames}")
+    if wanted.initial_frames and batch.latents is None:
+        raise InputError(f"samples.initial_frames must be 0 where the data are prompts, got {wanted.initial_frames}")
     network = stage.ema
     assert isinstance(network, CausalWanTransformer)
     return Samples(

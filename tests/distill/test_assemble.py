@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from cfpp_rt.config import MODELS, STUDENTS, ModelConfig
 from cfpp_rt.distill.assemble import Weights, build_stage, guidance_of
 from cfpp_rt.distill.batch import Batch
+from cfpp_rt.distill.command import latent_size
 from cfpp_rt.distill.forward import Condition
 from cfpp_rt.distill.log import Log
 from cfpp_rt.distill.samples import Samples, open_codec
@@ -207,3 +208,15 @@ def test_tensorboard_is_asked_for_and_named_where_it_is_missing(tmp_path, monkey
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'cfpp-rt\[tensorboard\]'"):
         Log(tmp_path, 0, tensorboard=True)
+
+
+def test_the_size_of_latents_comes_from_the_data_or_the_settings(files):
+    settings, batch = small(WAN[0], files), batch_of(0)
+    prompts = dataclasses.replace(batch, latents=None, trajectory=None)
+    assert latent_size(settings, batch) == latent_size(settings, prompts) == (16, 4, 4)
+    unknown = dataclasses.replace(settings, latent_size=None)
+    assert latent_size(unknown, batch) == (16, 4, 4)
+    with pytest.raises(InputError, match="latent_size must be given"):
+        latent_size(unknown, prompts)
+    with pytest.raises(InputError, match=r"latent_size must be \[16, 4, 4\] as the data, got \(16, 60, 104\)"):
+        latent_size(dataclasses.replace(settings, latent_size=(16, 60, 104)), batch)
