@@ -36,7 +36,9 @@ def test_eager_rollout_makes_the_same_latents(model, rollout, frames):
 
 
 def test_eager_rollout_of_a_model_with_actions_and_no_text():
-    world = ModelConfig(dim=64, ffn_dim=96, num_heads=2, num_layers=2, freq_dim=16, text_dim=1, text_len=0, num_actions=6)
+    world = ModelConfig(
+        dim=64, ffn_dim=96, num_heads=2, num_layers=2, freq_dim=16, text_dim=1, text_len=0, num_actions=6
+    )
     model = random_model(world, seed=0, dtype=torch.float32)
     config = RolloutConfig(window=2)
     assert_close_max(latents(EagerRollout, model, config, 4), latents(Rollout, model, config, 4), 2e-4, "latents")
