@@ -73,6 +73,15 @@ def layer(
     return (x.view(per_frame) + gate2[:, :, None] * y.view(per_frame)).view_as(x)
 
 
+def _separate(weights: Weights) -> Weights:
+    """The three projections of self-attention by their own names, where `fuse_qkv` has packed them; no copy."""
+    packed = {name: weights.pop(f"self_attn.qkv.{name}", None) for name in ("weight", "bias")}
+    for name, tensor in packed.items():
+        if tensor is not None:
+            weights |= {f"self_attn.{n}.{name}": part for n, part in zip("qkv", tensor.chunk(3), strict=True)}
+    return weights
+
+
 Layer = Callable[..., Tensor]
 
 
@@ -99,7 +108,7 @@ class EagerRollout:
         sizes: ModelConfig = model.config
         self.noise = NoiseSource((sizes.in_dim, *latent_size), self._batch, model.device, frames=frames, seed=seed)
         self._schedule = FlowMatchSchedule(config.shift)
-        self._weights = [dict(block.named_parameters()) for block in model.blocks]
+        self._weights = [_separate(dict(block.named_parameters())) for block in model.blocks]
         self._tables = model.rotary_tables(*latent_size)
         self._tokens = sizes.tokens_per_frame(*latent_size)
         self._window = min(frames, config.window or frames)

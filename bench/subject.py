@@ -18,6 +18,7 @@ from cfpp_rt.model.transformer import random_model
 from cfpp_rt.model.weights import load_model
 from cfpp_rt.pipeline import Pipeline, load_codec
 from cfpp_rt.session import Stream, latent_frames
+from cfpp_rt.speed import fuse_gelu, fuse_qkv, has_fused_gelu
 from cfpp_rt.untrained import SMALL, random_text, random_vae
 from cfpp_rt.values import DTYPES, KV_DTYPES, Conditioning
 from cfpp_rt.world.codec import CHANNELS, PatchCodec
@@ -222,9 +223,16 @@ def build(arguments: argparse.Namespace) -> Subject:
 
 
 def _model(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.device):  # type: ignore[no-untyped-def]
+    """As `Pipeline.from_pretrained` and `load_student` leave it."""
     if arguments.random_weights:
-        return random_model(SIZES[arguments.model], seed=0, dtype=dtype, device=str(device))
-    return load_model(arguments.checkpoint, dtype=dtype, device=device)
+        model = random_model(SIZES[arguments.model], seed=0, dtype=dtype, device=str(device))
+    else:
+        model = load_model(arguments.checkpoint, dtype=dtype, device=device)
+    if arguments.model == "world":
+        fuse_qkv(model)
+    if device.type == "cpu" and has_fused_gelu(device, dtype):
+        fuse_gelu(model)
+    return model
 
 
 def _codec(arguments: argparse.Namespace, decode: str, dtype: torch.dtype, device: torch.device) -> Codec:
