@@ -44,14 +44,17 @@ def test_a_model_in_training_is_refused(model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_gelu_is_the_tanh_form_on_the_cpu(config, dtype):
-    """Names stay, and against float64 it errs no more than twice as much as the product and then GELU."""
+    """Names stay, and against float64 it errs no more than twice as much as the product and then GELU.
+
+    floor: two roundings of a float32 near 2, since another order of summation is as good.
+    """
     plain = random_model(config, seed=0, dtype=dtype)
     fused = fuse_gelu(fuse_gelu(copy.deepcopy(plain)))
     assert list(fused.state_dict()) == list(plain.state_dict())
-    x = torch.randn(2, 60, config.dim, dtype=dtype)[:, ::2]
+    x = torch.randn(2, 60, config.dim, generator=torch.Generator().manual_seed(0)).to(dtype)[:, ::2]
     first = plain.blocks[0].ffn[0]
     exact = F.gelu(F.linear(x.double(), first.weight.double(), first.bias.double()), approximate="tanh")
-    assert_no_worse_than(fused.blocks[0].ffn[:2](x), plain.blocks[0].ffn[:2](x), exact, name="ffn")
+    assert_no_worse_than(fused.blocks[0].ffn[:2](x), plain.blocks[0].ffn[:2](x), exact, floor=5e-7, name="ffn")
     erf = F.gelu(F.linear(x.double(), first.weight.double(), first.bias.double()))
     if dtype == torch.float32:
         assert (exact - erf).abs().max() > 100 * (fused.blocks[0].ffn[:2](x).double() - exact).abs().max()
