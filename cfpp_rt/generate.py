@@ -130,7 +130,7 @@ def _film(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     open_writer(output).abort()
     parse_device(arguments.device)
-    stream, pictures, frames = film.open_film(arguments, rolloutrollout_changes(arguments))
+    stream, pictures, frames = film.open_film(arguments, rollout_changes(arguments))
     _write(stream, pictures, output, arguments.sheet, frames, film.FPS, quiet=arguments.quiet)
 
 
