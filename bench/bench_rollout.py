@@ -13,39 +13,16 @@ import argparse
 import time
 
 import torch
-import torch.nn.functional as F
 
 from cfpp_rt.bench import harness
-from cfpp_rt.config import MODELS, ModelConfig, RolloutConfig
+from cfpp_rt.bench.roofline import matrix_rate, pass_flops
+from cfpp_rt.config import MODELS, RolloutConfig
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.rollout import Rollout
 from cfpp_rt.timing import peak_memory_mib
 from cfpp_rt.values import DTYPES, KV_DTYPES, Conditioning
 
 LATENT = (60, 104)  # 480x832
-
-
-def pass_flops(config: ModelConfig, tokens: int, visible_tokens: int) -> tuple[float, float]:
-    """FLOPs of the linear layers, and of both attentions, of one pass of `tokens` queries over `visible_tokens`."""
-    d = config.dim
-    per_token = 4 * d * d + 2 * d * d + 2 * d * config.ffn_dim  # self-attention, cross-attention q and o, feed-forward
-    linear = 2.0 * tokens * per_token * config.num_layers
-    attention = 4.0 * tokens * d * (visible_tokens + config.text_len) * config.num_layers
-    return linear, attention
-
-
-def matrix_rate(config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
-    """GFLOP/s of the feed-forward's first matrix product, the largest of a pass; best of five."""
-    x = torch.randn(tokens, config.dim, device=device).to(dtype)
-    w = torch.randn(config.ffn_dim, config.dim, device=device).to(dtype)
-    best = float("inf")
-    for _ in range(5):
-        harness.synchronize(device)
-        begin = time.perf_counter()
-        F.linear(x, w)
-        harness.synchronize(device)
-        best = min(best, time.perf_counter() - begin)
-    return 2.0 * tokens * config.dim * config.ffn_dim / best / 1e9
 
 
 def main() -> None:

@@ -42,6 +42,13 @@ def steps(out: Path) -> dict[str, tuple[int, list[str]]]:
         "pointwise": (90, bench("bench_pointwise")),
         "block_attention": (150, bench("bench_block_attention")),
         "call_overhead": (30, bench("bench_call_overhead")),
+        "latency": (
+            240,
+            [
+                *(str(Path(python).with_name("cfpp")), "bench", "--random-weights", "--model", "wan-1.3b"),
+                *("--decode", "tiny", "--repeats", "3", "--device", "cuda", "--json", str(unfinished(out, "latency"))),
+            ],
+        ),
         "rollout": (150, bench("bench_rollout", "--model", "wan-1.3b")),
     }
     sanitizer = shutil.which("compute-sanitizer")

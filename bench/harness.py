@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": _commit(),
-        "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
+        "command": shlex.join([*_program(), *sys.argv[1:]]),
     }
     if device.type == "cuda":
         query = ("nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader")
@@ -74,9 +75,9 @@ def environment(device: torch.device) -> dict[str, Any]:
     return facts
 
 
-def _module() -> str:
+def _program() -> list[str]:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name if spec is not None else Path(sys.argv[0]).name
+    return ["python", "-m", spec.name] if spec is not None else [Path(sys.argv[0]).name]
 
 
 def synchronize(device: torch.device) -> None:
@@ -153,8 +154,12 @@ def record(rows: Sequence[dict[str, Any]], path: str | None, device: torch.devic
     """Print the circumstances; with a path, append each row with them as one JSON line."""
     facts = environment(device)
     print(json.dumps(facts))
-    if path is None:
-        return
+    if path is not None:
+        append(rows, path, facts)
+
+
+def append(rows: Sequence[dict[str, Any]], path: str, facts: dict[str, Any]) -> None:
+    """Each row, with the circumstances, as one JSON line at the end of a file."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("a", encoding="utf-8") as file:

@@ -12,6 +12,7 @@ COMMANDS = {
     "convert": ("cfpp_rt.export.convert", "any public checkpoint to one safetensors file"),
     "play": ("cfpp_rt.world.play", "the built-in world in a terminal, by arrow keys"),
     "world-eval": ("cfpp_rt.bench.world_eval", "how well a student of the built-in world keeps to its rules"),
+    "bench": ("cfpp_rt.bench.command", "latency on this machine beside its baselines; comparison of two results"),
     "distill": ("cfpp_rt.distill.command", "train a student, stage by stage"),
     "distill-data": ("cfpp_rt.distill.data.command", "folders of training data: clips, prompts, trajectories"),
     "doctor": ("cfpp_rt.doctor", "what is installed, which backend runs each op, and what is missing"),

@@ -104,12 +104,12 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if arguments.actions is not None:
         raise InputError(f"--actions is for --student {film.NAME}, got --student {arguments.student}")
-    size = _parse_size(arguments.size or ("64x96" if arguments.random_weights else "480x832"))
-    rollout = dataclasses.replace(student(arguments.student), **_changes(arguments))
+    size = parse_size(arguments.size or ("64x96" if arguments.random_weights else "480x832"))
+    rollout = dataclasses.replace(student(arguments.student), **rollout_changes(arguments))
     cameras = parse_cameras(arguments.trajectory, arguments.intrinsics)
     frames = _frames(arguments.frames, cameras, rollout.frames_per_block)
     latent_frames(frames, WanVAE.temporal_factor, rollout.frames_per_block)
-    device = _device(arguments.device)
+    device = parse_device(arguments.device)
     prompts = _prompts(arguments)
     outputs = _outputs("--output", arguments.output, prompts)
     sheets = [None] * len(prompts) if arguments.sheet is None else _outputs("--sheet", arguments.sheet, prompts)
@@ -129,8 +129,8 @@ def run(arguments: argparse.Namespace) -> None:
 def _film(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     open_writer(output).abort()
-    _device(arguments.device)
-    stream, pictures, frames = film.open_film(arguments, _changes(arguments))
+    parse_device(arguments.device)
+    stream, pictures, frames = film.open_film(arguments, rollout_changes(arguments))
     _write(stream, pictures, output, arguments.sheet, frames, film.FPS, quiet=arguments.quiet)
 
 
@@ -231,7 +231,8 @@ def print_table(stream: Stream) -> None:
     print(f"  {'peak_memory_mib':<15}{peak_memory_mib(stream.timings.device):>10.0f}  of the whole process so far")
 
 
-def _parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> tuple[int, int]:
+    """HEIGHTxWIDTH to (height, width), or InputError."""
     match = re.fullmatch(r"([0-9]{1,6})[xX]([0-9]{1,6})", text)
     size = (int(match[1]), int(match[2])) if match else (0, 0)
     if not all(side >= 16 and side % 16 == 0 for side in size):
@@ -239,7 +240,7 @@ def _parse_size(text: str) -> tuple[int, int]:
     return size
 
 
-def _changes(arguments: argparse.Namespace) -> dict[str, Any]:
+def rollout_changes(arguments: argparse.Namespace) -> dict[str, Any]:
     """The fields of the student's rollout that the user wants otherwise."""
     changes = {name: getattr(arguments, name) for name in ("window", "sinks", "refresh", "kv_dtype")}
     changes = {name: value for name, value in changes.items() if value is not None}
@@ -285,7 +286,8 @@ def _outputs(name: str, text: str, prompts: list) -> list[Path]:
     return [output.with_name(f"{output.stem}-{i:03d}{output.suffix}") for i in range(len(prompts))]
 
 
-def _device(name: str) -> torch.device:
+def parse_device(name: str) -> torch.device:
+    """cpu, cuda or cuda:N, or InputError where that is something else or cannot be used."""
     if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
         raise InputError(f"--device must be cpu, cuda or cuda:N, got {name}")
     device = torch.device(name)

@@ -14,6 +14,7 @@ from cfpp_rt.errors import InputError
 from cfpp_rt.model.transformer import CausalWanTransformer
 from cfpp_rt.model.weights import load_model
 from cfpp_rt.session import Stream
+from cfpp_rt.speed import fuse_gelu, has_fused_gelu
 from cfpp_rt.text import TextEncoder
 from cfpp_rt.values import Conditioning, Frames
 
@@ -65,6 +66,8 @@ class Pipeline:
             base = checkpoint
         codec = load_codec(base, tiny=tiny_codec, dtype=dtype, device=device)
         model = load_model(checkpoint, config=config, key=key, dtype=dtype, device=device)
+        if model.device.type == "cpu" and has_fused_gelu(model.device, dtype):
+            fuse_gelu(model)
         return cls(model, codec, base, rollout)
 
     def load_text_encoder(self) -> TextEncoder:

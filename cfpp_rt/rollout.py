@@ -126,7 +126,9 @@ class Rollout:
         self.next_frame = 0
         self._batch = batch
         self._check_finite = check_finite
-        self._schedule = FlowMatchSchedule(config.shift)
+        self._levels = {
+            steps: self._noise_levels(steps) for steps in {config.steps, config.first_steps or config.steps}
+        }
         self._times: dict[tuple[tuple[float, Actions], ...], TimeEmbedding] = {}
         self._actions = ((0,) * block,) * batch if model.config.num_actions else ()
         self._text = self._embed(text)
@@ -245,6 +247,13 @@ class Rollout:
         with torch.inference_mode():
             return self.model.embed_text(text.embeds)
 
+    def _noise_levels(self, steps: tuple[int, ...]) -> tuple[list[float], list[Tensor | None]]:
+        """Timesteps of a step list, and their sigmas [1, n], then None: after the last step nothing is noised again."""
+        schedule = FlowMatchSchedule(self.config.shift)
+        timesteps = schedule.warp(steps)
+        sigmas = schedule.sigma(timesteps).to(self.model.device)[:, None, None]
+        return timesteps.tolist(), [*sigmas.expand(-1, 1, self.config.frames_per_block), None]
+
     def _prefill(self, latents: Tensor) -> None:
         with torch.inference_mode():
             start, self.next_frame = self.next_frame, self.next_frame + latents.shape[1]
@@ -256,16 +265,14 @@ class Rollout:
     def _next_block(self) -> Latents:
         config, n, start = self.config, self.config.frames_per_block, self.next_frame
         steps = config.steps if self._generated else config.first_steps or config.steps
-        timesteps = self._schedule.warp(steps)
-        sigmas = self._schedule.sigma(timesteps).to(self.model.device)[:, None, None].expand(-1, 1, n)
-        levels = [*sigmas, None]  # [1, n] per step; after the last one nothing is noised again
+        timesteps, levels = self._levels[steps]
         if config.refresh == "separate":
             self._run_refresh()
 
         x = self.noise.start(n)
         cameras = self._look(start, n)
         passes = []
-        for step, timestep in enumerate(timesteps.tolist()):
+        for step, timestep in enumerate(timesteps):
             groups = self._open_block(start) if step == 0 else []
             groups.append(self._group(x, start, timestep, self._actions, cameras))
             velocity = self._forward(groups, keep=1)

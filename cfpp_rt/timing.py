@@ -4,14 +4,16 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 
 _KEPT = 10_000  # durations of each kind: a stream without end must not grow
 
 
-def _percentile(values: Iterable[float], percent: float) -> float:
+def percentile(values: Iterable[float], percent: float) -> float:
+    """Of at least one value, linear between neighbours; percent in 0..100."""
     ordered = sorted(values)
     position = (len(ordered) - 1) * percent / 100
     low = int(position)
@@ -37,11 +39,12 @@ class Timings:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time what happens inside, the device's queue included."""
+        """Time what happens inside, the device's queue included; a named range for whoever is tracing."""
         begin = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        with _span(name, self.device):
+            yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
         self.stages.setdefault(name, deque(maxlen=_KEPT)).append(1000 * (time.perf_counter() - begin))
 
     def deliver(self, pictures: int) -> None:
@@ -63,16 +66,27 @@ class Timings:
         out = {"ttff_ms": 1000 * self.first_s}
         intervals = self.frame_ms()
         if intervals:
-            out |= {f"frame_ms_p{p}": _percentile(intervals, p) for p in (50, 90, 99)}
+            out |= {f"frame_ms_p{p}": percentile(intervals, p) for p in (50, 90, 99)}
         out["fps"] = self.pictures / self.deliveries[-1][0]
-        out |= {f"{name}_ms": _percentile(values, 50) for name, values in self.stages.items()}
+        out |= {f"{name}_ms": percentile(values, 50) for name, values in self.stages.items()}
         return out
+
+
+def _span(name: str, device: torch.device) -> AbstractContextManager[object]:
+    """A range of torch's profiler while that runs, else of NVIDIA's tools (NVTX) on a GPU, else nothing."""
+    if torch.autograd._profiler_enabled():
+        return torch.profiler.record_function(name)
+    return torch.cuda.nvtx.range(name) if device.type == "cuda" else nullcontext()
 
 
 def peak_memory_mib(device: torch.device) -> float:
     """Largest memory held so far: allocated on a GPU, resident set of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent held when it started this process
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) / 2**10
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

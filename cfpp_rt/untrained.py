@@ -24,17 +24,18 @@ def random_pipeline(
 ) -> Pipeline:
     """A student of 4 layers and a Wan VAE of base width 8, both random; prompts must be `Conditioning`."""
     model = random_model(dataclasses.replace(SMALL, camera=camera), seed=seed, dtype=dtype, device=str(device))
-    return Pipeline(model, _random_vae(seed, dtype, device), None, rollout)
+    return Pipeline(model, random_vae(seed, dtype, device, base_dim=8), None, rollout)
 
 
-def _random_vae(seed: int, dtype: torch.dtype, device: torch.device) -> WanVAE:
+def random_vae(seed: int, dtype: torch.dtype, device: torch.device, *, base_dim: int) -> WanVAE:
+    """A Wan VAE of random weights; the published one has base_dim 96."""
     try:
         from diffusers import AutoencoderKLWan
     except ImportError as error:
         raise MissingExtraError("diffusers", "wan", "the Wan VAE") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae: Any = AutoencoderKLWan(base_dim=8)
+        vae: Any = AutoencoderKLWan(base_dim=base_dim)
     torch.nn.ModuleList([vae]).to(device, dtype)  # diffusers' own `to` warns of a cast that does no harm
     return WanVAE(vae)
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 
 THETA = 10000.0
+_SPAN = 256  # frames whose time table is made together
+_SPANS_KEPT = 4
 
 
 def _axis_table(positions: torch.Tensor, pairs: int) -> torch.Tensor:
@@ -26,6 +28,7 @@ class RotaryTables:
     rows: torch.Tensor
     columns: torch.Tensor
     time_pairs: int
+    _spans: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def build(cls, head_dim: int, rows: int, columns: int, device: torch.device | str = "cpu") -> "RotaryTables":
@@ -38,7 +41,17 @@ class RotaryTables:
 
     def time(self, frames: Sequence[int]) -> torch.Tensor:
         """Table of absolute latent frame indices, float32 [len(frames), n_time, 2]."""
-        return _axis_table(torch.tensor(list(frames)), self.time_pairs).to(self.rows.device)
+        spans = [self._span(frame // _SPAN) for frame in frames]
+        return torch.stack([span[frame % _SPAN] for frame, span in zip(frames, spans, strict=True)])
+
+    def _span(self, index: int) -> torch.Tensor:
+        """Table of a span of frames: made together, since making it for each pass costs more than a small kernel."""
+        if index not in self._spans:
+            if len(self._spans) >= _SPANS_KEPT:
+                del self._spans[min(self._spans)]
+            frames = torch.arange(index * _SPAN, (index + 1) * _SPAN)
+            self._spans[index] = _axis_table(frames, self.time_pairs).to(self.rows.device)
+        return self._spans[index]
 
     def sequence(self, frames: Sequence[int]) -> torch.Tensor:
         """(cos, sin) of every token of these frames, frame-major, then row, then column: float32 [S, D / 2, 2]."""

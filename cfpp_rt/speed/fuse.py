@@ -29,13 +29,15 @@ class PackedSelfAttention(SelfAttention):
 
 
 class GeluLinear(nn.Module):
-    """GELU(x W^T + b), tanh form, in the epilogue of the product where cuBLASLt can; CUDA only."""
+    """GELU(x W^T + b), tanh form, in the epilogue of the product: of cuBLASLt on CUDA, of oneDNN on the CPU."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cuda:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "tanh")
         rows = torch._addmm_activation(self.bias, x.flatten(0, -2), self.weight.t(), use_gelu=True)
         return rows.unflatten(0, x.shape[:-1])
 
@@ -56,14 +58,25 @@ def fuse_qkv(model: CausalWanTransformer) -> CausalWanTransformer:
 
 
 def fuse_gelu(model: CausalWanTransformer) -> CausalWanTransformer:
-    """Let each feed-forward's first product apply GELU itself, in place; state-dict names stay.
+    """Let each feed-forward's first product apply GELU itself, in place; for inference. State-dict names stay.
 
-    Raises InputError off CUDA: there the fused product computes GELU's erf form, and the model was trained with tanh.
+    Raises InputError where there is no such product of the tanh form that the model was trained with: on other devices
+    than CUDA and CPU, and on the CPU without oneDNN or in another dtype than float32 and bfloat16.
     """
-    if model.device.type != "cuda":
-        raise InputError(f"fuse_gelu: model must be on cuda, where the fused GELU is the tanh form, got {model.device}")
+    if not has_fused_gelu(model.device, model.dtype):
+        raise InputError(
+            "fuse_gelu: model must be on cuda, or on cpu in float32 or bfloat16 with oneDNN,"
+            f" got {model.dtype} on {model.device}"
+        )
     for block in model.blocks:
         first = block.ffn[0]
         if isinstance(first, nn.Linear):  # else it is fused already
             block.ffn[0], block.ffn[1] = GeluLinear(first), nn.Identity()
     return model
+
+
+def has_fused_gelu(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `fuse_gelu` takes a model of this dtype there."""
+    if device.type == "cpu":
+        return torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16)
+    return device.type == "cuda"

@@ -12,6 +12,7 @@ from cfpp_rt.errors import CheckpointError
 from cfpp_rt.model.weights import load_model
 from cfpp_rt.pipeline import Pipeline
 from cfpp_rt.session import Stream
+from cfpp_rt.speed import fuse_gelu, fuse_qkv, has_fused_gelu
 from cfpp_rt.values import Conditioning
 from cfpp_rt.world.codec import PatchCodec, to_pixels
 from cfpp_rt.world.simulator import Simulator
@@ -32,7 +33,9 @@ def load_student(
     Raises CheckpointError for files that are missing or of something else.
     """
     folder = Path(folder)
-    model = load_model(folder / "student.safetensors", dtype=dtype, device=device)
+    model = fuse_qkv(load_model(folder / "student.safetensors", dtype=dtype, device=device))
+    if has_fused_gelu(model.device, model.dtype):
+        fuse_gelu(model)
     codec = PatchCodec.load(folder / "codec.safetensors", device)
     return Pipeline(model, codec, None, _rollout(folder / "student.json"))
 
