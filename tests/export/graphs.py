@@ -1,0 +1,91 @@
+"""Small ONNX graphs with a cache, made by hand: sound ones, and ones with a planted fault."""
+
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto, helper
+
+B, H, S, C, D, L = 1, 2, 8, 32, 16, 2
+DIM = H * D
+DTYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+
+
+def cached_attention(path: Path, dtype: str = "float16", fault: str = "", external: bool = False) -> Path:
+    """L layers of projection, rotation, cache update, attention over the valid part of the cache, projection.
+
+    fault: "no length", "no update", "circular", "two updates", "shared cache", "decomposed", "unused input" or none.
+    external: weights in a file beside the graph.
+    """
+    kind = DTYPES[dtype]
+    nodes, constants = [], []
+    inputs = {"x": [B, S, DIM], "cos": [B, S, D // 2], "sin": [B, S, D // 2]}
+    outputs = {"y": [B, S, DIM]}
+
+    def node(op, args, out, **attributes):
+        nodes.append(helper.make_node(op, args, [out], name=f"{op}_{out}", **attributes))
+        return out
+
+    def integers(name, values):
+        constants.append(helper.make_tensor(name, TensorProto.INT64, [len(values)], values))
+        return name
+
+    def project(x, name):
+        values = [((37 * i + 11 * len(constants)) % 101 - 50) / (50 * DIM**0.5) for i in range(DIM * DIM)]
+        constants.append(helper.make_tensor(f"weight_{name}", kind, [DIM, DIM], values))
+        return node("MatMul", [x, f"weight_{name}"], name)
+
+    def split(x):
+        return node("Transpose", [node("Reshape", [x, heads], f"{x}_split")], f"{x}_heads", perm=[0, 2, 1, 3])
+
+    def rotate(x):
+        return node("RotaryEmbedding", [x, "cos", "sin"], f"{x}_rotated", interleaved=1)
+
+    def update(layer, name, new):
+        cache = f"{name}_{layer}"
+        inputs[cache] = [B, H, C, D]
+        if fault == "no update" and layer == 1 and name == "values":
+            outputs[f"{cache}_out"] = [B, H, C, D]
+            rest = node("Slice", [cache, integers("from", [S]), integers("to", [C]), integers("axis", [2])], "rest")
+            return node("Concat", [rest, new], f"{cache}_out", axis=2)
+        outputs[f"{cache}_out"] = [B, H, C, D]
+        mode = "circular" if fault == "circular" else "linear"
+        return node("TensorScatter", [cache, new, "slot"], f"{cache}_out", axis=-2, mode=mode)
+
+    heads, flat = integers("heads", [0, 0, H, D]), integers("flat", [0, 0, -1])
+    x = "x"
+    for layer in range(L):
+        q, k, v = (split(project(x, f"{name}{layer}")) for name in "qkv")
+        keys, values = update(layer, "keys", rotate(k)), update(layer, "values", v)
+        if fault == "two updates" and layer == 0:
+            outputs["again"] = [B, H, C, D]
+            node("TensorScatter", ["keys_0", v, "slot"], "again", axis=-2)
+        if fault == "shared cache" and layer == 1:
+            keys, values = "keys_0_out", "values_0_out"
+        if fault == "decomposed" and layer == 1:
+            scores = node("MatMul", [rotate(q), node("Transpose", [keys], "turned", perm=[0, 1, 3, 2])], "scores")
+            y = node("MatMul", [node("Softmax", [scores], "weights", axis=-1), values], "a1")
+        else:
+            length = [] if fault == "no length" else ["", "", "", "length"]
+            y = node("Attention", [rotate(q), keys, values, *length], f"a{layer}")
+        y = node("Reshape", [node("Transpose", [y], f"{y}_turned", perm=[0, 2, 1, 3]), flat], f"{y}_flat")
+        x = node("Add", [x, project(y, f"o{layer}")], "y" if layer == L - 1 else f"x{layer + 1}")
+    ports = [helper.make_tensor_value_info(name, kind, shape) for name, shape in inputs.items()]
+    ports += [helper.make_tensor_value_info(name, TensorProto.INT64, [B]) for name in ("slot", "length")]
+    if fault == "unused input":
+        ports.append(helper.make_tensor_value_info("action", TensorProto.INT64, [B]))
+    results = [helper.make_tensor_value_info(name, kind, shape) for name, shape in outputs.items()]
+    graph = helper.make_graph(nodes, "cached_attention", ports, results, constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=10)
+    onnx.checker.check_model(model)
+    onnx.save_model(model, path, save_as_external_data=external, location=f"{path.name}.data", size_threshold=64)
+    return path
+
+
+def contract_of(dtype: str = "float16") -> dict:
+    """inputs, outputs and aliases of the sound graph, as `prove` and `Job` take them."""
+    caches = [f"{name}_{layer}" for layer in range(L) for name in ("keys", "values")]
+    cache = ((B, H, C, D), dtype)
+    inputs = {"x": ((B, S, DIM), dtype), "cos": ((B, S, D // 2), dtype), "sin": ((B, S, D // 2), dtype)}
+    inputs |= {"slot": ((B,), "int64"), "length": ((B,), "int64")} | {name: cache for name in caches}
+    outputs = {"y": ((B, S, DIM), dtype)} | {f"{name}_out": cache for name in caches}
+    return {"inputs": inputs, "outputs": outputs, "aliases": {f"{name}_out": name for name in caches}}
