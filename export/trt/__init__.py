@@ -1,1 +1,1 @@
-"""From an ONNX graph to TensorRT engines: parse and prove (network), build (compile, build), ship (bundle), run (runner)."""
+"""From ONNX graphs to TensorRT engines: parse (network), prove, build (compile, build), ship (bundle), run (engine)."""

@@ -1,7 +1,7 @@
 """The process that builds one engine: `python -m cfpp_rt.export.trt.compile JOB.json`. `build` starts and watches it.
 
-A builder may crash or hang; in a process of its own that is a report, not the end of the command. The process leaves the
-engine and RESULT.json where the job says, or one line on stderr and exit code 2.
+A builder may crash or hang; in a process of its own that is a report, not the end of the command. The process leaves
+the engine and RESULT.json where the job says, or one line on stderr and exit code 2.
 """
 
 import dataclasses
@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from cfpp_rt.errors import InputError, MissingExtraError
+from cfpp_rt.export.contract import GraphSpec, TensorSpec
 from cfpp_rt.export.trt.faults import explain
-from cfpp_rt.export.trt.library import CURRENT, Library, load_library
+from cfpp_rt.export.trt.library import Library, load_library
 from cfpp_rt.export.trt.network import Network, parse
-from cfpp_rt.export.trt.prove import Port, prove
+from cfpp_rt.export.trt.prove import prove
 
 WEIGHTS = ("embedded", "refittable", "stripped")
 
@@ -24,10 +25,10 @@ WEIGHTS = ("embedded", "refittable", "stripped")
 class Job:
     """One engine to build.
 
-    onnx, engine, result: paths. library: "tensorrt-rtx" or "tensorrt". target: "sm89" etc., or "current". inputs, outputs,
-    aliases: the contract, as `prove` takes it. profiles: input of dynamic shape -> its least, usual and largest shape.
-    weights: in the engine for good, "refittable", or "stripped" (left out, to be refitted from the ONNX file).
-    timing_cache: file of measured tactics, read if it is there and written back; TensorRT-RTX has none.
+    onnx, engine, result: paths. library: "tensorrt-rtx" or "tensorrt". target: "sm89" etc., or "current". spec: the
+    contract of the graph. weights: "embedded" for good, "refittable", or "stripped" (left out, refitted from the ONNX
+    file when the engine is loaded). timing_cache: file of measured tactics, read if it is there and written back;
+    TensorRT-RTX has none. Every shape of a contract is static, so no optimisation profile is needed.
     """
 
     onnx: str
@@ -35,10 +36,7 @@ class Job:
     result: str
     library: str
     target: str
-    inputs: dict[str, Port]
-    outputs: dict[str, Port]
-    aliases: dict[str, str]
-    profiles: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = dataclasses.field(default_factory=dict)
+    spec: GraphSpec
     weights: str = "embedded"
     timing_cache: str | None = None
 
@@ -51,9 +49,12 @@ class Job:
     @classmethod
     def read(cls, path: str | Path) -> "Job":
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-        for ports in (values["inputs"], values["outputs"]):
-            ports.update({name: (tuple(shape), dtype) for name, (shape, dtype) in ports.items()})
-        return cls(**values)
+        spec = values.pop("spec")
+        inputs, outputs = (
+            tuple(TensorSpec(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in spec[kind])
+            for kind in ("inputs", "outputs")
+        )
+        return cls(spec=GraphSpec(spec["name"], inputs, outputs), **values)
 
 
 def compile_engine(job: Job) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def compile_engine(job: Job) -> dict[str, Any]:
     library.require_target(job.target)
     begin = time.perf_counter()
     network = parse(library, job.onnx)
-    report = prove(library, network, inputs=job.inputs, outputs=job.outputs, aliases=job.aliases)
+    report = prove(library, network, job.spec)
     parsed = time.perf_counter()
     engine = _build(library, network, job)
     _refuse_fatal(library)
@@ -82,14 +83,9 @@ def _build(library: Library, network: Network, job: Job) -> memoryview:
     flags = {"embedded": (), "refittable": ("REFIT",), "stripped": ("STRIP_PLAN",)}[job.weights]
     for flag in flags:
         config.set_flag(getattr(library.api.BuilderFlag, flag))
-    if job.target != CURRENT:
+    if library.name == "tensorrt-rtx":  # TensorRT itself builds for the GPU it finds, the only target it has
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(library.api.ComputeCapability, job.target.upper()), 0)
-    if job.profiles:
-        profile = network.builder.create_optimization_profile()
-        for name, (least, usual, largest) in job.profiles.items():
-            profile.set_shape(name, least, usual, largest)
-        config.add_optimization_profile(profile)
     cache = _read_timing_cache(config, job.timing_cache) if job.timing_cache is not None else None
     engine = network.builder.build_serialized_network(network.definition, config)
     if engine is None:

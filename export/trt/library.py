@@ -34,7 +34,7 @@ class Library:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Architectures that an engine can be built for from here: "sm80", ...; "current" is the GPU of this machine."""
+        """Architectures that an engine can be built for: "sm80", ...; "current" is the GPU of this machine."""
         if self.name == "tensorrt":
             return (CURRENT,)
         known = (name.lower() for name in self.api.ComputeCapability.__members__ if name.startswith("SM"))
@@ -46,7 +46,7 @@ class Library:
             return
         if self.name == "tensorrt":
             raise InputError(
-                f"target must be 'current' with TensorRT, got {target!r}: it builds for the GPU of the machine it runs on;"
+                f"target must be 'current' with TensorRT, got {target!r}: it builds for the GPU of its machine;"
                 " build there, or ahead of time with --library tensorrt-rtx"
             )
         hint = ""

@@ -68,7 +68,7 @@ def layers(library: Library, definition: Any, kind: str | None = None) -> Iterat
 
 
 def inputs_of(layer: Any) -> list[Any]:
-    """The tensors that a layer reads, an attention's mask and lengths included; None where an optional one is absent."""
+    """The tensors that a layer reads, an attention's mask and lengths included; None where one is absent."""
     return [layer.get_input(i) for i in range(layer.num_inputs)]
 
 
@@ -106,7 +106,7 @@ def _restore_lengths(library: Library, definition: Any, lengths: dict[str, str])
         layer.attention.key_value_lengths = cast[name]
         restored += 1
     if restored != len(lengths):
-        raise InputError(f"{len(lengths)} attentions have a valid length, but the parsed network has {restored} of them")
+        raise InputError(f"{len(lengths)} attentions have a valid length, the parsed network knows {restored} of them")
     return [f"valid length set on {restored} attentions, from {', '.join(cast)}"]
 
 

@@ -1,4 +1,4 @@
-"""Proof that a parsed network is the graph that was meant: a fused attention per site, a cache updated in place per tensor.
+"""Proof that a parsed network is the graph that was meant: one attention per site, every cache updated in place.
 
 TensorRT parses and builds networks that compute something else, or the same thing slowly, without a word. Everything
 that can be known before the build is checked here; each fault is one line.
@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cfpp_rt.errors import InputError
+from cfpp_rt.export.contract import GraphSpec, TensorSpec
 from cfpp_rt.export.trt.library import Library
 from cfpp_rt.export.trt.network import Network, inputs_of, layers
 
-Port = tuple[tuple[int, ...], str]  # shape (-1: dynamic) and dtype, e.g. ((1, 12, 1560, 128), "bfloat16")
+Port = tuple[tuple[int, ...], str]  # shape and dtype, e.g. ((1, 12, 1560, 128), "bfloat16")
 
 _DTYPES = {
     "FLOAT": "float32",
@@ -29,7 +30,7 @@ _WALK_ENDS = {"KV_CACHE_UPDATE", "ATTENTION_OUTPUT", "MATRIX_MULTIPLY", "CONVOLU
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One self-attention: the caches that it reads, the input that says how much of them is valid, if it may decompose."""
+    """One self-attention: the caches that it reads, the input that says which part of them is valid."""
 
     name: str
     key_cache: str
@@ -50,22 +51,14 @@ class NetworkReport:
     notes: tuple[str, ...]
 
 
-def prove(
-    library: Library,
-    network: Network,
-    *,
-    inputs: Mapping[str, Port],
-    outputs: Mapping[str, Port],
-    aliases: Mapping[str, str],
-) -> NetworkReport:
+def prove(library: Library, network: Network, spec: GraphSpec) -> NetworkReport:
     """Check a network against the contract of its graph.
 
-    inputs, outputs: the wanted ports by name. aliases: name of an updated cache -> name of the cache input it is.
-    Raises InputError listing every fault, one after the other, where there is one.
+    Raises InputError naming the first three faults and how many more there are.
     """
     facts = _Facts(library, network.definition)
-    faults = [*_port_faults("input", facts.inputs, inputs), *_port_faults("output", facts.outputs, outputs)]
-    faults += facts.update_faults(aliases)
+    faults = [*_port_faults("input", facts.inputs, spec.inputs), *_port_faults("output", facts.outputs, spec.outputs)]
+    faults += facts.update_faults(spec.aliases)
     sites, site_faults = facts.sites()
     faults += site_faults
     attentions = len(facts.attentions)
@@ -74,14 +67,17 @@ def prove(
     if facts.softmaxes:
         faults.append(f"attention is decomposed: softmax layer {facts.softmaxes[0]}; export it as one Attention node")
     read = {cache for site in sites for cache in (site.key_cache, site.value_cache)}
-    unread = [cache for cache in aliases.values() if cache not in read]
+    # The last layer of a refresh stops at its keys and values; every other cache that is written is read.
+    caches = list(spec.aliases.values())
+    unread = [cache for cache in (caches[:-2] if spec.name == "refresh" else caches) if cache not in read]
     if unread and not site_faults:
         faults.append(f"no attention reads cache {_some(unread)}")
     unused = [name for name in facts.inputs if name not in facts.needed]
     if unused:
         faults.append(f"input {_some(unused)} reaches no output: the parser dropped it or nothing uses it")
     if faults:
-        raise InputError(f"the network is not the graph of the contract: {'; '.join(faults)}")
+        more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise InputError(f"the network is not the graph of the contract: {'; '.join(faults[:3])}{more}")
     return NetworkReport(
         network.definition.num_layers,
         tuple(sites),
@@ -179,12 +175,15 @@ def _port(tensor: Any) -> Port:
     return tuple(tensor.shape), _DTYPES.get(tensor.dtype.name, tensor.dtype.name)
 
 
-def _port_faults(kind: str, found: Mapping[str, Port], wanted: Mapping[str, Port]) -> list[str]:
-    faults = [f"{kind} {name} is missing" for name in wanted if name not in found]
-    faults += [f"{kind} {name} is not in the contract" for name in found if name not in wanted]
-    for name in (name for name in wanted if name in found and found[name] != wanted[name]):
-        (shape, dtype), (want_shape, want_dtype) = found[name], wanted[name]
-        faults.append(f"{kind} {name} must be {want_dtype} {list(want_shape)}, got {dtype} {list(shape)}")
+def _port_faults(kind: str, found: Mapping[str, Port], wanted: Sequence[TensorSpec]) -> list[str]:
+    faults = [f"{kind} {tensor.name} is missing" for tensor in wanted if tensor.name not in found]
+    faults += [f"{kind} {name} is not in the contract" for name in found if name not in {t.name for t in wanted}]
+    for tensor in wanted:
+        shape, dtype = found.get(tensor.name, (tensor.shape, tensor.dtype))
+        if (shape, dtype) != (tensor.shape, tensor.dtype):
+            faults.append(
+                f"{kind} {tensor.name} must be {tensor.dtype} {list(tensor.shape)}, got {dtype} {list(shape)}"
+            )
     return faults
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper
 
+from cfpp_rt.export.contract import GraphSpec, TensorSpec
+
 B, H, S, C, D, L = 1, 2, 8, 32, 16, 2
 DIM = H * D
 DTYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
@@ -81,11 +83,13 @@ def cached_attention(path: Path, dtype: str = "float16", fault: str = "", extern
     return path
 
 
-def contract_of(dtype: str = "float16") -> dict:
-    """inputs, outputs and aliases of the sound graph, as `prove` and `Job` take them."""
+def contract(dtype: str = "float16") -> GraphSpec:
+    """The contract of the sound graph."""
     caches = [f"{name}_{layer}" for layer in range(L) for name in ("keys", "values")]
-    cache = ((B, H, C, D), dtype)
-    inputs = {"x": ((B, S, DIM), dtype), "cos": ((B, S, D // 2), dtype), "sin": ((B, S, D // 2), dtype)}
-    inputs |= {"slot": ((B,), "int64"), "length": ((B,), "int64")} | {name: cache for name in caches}
-    outputs = {"y": ((B, S, DIM), dtype)} | {f"{name}_out": cache for name in caches}
-    return {"inputs": inputs, "outputs": outputs, "aliases": {f"{name}_out": name for name in caches}}
+    x, turn, index = (B, S, DIM), (B, S, D // 2), (B,)
+    inputs = [TensorSpec("x", x, dtype), TensorSpec("cos", turn, dtype), TensorSpec("sin", turn, dtype)]
+    inputs += [TensorSpec("slot", index, "int64", 0, C - S), TensorSpec("length", index, "int64", S, C)]
+    inputs += [TensorSpec(name, (B, H, C, D), dtype) for name in caches]
+    outputs = [TensorSpec("y", x, dtype)]
+    outputs += [TensorSpec(f"{name}_out", (B, H, C, D), dtype, updates=name) for name in caches]
+    return GraphSpec("cached_attention", tuple(inputs), tuple(outputs))
