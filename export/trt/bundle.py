@@ -1,8 +1,7 @@
 """An engine bundle: a folder with a card, the engines by architecture, and the licence. Written whole or not at all.
 
-    card.json            what the engines are of and by: sizes, steps, parity, library and version, size and sha256 of each
-    <architecture>/<graph>.engine
-    LICENSE
+card.json says what the engines are of, which library built them, and size and sha256 of each; beside it lie
+<architecture>/<graph>.engine and LICENSE.
 """
 
 import contextlib
@@ -14,7 +13,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from importlib.metadata import distribution
+from importlib.metadata import distributions
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -85,8 +84,7 @@ def write_card(folder: Path, card: Mapping[str, Any], architectures: Mapping[str
             engines[architecture][graph] = {**entry, **facts}
     whole = {"format": FORMAT, "format_version": FORMAT_VERSION, **card, "engines": engines}
     (folder / CARD).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-    licence = distribution("cfpp-rt").read_text("licenses/LICENSE")
-    (folder / LICENCE).write_text(licence or "Apache-2.0\n", encoding="utf-8")
+    (folder / LICENCE).write_text(_licence(), encoding="utf-8")
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:
@@ -148,6 +146,16 @@ def _verified(folder: Path, graph: str, entry: Any) -> Path:
     if _sha256(path) != digest:
         raise InputError(f"{path}: its contents are not those that were built (sha256 differs)")
     return path
+
+
+def _licence() -> str:
+    texts = (found.read_text("licenses/LICENSE") for found in distributions(name="cfpp-rt"))
+    text = next((text for text in texts if text), None)
+    if text is None:
+        raise InputError(
+            "the installed cfpp-rt must hold its licence, it does not: pip install --force-reinstall cfpp-rt"
+        )
+    return text
 
 
 def _sha256(path: Path) -> str:

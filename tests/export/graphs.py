@@ -2,23 +2,25 @@
 
 from pathlib import Path
 
-import onnx
-from onnx import TensorProto, helper
+import numpy as np
 
 from cfpp_rt.export.contract import GraphSpec, TensorSpec
 
 B, H, S, C, D, L = 1, 2, 8, 32, 16, 2
 DIM = H * D
-DTYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 
 
 def cached_attention(path: Path, dtype: str = "float16", fault: str = "", external: bool = False) -> Path:
     """L layers of projection, rotation, cache update, attention over the valid part of the cache, projection.
 
-    fault: "no length", "no update", "circular", "two updates", "shared cache", "decomposed", "unused input" or none.
+    fault: "no length", "no update", "circular", "two updates", "shared cache", "decomposed", "unused input",
+    "keys as values", "past keys" or none.
     external: weights in a file beside the graph.
     """
-    kind = DTYPES[dtype]
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    kind = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}[dtype]
     nodes, constants = [], []
     inputs = {"x": [B, S, DIM], "cos": [B, S, D // 2], "sin": [B, S, D // 2]}
     outputs = {"y": [B, S, DIM]}
@@ -33,7 +35,8 @@ def cached_attention(path: Path, dtype: str = "float16", fault: str = "", extern
 
     def project(x, name):
         values = [((37 * i + 11 * len(constants)) % 101 - 50) / (50 * DIM**0.5) for i in range(DIM * DIM)]
-        constants.append(helper.make_tensor(f"weight_{name}", kind, [DIM, DIM], values))
+        array = np.array(values).reshape(DIM, DIM).astype(helper.tensor_dtype_to_np_dtype(kind))
+        constants.append(numpy_helper.from_array(array, f"weight_{name}"))
         return node("MatMul", [x, f"weight_{name}"], name)
 
     def split(x):
@@ -63,12 +66,18 @@ def cached_attention(path: Path, dtype: str = "float16", fault: str = "", extern
             node("TensorScatter", ["keys_0", v, "slot"], "again", axis=-2)
         if fault == "shared cache" and layer == 1:
             keys, values = "keys_0_out", "values_0_out"
+        if fault == "keys as values" and layer == 1:
+            values = keys
         if fault == "decomposed" and layer == 1:
             scores = node("MatMul", [rotate(q), node("Transpose", [keys], "turned", perm=[0, 1, 3, 2])], "scores")
             y = node("MatMul", [node("Softmax", [scores], "weights", axis=-1), values], "a1")
         else:
             length = [] if fault == "no length" else ["", "", "", "length"]
             y = node("Attention", [rotate(q), keys, values, *length], f"a{layer}")
+            if fault == "past keys" and layer == 1:
+                del nodes[-1].input[3:]
+                nodes[-1].input.extend(["", "keys_0", "values_0"])
+                nodes[-1].output.extend(["present_keys", "present_values"])
         y = node("Reshape", [node("Transpose", [y], f"{y}_turned", perm=[0, 2, 1, 3]), flat], f"{y}_flat")
         x = node("Add", [x, project(y, f"o{layer}")], "y" if layer == L - 1 else f"x{layer + 1}")
     ports = [helper.make_tensor_value_info(name, kind, shape) for name, shape in inputs.items()]
