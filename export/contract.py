@@ -20,6 +20,7 @@ This module imports neither torch nor onnx.
 """
 
 import dataclasses
+from typing import Any
 
 from cfpp_rt.config import ModelConfig
 from cfpp_rt.errors import InputError
@@ -59,6 +60,15 @@ class GraphSpec:
 
     def input(self, name: str) -> TensorSpec:
         return next(tensor for tensor in self.inputs if tensor.name == name)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "GraphSpec":
+        """What `dataclasses.asdict` made of a contract, and JSON of that."""
+        inputs, outputs = (
+            tuple(TensorSpec(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in values[kind])
+            for kind in ("inputs", "outputs")
+        )
+        return cls(values["name"], inputs, outputs)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cfpp_rt.errors import InputError, MissingExtraError
-from cfpp_rt.export.contract import GraphSpec, TensorSpec
+from cfpp_rt.export.contract import GraphSpec
 from cfpp_rt.export.trt.faults import explain
 from cfpp_rt.export.trt.library import Library, load_library
 from cfpp_rt.export.trt.network import Network, parse
@@ -49,12 +49,7 @@ class Job:
     @classmethod
     def read(cls, path: str | Path) -> "Job":
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-        spec = values.pop("spec")
-        inputs, outputs = (
-            tuple(TensorSpec(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in spec[kind])
-            for kind in ("inputs", "outputs")
-        )
-        return cls(spec=GraphSpec(spec["name"], inputs, outputs), **values)
+        return cls(**{**values, "spec": GraphSpec.from_dict(values["spec"])})
 
 
 def compile_engine(job: Job) -> dict[str, Any]:
