@@ -26,9 +26,8 @@ class Engine:
         runtime = library.api.Runtime(library.logger)
         self._engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
-            raise InputError(
-                f"{path}: does not load: {explain('; '.join(library.messages('INTERNAL_ERROR', 'ERROR')))}"
-            )
+            errors = "; ".join(library.messages("INTERNAL_ERROR", "ERROR"))
+            raise InputError(f"{path}: does not load: {explain(errors)}")
         for output, cache in spec.aliases.items():
             found = self._engine.get_aliased_input_tensor(output)
             if found != cache:
@@ -67,9 +66,8 @@ class Engine:
         mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self.device.check(runtime.cudaStreamBeginCapture(stream, mode))
         self._enqueue()
-        return self.device.check(
-            runtime.cudaGraphInstantiate(self.device.check(runtime.cudaStreamEndCapture(stream)), 0)
-        )
+        recorded = self.device.check(runtime.cudaStreamEndCapture(stream))
+        return self.device.check(runtime.cudaGraphInstantiate(recorded, 0))
 
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(int(self.device.stream)):

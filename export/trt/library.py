@@ -100,7 +100,7 @@ def _require_features(name: str, api: Any) -> None:
 
 
 def _logger(api: Any, log: list[tuple[str, str]]) -> Any:
-    class Collect(api.ILogger):  # type: ignore[misc, name-defined]
+    class Collect(api.ILogger):
         def __init__(self) -> None:
             api.ILogger.__init__(self)
 

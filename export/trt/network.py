@@ -5,6 +5,7 @@ attend to keys that were never written. The number is put back on the layer here
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,13 +73,26 @@ def inputs_of(layer: Any) -> list[Any]:
     return [layer.get_input(i) for i in range(layer.num_inputs)]
 
 
-def _read_lengths(path: Path) -> tuple[dict[str, str], int]:
-    """Of each `Attention` node of the file: name of its output -> name of its valid length. And the number of nodes."""
+def weight_bytes(path: str | Path) -> int:
+    """Bytes of all weights of an ONNX graph, wherever they lie: about the size of an engine of it."""
+    onnx = _onnx()
+    return sum(
+        math.prod(tensor.dims) * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer
+    )
+
+
+def _onnx() -> Any:
     try:
         import onnx
     except ImportError as error:
         raise MissingExtraError("onnx", "tensorrt", "reading an ONNX graph") from error
-    nodes = [node for node in onnx.load(path, load_external_data=False).graph.node if node.op_type == "Attention"]
+    return onnx
+
+
+def _read_lengths(path: Path) -> tuple[dict[str, str], int]:
+    """Of each `Attention` node of the file: name of its output -> name of its valid length. And the number of nodes."""
+    nodes = [node for node in _onnx().load(path, load_external_data=False).graph.node if node.op_type == "Attention"]
     lengths = {
         node.output[0]: node.input[_LENGTH_INPUT]
         for node in nodes
