@@ -34,8 +34,8 @@ def make_bundle(
     """Build `<graphs>/<name>.onnx` of every spec for every target into a new folder; returns its card.
 
     card: what the bundle is to say of the graphs (sizes, steps, parity). targets: "sm89" etc., or "current". say: is
-    told of every engine. Nothing is left behind unless every engine is built. Raises InputError as `build_engine` does, and
-    for a target that cannot be built here, a folder that exists or a disk too small.
+    told of every engine. Nothing is left behind unless every engine is built. Raises InputError as `build_engine` does,
+    and for a target that cannot be built here, a folder that exists or a disk too small.
     """
     loaded = load_library(library)
     if not targets or len(set(targets)) != len(targets):
