@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from cfpp_rt.cache import CacheShape, FrameRing, KVCache, slots_for
+from cfpp_rt.cache import CacheShape, KVCache
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import InputError, NonFiniteError
 from cfpp_rt.memory import require_cache_fits
@@ -23,6 +23,7 @@ from cfpp_rt.model.attention import CachePass
 from cfpp_rt.model.transformer import CausalWanTransformer, LayerText, TimeEmbedding
 from cfpp_rt.noise import NoiseSource
 from cfpp_rt.ops.denoise_update import denoise_update
+from cfpp_rt.ring import FrameRing, slots_for
 from cfpp_rt.schedule import FlowMatchSchedule
 from cfpp_rt.values import KV_DTYPES, Conditioning, Latents
 

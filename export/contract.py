@@ -21,6 +21,7 @@ This module imports neither torch nor onnx.
 
 import dataclasses
 
+from cfpp_rt.angles import pairs_of
 from cfpp_rt.config import ModelConfig
 from cfpp_rt.errors import InputError
 
@@ -99,8 +100,7 @@ class Sizes:
     @property
     def time_pairs(self) -> int:
         """Channel pairs of a head that turn with the frame index; the other two thirds belong to rows and columns."""
-        half = self.model.head_dim // 2
-        return half - 2 * (half // 3)
+        return pairs_of(self.model.head_dim)[0]
 
     @property
     def modulation_rows(self) -> int:
