@@ -27,7 +27,7 @@ from cfpp_rt.ring import FrameRing, slots_for
 from cfpp_rt.schedule import FlowMatchSchedule
 from cfpp_rt.values import KV_DTYPES, Conditioning, Latents
 
-_PREFILL_TIMESTEP = 0.0  # given frames are clean, whatever context_noise is: as published
+PREFILL_TIMESTEP = 0.0  # given frames are clean, whatever context_noise is: as published
 
 
 Actions = tuple[tuple[int, ...], ...]
@@ -218,7 +218,7 @@ class Rollout:
         with torch.inference_mode():
             start, self.next_frame = self.next_frame, self.next_frame + latents.shape[1]
             self.cache.ring.write(start)
-            self._hold(latents.to(self.model.device, torch.float32), start, _PREFILL_TIMESTEP)
+            self._hold(latents.to(self.model.device, torch.float32), start, PREFILL_TIMESTEP)
             self._forward([self._clean_group(start)], keep=0)
 
     def _next_block(self) -> Latents:

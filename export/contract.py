@@ -20,6 +20,8 @@ This module imports neither torch nor onnx.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from cfpp_rt.angles import pairs_of
 from cfpp_rt.config import ModelConfig
@@ -60,6 +62,15 @@ class GraphSpec:
 
     def input(self, name: str) -> TensorSpec:
         return next(tensor for tensor in self.inputs if tensor.name == name)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "GraphSpec":
+        """The inverse of `dataclasses.asdict`, through JSON."""
+        inputs, outputs = (
+            tuple(TensorSpec(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in values[side])
+            for side in ("inputs", "outputs")
+        )
+        return cls(values["name"], inputs, outputs)
 
 
 @dataclasses.dataclass(frozen=True)
