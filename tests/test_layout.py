@@ -31,7 +31,7 @@ LAYERS = [
 # Memory-bound ops: their CUDA kernels are written in Triton, and one benchmark times them all.
 POINTWISE = {"adaln_modulate", "gated_residual", "denoise_update"}
 # These stand apart: they know the first layer and each other, and session and above know them.
-APART = {"text", "codec", "decode", "video"}
+APART = {"text", "codec", "decode", "video", "sheet"}
 
 
 def modules():
