@@ -4,9 +4,10 @@ import argparse
 import dataclasses
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,12 @@ from cfpp_rt.config import STUDENTS, ModelConfig, RolloutConfig, student
 from cfpp_rt.errors import InputError
 from cfpp_rt.pipeline import Pipeline
 from cfpp_rt.session import Stream, latent_frames
+from cfpp_rt.sheet import SheetWriter
 from cfpp_rt.timing import peak_memory_mib
-from cfpp_rt.values import DTYPES, KV_DTYPES, Conditioning
-from cfpp_rt.video import open_writer, read_image, read_video
+from cfpp_rt.values import DTYPES, KV_DTYPES, Conditioning, Frames
+from cfpp_rt.video import DEFAULT_FPS, FrameWriter, open_writer, read_image, read_video
+from cfpp_rt.world import film
+from cfpp_rt.world.simulator import ACTIONS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,12 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  cfpp generate --checkpoint framewise-2step.pt --base Wan2.1-T2V-1.3B --prompt 'a boat at dawn' -o boat.mp4\n"
         "  cfpp generate --checkpoint framewise-4step.pt --base Wan2.1-T2V-1.3B --student framewise-4step \\\n"
         "      --image harbour.jpg --prompt 'the boats leave' -o boats.mp4\n"
+        "  cfpp generate --student world --actions 'right*20,up*10,interact' -o world.mp4   # ships with the package\n"
         "  cfpp generate --random-weights --prompt anything -o noise.mp4     # no weights needed; the picture is noise"
     )
     source = parser.add_argument_group("weights")
     source.add_argument("--checkpoint", metavar="PATH", help="student: .pt, .safetensors, or a directory")
     source.add_argument("--base", metavar="DIR", help="Wan2.1 directory: text encoder, tokenizer and VAE")
-    source.add_argument("--student", default="framewise-2step", help=f"{', '.join(STUDENTS)} (default: %(default)s)")
+    source.add_argument(
+        "--student", default="framewise-2step", help=f"{', '.join(STUDENTS)}, {film.NAME} (default: %(default)s)"
+    )
     source.add_argument("--key", help="entry of a .pt container (default: generator_ema, else generator)")
     source.add_argument("--config", metavar="JSON", help="model sizes, where the checkpoint does not tell them")
     source.add_argument(
@@ -50,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     given = what.add_mutually_exclusive_group()
     given.add_argument("--image", metavar="FILE", help="first picture; resized to --size without cropping")
     given.add_argument("--video", metavar="FILE", help="video to continue; its pictures are resized likewise")
+    what.add_argument(
+        "--actions", metavar="LIST", help=f"--student {film.NAME}: as right*20,up*10; {', '.join(ACTIONS)}"
+    )
     what.add_argument("--size", metavar="HxW", help="height x width, multiples of 16 (default: 480x832)")
     what.add_argument("--frames", type=int, help="pictures, 4 n + 1 (default: 81)")
     what.add_argument("--seed", type=int, default=0, help="same seed, same noise, for every prompt (default: 0)")
@@ -60,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--refresh", choices=("fused", "separate", "skip"), help="clean pass (default: fused); skip is lossy"
     )
-    how.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and cache (default: %(default)s)")
+    how.add_argument("--dtype", choices=DTYPES, help="of weights and cache (default: bfloat16; world: float32)")
     how.add_argument(
         "--kv-dtype",
         choices=KV_DTYPES,
@@ -71,44 +81,69 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument(
         "-o", "--output", required=True, metavar="PATH", help="FILE.mp4, FILE.rgb (raw) or a folder (PNG pictures)"
     )
+    out.add_argument("--sheet", metavar="FILE", help="also a contact sheet of the film, a .png")
     out.add_argument("--quiet", action="store_true", help="no progress bar and no table")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    size = _parse_size(arguments.size or ("64x96" if arguments.random_weights else "480x832"))
-    frames = 81 if arguments.frames is None else arguments.frames
-    rollout = _rollout(arguments)
-    latent_frames(frames, WanVAE.temporal_factor, rollout.frames_per_block)
     if not 0 <= arguments.seed < 2**63:
         raise InputError(f"--seed must be in 0..2**63 - 1, got {arguments.seed}")
+    if arguments.student == film.NAME:
+        _film(arguments)
+        return
+    if arguments.actions is not None:
+        raise InputError(f"--actions is for --student {film.NAME}, got --student {arguments.student}")
+    size = _parse_size(arguments.size or ("64x96" if arguments.random_weights else "480x832"))
+    frames = 81 if arguments.frames is None else arguments.frames
+    rollout = dataclasses.replace(student(arguments.student), **_changes(arguments))
+    latent_frames(frames, WanVAE.temporal_factor, rollout.frames_per_block)
     device = _device(arguments.device)
     prompts = _prompts(arguments)
-    outputs = _outputs(arguments.output, prompts)
+    outputs = _outputs("--output", arguments.output, prompts)
+    sheets = [None] * len(prompts) if arguments.sheet is None else _outputs("--sheet", arguments.sheet, prompts)
     for output in outputs:  # a path that cannot be written is found before the weights are read
         open_writer(output).abort()
     initial = _initial(arguments, size, rollout)
     pipeline = _pipeline(arguments, device, rollout)
-    for i, output in enumerate(outputs):
+    for i, (output, sheet) in enumerate(zip(outputs, sheets, strict=True)):
         prompt = _prompt(arguments, prompts[i], pipeline)
-        _generate(pipeline, prompt, output, frames, size, arguments.seed, initial, quiet=arguments.quiet)
+        stream = pipeline.stream(prompt, frames=frames, size=size, seed=arguments.seed, initial=initial)
+        _write(stream, stream, output, sheet, frames, DEFAULT_FPS, quiet=arguments.quiet)
+        del stream  # its cache is free again before the next begins
 
 
-def _generate(
-    pipeline: Pipeline,
-    prompt: str | Conditioning,
+def _film(arguments: argparse.Namespace) -> None:
+    output = Path(arguments.output)
+    open_writer(output).abort()
+    _device(arguments.device)
+    stream, pictures, frames = film.open_film(arguments, _changes(arguments))
+    _write(stream, pictures, output, arguments.sheet, frames, film.FPS, quiet=arguments.quiet)
+
+
+def _write(
+    stream: Stream,
+    pictures: Iterator[Frames],
     output: Path,
+    sheet: str | Path | None,
     frames: int,
-    size: tuple[int, int],
-    seed: int,
-    initial: Tensor | None,
+    fps: float,
     *,
     quiet: bool,
 ) -> None:
-    """One video; its cache is free again when this returns."""
-    stream = pipeline.stream(prompt, frames=frames, size=size, seed=seed, initial=initial)
-    _write(stream, output, frames, quiet=quiet)
+    """Take `frames` pictures as they are made; print the stream's times. fps: of the file."""
+    with ExitStack() as stack:
+        writers: list[FrameWriter] = [stack.enter_context(open_writer(output, fps=fps))]
+        if sheet is not None:
+            writers.append(stack.enter_context(SheetWriter(sheet, frames)))
+        progress = stack.enter_context(_progress(frames, output.name, quiet))
+        for part in pictures:
+            for writer in writers:
+                writer.write(part)
+            progress(part.pixels.shape[1])
     if not quiet:
-        print(f"{output}: {frames} frames of {size[1]}x{size[0]}")
+        height, width = part.pixels.shape[2:4]
+        real_time = stream.timings.summary()["fps"] / fps
+        print(f"{output}: {frames} frames of {width}x{height}, {real_time:.2g} x real time at {fps:g} fps")
         print_table(stream)
 
 
@@ -130,15 +165,6 @@ def _prompt(arguments: argparse.Namespace, prompt: str | Conditioning, pipeline:
     from cfpp_rt.untrained import random_text
 
     return random_text(prompt, pipeline.model.config)
-
-
-def _write(stream: Stream, output: Path, frames: int, *, quiet: bool) -> None:
-    with ExitStack() as stack:
-        writer = stack.enter_context(open_writer(output))
-        progress = stack.enter_context(_progress(frames, output.name, quiet))
-        for part in stream:
-            writer.write(part)
-            progress(part.pixels.shape[1])
 
 
 class _progress:
@@ -188,14 +214,15 @@ def _parse_size(text: str) -> tuple[int, int]:
     return size
 
 
-def _rollout(arguments: argparse.Namespace) -> RolloutConfig:
+def _changes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the student's rollout that the user wants otherwise."""
     changes = {name: getattr(arguments, name) for name in ("window", "sinks", "refresh", "kv_dtype")}
     changes = {name: value for name, value in changes.items() if value is not None}
     if arguments.steps is not None:
         if not re.fullmatch(r"[0-9]{1,6}(,[0-9]{1,6})*", arguments.steps):
             raise InputError(f"--steps must be integers as 1000,500, got {arguments.steps}")
         changes["steps"] = tuple(int(step) for step in arguments.steps.split(","))
-    return dataclasses.replace(student(arguments.student), **changes)
+    return changes
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str] | list[Conditioning]:
@@ -223,11 +250,11 @@ def _prompts(arguments: argparse.Namespace) -> list[str] | list[Conditioning]:
     return [arguments.prompt]
 
 
-def _outputs(text: str, prompts: list) -> list[Path]:
+def _outputs(name: str, text: str, prompts: list) -> list[Path]:
     """One output per prompt: `boat.mp4` for one, `boat-000.mp4`, `boat-001.mp4`, ... for several."""
     output = Path(text)
     if not output.name:
-        raise InputError(f"--output must name a file or a new folder, got {text!r}")
+        raise InputError(f"{name} must name a file or a new folder, got {text!r}")
     if len(prompts) == 1:
         return [output]
     return [output.with_name(f"{output.stem}-{i:03d}{output.suffix}") for i in range(len(prompts))]
@@ -245,7 +272,7 @@ def _device(name: str) -> torch.device:
 
 
 def _pipeline(arguments: argparse.Namespace, device: torch.device, rollout: RolloutConfig) -> Pipeline:
-    dtype = DTYPES[arguments.dtype]
+    dtype = DTYPES[arguments.dtype or "bfloat16"]
     if arguments.random_weights:
         for name in ("checkpoint", "base", "key", "config", "tiny_vae"):
             if getattr(arguments, name) is not None:

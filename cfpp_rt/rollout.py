@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from cfpp_rt.cache import CacheShape, FrameRing, KVCache, slots_for
+from cfpp_rt.cache import CacheShape, KVCache
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import InputError, NonFiniteError
 from cfpp_rt.memory import require_cache_fits
@@ -23,10 +23,11 @@ from cfpp_rt.model.attention import CachePass
 from cfpp_rt.model.transformer import CausalWanTransformer, LayerText, TimeEmbedding
 from cfpp_rt.noise import NoiseSource
 from cfpp_rt.ops.denoise_update import denoise_update
+from cfpp_rt.ring import FrameRing, slots_for
 from cfpp_rt.schedule import FlowMatchSchedule
 from cfpp_rt.values import KV_DTYPES, Conditioning, Latents
 
-_PREFILL_TIMESTEP = 0.0  # given frames are clean, whatever context_noise is: as published
+PREFILL_TIMESTEP = 0.0  # given frames are clean, whatever context_noise is: as published
 
 
 Actions = tuple[tuple[int, ...], ...]
@@ -217,7 +218,7 @@ class Rollout:
         with torch.inference_mode():
             start, self.next_frame = self.next_frame, self.next_frame + latents.shape[1]
             self.cache.ring.write(start)
-            self._hold(latents.to(self.model.device, torch.float32), start, _PREFILL_TIMESTEP)
+            self._hold(latents.to(self.model.device, torch.float32), start, PREFILL_TIMESTEP)
             self._forward([self._clean_group(start)], keep=0)
 
     def _next_block(self) -> Latents:

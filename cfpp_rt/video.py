@@ -184,7 +184,7 @@ class PngWriter(FrameWriter):
 
     def __init__(self, folder: str | Path, *, row: int = 0):
         super().__init__(row)
-        self._image = _import_pillow()
+        self._image = import_pillow()
         self._folder = Path(folder)
         self._made = not self._folder.exists()
         try:
@@ -256,7 +256,7 @@ def read_image(path: str | Path, height: int, width: int) -> Tensor:
     Turned as its EXIF tag says and resized to the wanted size without cropping, bilinear, as published: another aspect
     ratio is distorted. Raises InputError for a file that is missing or no picture, MissingExtraError without Pillow.
     """
-    image_module = _import_pillow()
+    image_module = import_pillow()
     from PIL import ImageOps
 
     _require_size(height, width)
@@ -276,7 +276,7 @@ def read_video(path: str | Path, height: int, width: int, frames: int | None = N
     frames: take only the last so many pictures, e.g. 4 * m - 3 of them to continue a video from; None = all.
     Raises InputError for a file that is missing, no video or too short, MissingExtraError without av or Pillow.
     """
-    av, image_module = _import_av(), _import_pillow()
+    av, image_module = _import_av(), import_pillow()
     _require_size(height, width)
     if frames is not None and frames < 1:
         raise InputError(f"frames must be >= 1, got {frames}")
@@ -305,7 +305,7 @@ def _require_size(height: int, width: int) -> None:
 def _resize(image: Any, height: int, width: int) -> np.ndarray:
     """A Pillow picture to uint8 [height, width, 3]."""
     if image.size != (width, height):
-        image = image.resize((width, height), resample=_import_pillow().Resampling.BILINEAR)
+        image = image.resize((width, height), resample=import_pillow().Resampling.BILINEAR)
     return np.array(image, dtype=np.uint8)
 
 
@@ -330,7 +330,7 @@ def _import_av() -> Any:
     return av
 
 
-def _import_pillow() -> Any:
+def import_pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as error:

@@ -20,8 +20,10 @@ This module imports neither torch nor onnx.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
+from cfpp_rt.angles import pairs_of
 from cfpp_rt.config import ModelConfig
 from cfpp_rt.errors import InputError
 
@@ -62,11 +64,11 @@ class GraphSpec:
         return next(tensor for tensor in self.inputs if tensor.name == name)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "GraphSpec":
-        """What `dataclasses.asdict` made of a contract, and JSON of that."""
+    def from_dict(cls, values: Mapping[str, Any]) -> "GraphSpec":
+        """The inverse of `dataclasses.asdict`, through JSON."""
         inputs, outputs = (
-            tuple(TensorSpec(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in values[kind])
-            for kind in ("inputs", "outputs")
+            tuple(TensorSpec(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in values[side])
+            for side in ("inputs", "outputs")
         )
         return cls(values["name"], inputs, outputs)
 
@@ -109,8 +111,7 @@ class Sizes:
     @property
     def time_pairs(self) -> int:
         """Channel pairs of a head that turn with the frame index; the other two thirds belong to rows and columns."""
-        half = self.model.head_dim // 2
-        return half - 2 * (half // 3)
+        return pairs_of(self.model.head_dim)[0]
 
     @property
     def modulation_rows(self) -> int:

@@ -12,7 +12,7 @@ PACKAGES = {"cfpp_rt": ROOT / "cfpp_rt", "cfpp_rt.export": ROOT / "export", "cfp
 
 # A module may import those of its own layer and of the layers above it in this list.
 LAYERS = [
-    {"errors", "config", "values", "schedule", "noise", "timing", "checkpoint"},
+    {"errors", "config", "values", "schedule", "noise", "draws", "angles", "ring", "timing", "checkpoint"},
     {"reference"},
     {"ops"},
     {"cache", "memory"},
@@ -31,7 +31,7 @@ LAYERS = [
 # Memory-bound ops: their CUDA kernels are written in Triton, and one benchmark times them all.
 POINTWISE = {"adaln_modulate", "gated_residual", "denoise_update"}
 # These stand apart: they know the first layer and each other, and session and above know them.
-APART = {"text", "codec", "decode", "video"}
+APART = {"text", "codec", "decode", "video", "sheet"}
 
 
 def modules():

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cfpp_rt.cache import CacheShape, FrameRing, KVCache, slots_for
+from cfpp_rt.cache import CacheShape, KVCache
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.distill.draws import index, normal_like
 from cfpp_rt.distill.forward import Condition
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.attention import Attend, CachePass
 from cfpp_rt.model.transformer import CausalWanTransformer, LayerText
+from cfpp_rt.ring import FrameRing, slots_for
 from cfpp_rt.schedule import FlowMatchSchedule, add_noise
 
 

@@ -14,10 +14,11 @@ from cfpp_rt.world import look
 from cfpp_rt.world.policy import Wanderer
 from cfpp_rt.world.simulator import Simulator, State
 from cfpp_rt.world.sprites import SIZE, STEP
-from cfpp_rt.world.student import first_picture
+from cfpp_rt.world.student import first_picture, start
 
 UNSEEN = 2**40  # seeds from here on are never drawn for training
 _FOLLOWED = 1.2  # pixels per axis
+_LOOKED_AT = (16, 64, 128, 300)
 _CLEAN = 30.0  # worst tile's root mean square difference, of 255
 
 
@@ -62,10 +63,23 @@ def play(
     )
     next(stream)
     made, began = [], time.perf_counter()
-    for start in range(0, frames, n):
-        stream.act(torch.from_numpy(actions[:, start : start + n]))
+    for begin in range(0, frames, n):
+        stream.act(torch.from_numpy(actions[:, begin : begin + n]))
         made.append(next(stream).pixels)
     return Play(torch.cat(made, dim=1).numpy(), truth, actions, first, time.perf_counter() - began)
+
+
+def pace(pipeline: Pipeline, rollout: RolloutConfig, *, frames: int, seed: int = 0) -> dict[str, float]:
+    """One player alone: first_ms from the request to the first picture that the student made, then fps, the pictures
+    per second that it makes when nobody waits.
+    """
+    began = time.perf_counter()
+    stream = start(pipeline, UNSEEN + seed, rollout=rollout)
+    next(stream)
+    next(stream)
+    first = time.perf_counter()
+    made = sum(next(stream).pixels.shape[1] for _ in range(0, frames, rollout.frames_per_block))
+    return {"first_ms": 1000 * (first - began), "fps": made / (time.perf_counter() - first)}
 
 
 def score(played: Play) -> dict[str, float]:
@@ -73,9 +87,9 @@ def score(played: Play) -> dict[str, float]:
 
     follow: share of frames whose agent is within 1.2 pixels of where the simulator puts it after the state seen in the
     frame before. follow_moving: of those in which it moves. error_px: mean distance of the agent from the simulator's
-    own run, the larger of both axes; error_last_px: of the last frame. clean: share of frames that are a clean drawing
-    of the state they show (nothing doubled, faded or gone). colour: largest change of a colour channel's mean from
-    the first 30 frames' to the last 30 frames', as a share of the first.
+    own run, the larger of both axes; error_N_px: at frame N, of 16, 64, 128 and 300, counted from 1. clean: share of
+    frames that are a clean drawing of the state they show (nothing doubled, faded or gone). colour: largest change of
+    a colour channel's mean from the first 30 frames' to the last 30 frames', as a share of the first.
     """
     frames = played.pictures.shape[1]
     followed, moving, errors, clean = [], [], [], []
@@ -98,7 +112,7 @@ def score(played: Play) -> dict[str, float]:
         "follow": float(follow.mean()),
         "follow_moving": float(follow[moves].mean()) if moves.any() else float("nan"),
         "error_px": float(error.mean()),
-        "error_last_px": float(error[-1].mean()),
+        **{f"error_{n}_px": float(error[n - 1].mean()) for n in _LOOKED_AT if n <= frames},
         "clean": float(np.mean(clean)),
         "colour": float((abs(end - begin) / begin).max()),
     }

@@ -34,7 +34,7 @@ def test_states_are_read_from_pictures(truth):
 def test_the_simulators_own_pictures_score_full_marks(truth):
     scores = score(truth)
     assert scores["follow"] == scores["follow_moving"] == scores["clean"] == 1
-    assert scores["error_px"] == scores["error_last_px"] == 0 and scores["colour"] < 0.05
+    assert scores["error_px"] == scores["error_16_px"] == 0 and scores["colour"] < 0.05
 
 
 def test_a_frozen_picture_does_not_follow(truth):

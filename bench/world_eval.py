@@ -1,0 +1,102 @@
+"""How well do students of the built-in world keep to its rules, and how fast?
+
+Every student plays unseen arenas beside the simulator, by the same keys: see `cfpp_rt.world.evaluate` for what is
+scored. Each seed is other arenas, other keys and other noise.
+
+    cfpp world-eval --student cd=runs/cd --student dmd=runs/dmd --steps 1000,500 --steps 1000 --frames 300
+"""
+
+import argparse
+import statistics
+from typing import Any
+
+import torch
+
+from cfpp_rt.bench import harness
+from cfpp_rt.config import RolloutConfig
+from cfpp_rt.errors import InputError
+from cfpp_rt.pipeline import Pipeline
+from cfpp_rt.world.evaluate import pace, play, score
+from cfpp_rt.world.student import SHIPPED, load_student
+
+_COLUMNS = {  # of the table: figure, heading, digits
+    "follow": ("follow", 3),
+    "follow_moving": ("moving", 3),
+    "error_16_px": ("px @16", 2),
+    "error_64_px": ("px @64", 2),
+    "error_300_px": ("px @300", 2),
+    "clean": ("clean", 3),
+    "colour": ("colour", 3),
+    "first_ms": ("first ms", 0),
+    "fps": ("fps", 0),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--student", action="append", metavar="[NAME=]DIR", help="default: the shipped one")
+    parser.add_argument("--steps", action="append", metavar="LIST", help="as 1000,500; default: the student's own")
+    parser.add_argument("--frames", type=int, default=64, help="pictures of an episode (default: %(default)s)")
+    parser.add_argument("--episodes", type=int, default=32, help="per seed (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="how often, for the spread (default: %(default)s)")
+    parser.add_argument("--json", metavar="PATH", help="append the rows as JSON lines")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    for name in ("frames", "episodes", "seeds"):
+        if getattr(arguments, name) < 1:
+            raise InputError(f"--{name} must be >= 1, got {getattr(arguments, name)}")
+    students = dict(_named(text) for text in arguments.student or [f"shipped={SHIPPED}"])
+    steps = [_steps(text) for text in arguments.steps or []]
+    rows: list[dict[str, Any]] = []
+    shown = [key for key in _COLUMNS if key != "error_300_px" or arguments.frames >= 300]
+    print(f"{'student':<16}{'steps':<22}" + "".join(f"{_COLUMNS[key][0]:>10}" for key in shown))
+    for name, folder in students.items():
+        pipeline = load_student(folder)
+        for own in steps or [pipeline.rollout.steps]:
+            rollout = pipeline.rollout.replace(steps=own)
+            made = [_row(name, pipeline, rollout, arguments, seed) for seed in range(arguments.seeds)]
+            rows += made
+            print(_line(name, own, made, shown))
+    harness.record(rows, arguments.json, torch.device("cpu"))
+
+
+def _row(
+    name: str, pipeline: Pipeline, rollout: RolloutConfig, arguments: argparse.Namespace, seed: int
+) -> dict[str, Any]:
+    n = rollout.frames_per_block
+    frames = -(-arguments.frames // n) * n
+    played = play(pipeline, rollout, episodes=arguments.episodes, frames=frames, seed=seed, noise_seed=seed)
+    return {
+        "bench": "world_eval",
+        "student": name,
+        "steps": list(rollout.steps),
+        "frames_per_block": n,
+        "frames": frames,
+        "episodes": arguments.episodes,
+        "seed": seed,
+        **score(played),
+        **pace(pipeline, rollout, frames=60, seed=seed),
+    }
+
+
+def _line(name: str, steps: tuple[int, ...], rows: list[dict[str, Any]], shown: list[str]) -> str:
+    """Means over the seeds, and under them half the spread from least to greatest."""
+    means, spreads = [], []
+    for key in shown:
+        values, digits = [row[key] for row in rows], _COLUMNS[key][1]
+        means.append(f"{statistics.mean(values):>10.{digits}f}")
+        spreads.append(f"{'+-' + format((max(values) - min(values)) / 2, f'.{digits}f'):>10}")
+    listed = ",".join(map(str, steps))
+    return f"{name:<16}{listed:<22}" + "".join(means) + f"\n{'':<38}" + "".join(spreads)
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, found, folder = text.partition("=")
+    return (name, folder) if found else (text, text)
+
+
+def _steps(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(step) for step in text.split(","))
+    except ValueError:
+        raise InputError(f"--steps must be integers as 1000,500, got {text}") from None

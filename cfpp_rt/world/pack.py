@@ -1,0 +1,49 @@
+"""Put a finished training run together as a student that `load_student` reads: `python -m cfpp_rt.world.pack`.
+
+    python -m cfpp_rt.world.pack --config configs/world.yaml --run outputs/world/dmd --out cfpp_rt/world/weights
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from cfpp_rt.checkpoint import write_atomically
+from cfpp_rt.distill.settings import Settings
+from cfpp_rt.errors import InputError
+from cfpp_rt.world.codec import fit_codec
+from cfpp_rt.world.student import load_student
+
+
+def pack(config: Path, run: Path, out: Path) -> None:
+    """Copy a run's student, and fit the codec that it was trained with. Raises InputError for a run that is not done,
+    CheckpointError for one of another kind.
+    """
+    settings = Settings.read(config)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("student.safetensors", "student.json"):
+        if not (run / name).is_file():
+            raise InputError(f"--run {run}: wanted a finished run, found no {name}")
+        with write_atomically(out / name) as temporary:
+            shutil.copyfile(run / name, temporary)
+    with write_atomically(out / "codec.safetensors") as temporary:
+        save_file(fit_codec(settings.data["seed"]).state_dict(), temporary)
+    load_student(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, type=Path, metavar="YAML", help="what the run was trained with")
+    parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="--out of cfpp distill")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    arguments = parser.parse_args()
+    try:
+        pack(arguments.config, arguments.run, arguments.out)
+    except InputError as error:
+        parser.error(str(error))
+    print(f"{arguments.out}: {sum(path.stat().st_size for path in arguments.out.iterdir()) / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()
