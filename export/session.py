@@ -1,5 +1,6 @@
 """One graph in onnxruntime with its buffers bound: numpy in, numpy out, and nothing large is copied between passes."""
 
+import functools
 import importlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -27,7 +28,10 @@ class Buffer:
 
     def __init__(self, array: Array):
         self.array = np.ascontiguousarray(array)
-        self.value = require_onnxruntime().OrtValue.ortvalue_from_numpy(self.array)
+
+    @functools.cached_property
+    def value(self) -> Any:
+        return require_onnxruntime().OrtValue.ortvalue_from_numpy(self.array)
 
     @classmethod
     def zeros(cls, spec: TensorSpec) -> "Buffer":
@@ -63,7 +67,7 @@ class GraphSession:
             buffer = buffers.get(tensor.name)
             if buffer is None or self._bound.get(tensor.name) is buffer:
                 continue
-            self._require(tensor, buffer.array)
+            require_tensor(self.spec, tensor, buffer.array)
             self._binding.bind_ortvalue_input(tensor.name, buffer.value)
             self._bound[tensor.name] = buffer
             if tensor.name in updates:
@@ -78,28 +82,15 @@ class GraphSession:
         """Run on what is bound. Raises InputError, before anything is written, for an integer out of its range."""
         for tensor in self.spec.inputs:
             if tensor.low is not None:
-                self._require(tensor, self._bound[tensor.name].array)
+                require_tensor(self.spec, tensor, self._bound[tensor.name].array)
         self._session.run_with_iobinding(self._binding)
 
     def __call__(self, **inputs: Array) -> dict[str, Array]:
         """Run once on these inputs; returns every output. For graphs that run rarely: nothing is bound or kept."""
         for tensor in self.spec.inputs:
-            self._require(tensor, inputs[tensor.name])
+            require_tensor(self.spec, tensor, inputs[tensor.name])
         names = [tensor.name for tensor in self.spec.outputs]
         return dict(zip(names, self._session.run(names, inputs), strict=True))
-
-    def _require(self, tensor: TensorSpec, array: Array) -> None:
-        if array.shape != tensor.shape or array.dtype.name != tensor.dtype:
-            raise InputError(
-                f"{self.spec.name}: {tensor.name} must be {tensor.dtype} {list(tensor.shape)},"
-                f" got {array.dtype.name} {list(array.shape)}"
-            )
-        if tensor.low is None or tensor.high is None:
-            return
-        if array.min() < tensor.low or array.max() > tensor.high:
-            raise InputError(
-                f"{self.spec.name}: {tensor.name} must be in {tensor.low}..{tensor.high}, got {array.tolist()}"
-            )
 
     def _require_contract(self, path: Any) -> None:
         for side, wanted, found in (
@@ -111,6 +102,19 @@ class GraphSession:
             if expected != actual:
                 differing = _first_difference(expected, actual)
                 raise InputError(f"{path}: {side} must be those of the contract: {differing}")
+
+
+def require_tensor(spec: GraphSpec, tensor: TensorSpec, array: Array) -> None:
+    """Raise InputError unless `array` is what the contract says of an input: shape, dtype, range."""
+    if array.shape != tensor.shape or array.dtype.name != tensor.dtype:
+        raise InputError(
+            f"{spec.name}: {tensor.name} must be {tensor.dtype} {list(tensor.shape)},"
+            f" got {array.dtype.name} {list(array.shape)}"
+        )
+    if tensor.low is None or tensor.high is None:
+        return
+    if array.min() < tensor.low or array.max() > tensor.high:
+        raise InputError(f"{spec.name}: {tensor.name} must be in {tensor.low}..{tensor.high}, got {array.tolist()}")
 
 
 def _ort_type(dtype: str) -> str:

@@ -9,7 +9,7 @@ from cfpp_rt.errors import InputError, MissingExtraError
 
 
 @dataclasses.dataclass(frozen=True)
-class Buffer:
+class Memory:
     """Device memory. pointer: its address. bytes: its size."""
 
     pointer: int
@@ -38,7 +38,7 @@ class Device:
         )
         self.architecture = f"sm{major}{minor}"
         self.stream = self.check(runtime.cudaStreamCreate())
-        self._buffers: list[Buffer] = []
+        self._buffers: list[Memory] = []
 
     def check(self, result: tuple[Any, ...]) -> Any:
         """What a CUDA call returned beside its status. Raises RuntimeError naming the error of a call that failed."""
@@ -48,19 +48,19 @@ class Device:
             raise RuntimeError(f"CUDA error {int(status)}: {text.decode()}")
         return values[0] if values else None
 
-    def allocate(self, size: int) -> Buffer:
+    def allocate(self, size: int) -> Memory:
         """Zeroed memory: the unwritten part of a cache must be finite, whatever a kernel reads of it."""
-        buffer = Buffer(int(self.check(self.runtime.cudaMalloc(size))), size)
+        buffer = Memory(int(self.check(self.runtime.cudaMalloc(size))), size)
         self._buffers.append(buffer)
         self.check(self.runtime.cudaMemsetAsync(buffer.pointer, 0, size, self.stream))
         return buffer
 
-    def write(self, buffer: Buffer, values: np.ndarray) -> None:
+    def write(self, buffer: Memory, values: np.ndarray) -> None:
         kind = self.runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         self.check(self.runtime.cudaMemcpyAsync(buffer.pointer, values.ctypes.data, values.nbytes, kind, self.stream))
         self.synchronize()  # the caller's array may be gone or changed when this returns
 
-    def read(self, buffer: Buffer, values: np.ndarray) -> None:
+    def read(self, buffer: Memory, values: np.ndarray) -> None:
         kind = self.runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self.check(self.runtime.cudaMemcpyAsync(values.ctypes.data, buffer.pointer, values.nbytes, kind, self.stream))
         self.synchronize()

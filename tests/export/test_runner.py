@@ -1,6 +1,5 @@
 """Rollouts driven through the graphs in onnxruntime, without torch, against PyTorch and the published latents."""
 
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,6 @@
-"""Bundles of a small graph, from file to engine; what runs them is tried against a pretended GPU, and on a real one."""
+"""What runs the engines: on a pretended GPU whose engines are ONNX Runtime's, and on a real one where there is one."""
 
 import ast
-import dataclasses
 import inspect
 import json
 from types import SimpleNamespace
@@ -10,117 +9,85 @@ import numpy as np
 import pytest
 
 from cfpp_rt.errors import InputError
+from cfpp_rt.export.bundle import new_folder
+from cfpp_rt.export.runner import Engine, EngineRollout
 from cfpp_rt.export.trt import engine as engines
 from cfpp_rt.export.trt import memory
-from cfpp_rt.export.trt.bundle import open_bundle
-from cfpp_rt.export.trt.engine import TensorRTBackend
+from cfpp_rt.export.trt.bundle import write_card
+from cfpp_rt.export.trt.engine import TensorRTEngine
 from cfpp_rt.export.trt.library import Library
 from cfpp_rt.export.trt.make import make_bundle
-from cfpp_rt.export.trt.memory import Buffer, Device
-from tests.export.graphs import B, C, D, H, L, S, cached_attention, contract
-from tests.export.needs import needs_tensorrt
+from cfpp_rt.export.trt.memory import Device, Memory
+from tests.export.students import TINY, WORLD, exported
 
-NAME = "cached_attention"
-CARD = {"steps": [1000, 500]}
-
-
-def make(tmp_path, **options):
-    options = {"targets": ("sm89", "sm120"), "library": "tensorrt-rtx", **options}
-    return make_bundle(tmp_path, tmp_path / "bundle", {NAME: contract()}, CARD, **options)
-
-
-@needs_tensorrt
-def test_graphs_become_a_bundle(tmp_path):
-    cached_attention(tmp_path / f"{NAME}.onnx", external=True)
-    said = []
-    card = make(tmp_path, say=said.append)
-    opened = open_bundle(
-        tmp_path / "bundle", architecture="sm120", library="tensorrt-rtx", version=card["library_version"]
-    )
-    assert opened.engines[NAME].read_bytes()[:4] == b"vtrt" and opened.card["steps"] == [1000, 500]
-    facts = opened.card["engines"]["sm89"][NAME]
-    assert facts["self_attentions"] == L and facts["build_s"] > 0 and "valid length set on 2" in facts["notes"][0]
-    assert [line.split(":")[0] for line in said] == [f"sm89 {NAME}", f"sm120 {NAME}"]
-    assert opened.card["contract"][NAME] == json.loads(json.dumps(dataclasses.asdict(contract())))
-
-
-@needs_tensorrt
-@pytest.mark.parametrize(
-    "options,message",
-    [
-        ({"targets": ("sm89", "sm90")}, "no target for data centre GPUs"),
-        ({"targets": ()}, "different architectures, got none"),
-        ({"targets": ("sm89", "sm89")}, "different architectures, got sm89, sm89"),
-        ({"time_limit_s": 0.0}, "stopped after 0 s"),
-    ],
-)
-def test_a_bundle_that_cannot_be_made_leaves_nothing(tmp_path, options, message):
-    cached_attention(tmp_path / f"{NAME}.onnx")
-    with pytest.raises(InputError, match=message):
-        make(tmp_path, **options)
-    assert [path.name for path in tmp_path.iterdir()] == [f"{NAME}.onnx"]
-
-
-@needs_tensorrt
-def test_a_missing_graph_or_a_full_disk_is_one_line(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match=f"{NAME}.onnx: no such file"):
-        make(tmp_path)
-    cached_attention(tmp_path / f"{NAME}.onnx")
-    full = SimpleNamespace(free=2**20)
-    monkeypatch.setattr("cfpp_rt.export.trt.bundle.shutil.disk_usage", lambda path: full)
-    with pytest.raises(InputError, match="the disk has 1 MiB free"):
-        make(tmp_path)
-    assert not (tmp_path / "bundle").exists()
+onnxruntime = pytest.importorskip("onnxruntime")
 
 
 class PretendedDevice:
-    """Memory that is numpy arrays, and a CUDA runtime that counts what is asked of it."""
+    """GPU memory that is bytes of the host, and a CUDA runtime that records and replays passes."""
 
     architecture, stream = "sm89", 7
 
     def __init__(self, index=0):
-        self.memory, self.calls = {}, []
+        self.memory, self.calls, self.recording = {}, [], None
         self.runtime = SimpleNamespace(
             cudaStreamCaptureMode=SimpleNamespace(cudaStreamCaptureModeThreadLocal=1),
-            **{
-                name: lambda *arguments, name=name: self.calls.append(name) or name
-                for name in (
-                    "cudaStreamBeginCapture",
-                    "cudaStreamEndCapture",
-                    "cudaGraphInstantiate",
-                    "cudaGraphLaunch",
-                )
-            },
+            cudaStreamBeginCapture=self.begin,
+            cudaStreamEndCapture=self.end,
+            cudaGraphInstantiate=lambda recorded, flags: recorded,
+            cudaGraphLaunch=self.launch,
         )
+
+    def begin(self, stream, mode):
+        self.recording = []
+
+    def end(self, stream):
+        recorded, self.recording = self.recording, None
+        return recorded
+
+    def launch(self, recorded, stream):
+        self.calls.append("launch")
+        for run in recorded:
+            run()
 
     def check(self, result):
         return result
 
     def allocate(self, size):
-        buffer = Buffer(4096 * (len(self.memory) + 1), size)
-        self.memory[buffer.pointer] = bytearray(size)
-        return buffer
+        made = Memory(4096 * (len(self.memory) + 1), size)
+        self.memory[made.pointer] = np.zeros(size, np.uint8)
+        return made
 
-    def write(self, buffer, values):
-        self.memory[buffer.pointer][: values.nbytes] = values.tobytes()
+    def view(self, pointer, tensor):
+        dtype = np.dtype(tensor.dtype)
+        size = int(np.prod(tensor.shape)) * dtype.itemsize
+        return self.memory[pointer][:size].view(dtype).reshape(tensor.shape)
 
-    def read(self, buffer, values):
-        values[...] = np.frombuffer(self.memory[buffer.pointer][: values.nbytes], values.dtype).reshape(values.shape)
+    def write(self, memory, values):
+        self.calls.append(memory.pointer)
+        self.memory[memory.pointer][: values.nbytes] = np.frombuffer(values.tobytes(), np.uint8)
+
+    def read(self, memory, values):
+        values[...] = self.memory[memory.pointer][: values.nbytes].view(values.dtype).reshape(values.shape)
 
     def close(self):
         self.memory.clear()
 
 
 class PretendedEngine:
-    """Both engine and execution context: remembers addresses, runs nothing."""
+    """An engine and its execution context in one: runs the ONNX graph on whatever memory is bound."""
 
-    aliases = contract().aliases
+    made: list = []
 
-    def __init__(self):
-        self.addresses, self.passes = {}, 0
+    def __init__(self, device, spec, path):
+        self.device, self.spec, self.addresses = device, spec, {}
+        quiet = onnxruntime.SessionOptions()
+        quiet.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(path, quiet, providers=["CPUExecutionProvider"])
+        PretendedEngine.made.append(self)
 
     def get_aliased_input_tensor(self, name):
-        return self.aliases.get(name)
+        return self.spec.aliases.get(name)
 
     def create_execution_context(self):
         return self
@@ -133,82 +100,138 @@ class PretendedEngine:
         return True
 
     def execute_async_v3(self, stream):
-        self.passes += 1
+        if self.device.recording is not None:
+            self.device.recording.append(self.run)
+        else:
+            self.run()
         return True
+
+    def run(self):
+        inputs = {t.name: self.device.view(self.addresses[t.name], t).copy() for t in self.spec.inputs}
+        for tensor, values in zip(self.spec.outputs, self.session.run(None, inputs), strict=True):
+            self.device.view(self.addresses[tensor.name], tensor)[...] = values
+
+
+@pytest.fixture(scope="module", params=[TINY, WORLD], ids=["text", "actions"])
+def source(request, tmp_path_factory):
+    return exported(tmp_path_factory.mktemp("student") / "graphs", request.param)
 
 
 @pytest.fixture
-def pretended(tmp_path, monkeypatch):
-    """A bundle whose engine is four bytes, and the engine that a pretended TensorRT makes of it."""
-    made = PretendedEngine()
-    runtime = SimpleNamespace(deserialize_cuda_engine=lambda data: made if data == b"vtrt" else None)
-    library = Library("tensorrt-rtx", "1.7", SimpleNamespace(Runtime=lambda logger: runtime), None, [])
+def pretended(tmp_path, monkeypatch, source):
+    """An engine bundle whose files name ONNX graphs, and a pretended TensorRT that loads such."""
+    device = PretendedDevice()
+
+    def load(data):
+        name = data.decode()
+        return PretendedEngine(device, source.card.graphs[name], str(source.path(name)))
+
+    api = SimpleNamespace(Runtime=lambda logger: SimpleNamespace(deserialize_cuda_engine=load))
+    library = Library("tensorrt-rtx", "1.7", api, None, [])
     monkeypatch.setattr(engines, "load_library", lambda name: library)
-    monkeypatch.setattr(engines, "Device", PretendedDevice)
-    from cfpp_rt.export.trt.bundle import new_folder, write_card
-
-    with new_folder(tmp_path / "bundle") as folder:
+    monkeypatch.setattr(engines, "Device", lambda index: device)
+    monkeypatch.setattr(PretendedEngine, "made", [])
+    with new_folder(tmp_path / "bundle", 0) as folder:
         (folder / "sm89").mkdir()
-        (folder / "sm89" / f"{NAME}.engine").write_bytes(b"vtrt")
-        card = {"library": "tensorrt-rtx", "library_version": "1.7", "weights": "embedded"}
-        write_card(folder, {**card, "contract": {NAME: dataclasses.asdict(contract())}}, {"sm89": {NAME: {}}})
-    return tmp_path / "bundle", made
+        for name in source.card.graphs:
+            (folder / "sm89" / f"{name}.engine").write_text(name)
+        values = {"library": "tensorrt-rtx", "library_version": "1.7", "weights": "embedded"}
+        values["student"] = source.card.to_dict()
+        write_card(folder, values, {"sm89": {name: {} for name in source.card.graphs}})
+    return tmp_path / "bundle"
 
 
-def test_a_cache_has_one_memory_under_both_names(pretended):
-    folder, engine = pretended
-    TensorRTBackend(folder)
-    for layer in range(L):
-        for name in ("keys", "values"):
-            assert engine.addresses[f"{name}_{layer}"] == engine.addresses[f"{name}_{layer}_out"]
-    assert len(set(engine.addresses.values())) == len(engine.addresses) - 2 * L, "and shares it with nothing else"
+def prompt(source, seed=0):
+    model = source.card.sizes.model
+    if not model.text_len:
+        return None
+    return np.random.default_rng(seed).standard_normal((1, model.text_len, model.text_dim), np.float32)
 
 
-def test_a_pass_is_recorded_once_and_replayed(pretended):
-    folder, engine = pretended
-    backend = TensorRTBackend(folder)
-    x = np.full((B, S, H * D), 2, np.float16)
+def roll(source, engine, frames=9, **options):
+    """Latents of a rollout in which the ring wraps twice, and prompt or action change on the way."""
+    rollout = EngineRollout(engine, prompt(source), frames=frames, seed=3, **options)
+    made = []
+    for block in rollout:
+        made.append(block.values)
+        if block.start == 4:
+            rollout.switch_prompt(prompt(source, 1)) if source.card.sizes.model.text_len else rollout.act(2)
+    return np.concatenate(made, axis=1)
+
+
+@pytest.mark.parametrize("refresh", ["fused", "separate"])
+def test_a_rollout_is_that_of_onnx_runtime(pretended, source, refresh):
+    """All that is not the engines themselves: what is copied when, and one memory for a cache under both names."""
+    expected = roll(source, Engine(source), refresh=refresh)
+    engine = TensorRTEngine(pretended)
+    np.testing.assert_array_equal(roll(source, engine, refresh=refresh), expected)
+    np.testing.assert_array_equal(roll(source, engine, refresh=refresh), expected, "a second one on the same engine")
+
+
+def test_a_cache_has_one_memory_under_both_names(pretended, source):
+    TensorRTEngine(pretended)
+    assert len(PretendedEngine.made) == len(source.card.graphs)
+    passes = [made for made in PretendedEngine.made if made.spec.aliases]
+    for engine in passes:
+        for output, cache in engine.spec.aliases.items():
+            assert engine.addresses[output] == engine.addresses[cache] == passes[0].addresses[cache]
+        own = [engine.addresses[name] for name in engine.addresses if name not in engine.spec.aliases]
+        assert len(set(own)) == len(own), "and shares it with nothing else"
+
+
+def test_between_passes_only_small_things_are_copied(pretended, source):
+    engine = TensorRTEngine(pretended)
+    rollout = EngineRollout(engine, prompt(source), frames=9, seed=0)
     for _ in range(4):
-        results = backend.run(NAME, {"x": x, "length": np.array([S])})
-    assert list(results) == ["y"] and results["y"].shape == x.shape
-    assert engine.passes == 2, "one that runs, one that is recorded"
-    assert backend.device.calls.count("cudaGraphLaunch") == 3
-    assert backend.device.calls.count("cudaGraphInstantiate") == 1
+        next(rollout)
+    engine.device.calls.clear()
+    next(rollout)
+    names = {pointer: name for made in PretendedEngine.made for name, pointer in made.addresses.items()}
+    copied = {names[call] for call in engine.device.calls if call != "launch"}
+    assert {"latents"} < copied <= {"latents", "modulation", "rope_time", "write_index", "valid", "visible"}
+    assert engine.device.calls.count("launch") >= 1, "the passes are replayed"
 
 
-def test_inputs_of_other_shape_or_dtype_are_refused(pretended):
-    backend = TensorRTBackend(pretended[0])
-    with pytest.raises(InputError, match=r"x of cached_attention must be float16 \[1, 8, 32\], got float32"):
-        backend.run(NAME, {"x": np.zeros((B, S, H * D), np.float32)})
-    with pytest.raises(InputError, match=r"length of cached_attention must be int64 \[1\], got int64 \[2\]"):
-        backend.run(NAME, {"length": np.array([S, S])})
+def test_two_rollouts_at_once_are_refused(pretended, source):
+    engine = TensorRTEngine(pretended)
+    first, second = (EngineRollout(engine, prompt(source), frames=9, seed=seed) for seed in (0, 1))
+    next(first), next(second)
+    with pytest.raises(InputError, match="another rollout has used this engine meanwhile"):
+        next(first)
 
 
-def test_an_engine_that_does_not_share_memory_is_refused(pretended):
-    folder, engine = pretended
-    engine.aliases = {**engine.aliases, "keys_1_out": None}
-    with pytest.raises(InputError, match="keys_1_out must share the memory of keys_1, the engine says None"):
-        TensorRTBackend(folder)
+def test_an_engine_that_does_not_share_memory_is_refused(pretended, monkeypatch):
+    monkeypatch.setattr(PretendedEngine, "get_aliased_input_tensor", lambda self, name: None)
+    with pytest.raises(InputError, match="output keys.0.updated must share the memory of keys.0, the engine says None"):
+        TensorRTEngine(pretended)
 
 
 def test_stripped_weights_need_their_graphs(pretended):
-    folder, _ = pretended
-    card = json.loads((folder / "card.json").read_text())
-    (folder / "card.json").write_text(json.dumps({**card, "weights": "stripped"}))
+    values = json.loads((pretended / "card.json").read_text())
+    (pretended / "card.json").write_text(json.dumps({**values, "weights": "stripped"}))
     with pytest.raises(InputError, match="onnx must name the folder of the graphs"):
-        TensorRTBackend(folder)
+        TensorRTEngine(pretended)
+
+
+def test_an_engine_that_was_left_out_is_named(pretended):
+    values = json.loads((pretended / "card.json").read_text())
+    del values["engines"]["sm89"]["fused"]
+    (pretended / "card.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match="graph must be one of the bundle's, embed_time.*, got 'fused'"):
+        TensorRTEngine(pretended).session("fused")
 
 
 def test_every_cuda_call_exists():
     """The names are right, though nothing here can call them without a GPU."""
     runtime = pytest.importorskip("cuda.bindings.runtime", reason="pip install 'cfpp-rt[tensorrt]'")
+    named = set()
     for module in (memory, engines):
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             if isinstance(node, ast.Attribute) and node.attr.startswith("cuda"):
-                if isinstance(node.value, ast.Attribute) and node.value.attr.startswith("cuda"):
-                    assert hasattr(getattr(runtime, node.value.attr), node.attr), node.attr
-                else:
-                    assert hasattr(runtime, node.attr), node.attr
+                inner = isinstance(node.value, ast.Attribute) and node.value.attr.startswith("cuda")
+                assert hasattr(getattr(runtime, node.value.attr) if inner else runtime, node.attr), node.attr
+                named.add(node.attr)
+    assert {"cudaMalloc", "cudaMemcpyAsync", "cudaGraphLaunch"} <= named
 
 
 def test_no_gpu_is_one_line():
@@ -220,24 +243,13 @@ def test_no_gpu_is_one_line():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("refresh", ["fused", "separate"])
 @pytest.mark.parametrize("library", ["tensorrt", "tensorrt-rtx"])
-def test_an_engine_agrees_with_onnx_runtime(tmp_path, library):
-    """Three passes over a ring of slots, the cache held on the GPU, against ONNX Runtime handing it round."""
+def test_engines_agree_with_onnx_runtime(tmp_path, source, library, refresh):
     pytest.importorskip(library.replace("-", "_"), reason=f"pip install {library}")
-    onnxruntime = pytest.importorskip("onnxruntime")
-    graph = cached_attention(tmp_path / f"{NAME}.onnx")
-    make(tmp_path, library=library, targets=("current",))
-    backend = TensorRTBackend(tmp_path / "bundle", library=library)
-    session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
-    spec, generator = contract(), np.random.default_rng(0)
-    caches = {name: np.zeros((B, H, C, D), np.float16) for name in spec.aliases.values()}
-    angle = generator.uniform(0, 3, (B, S, D // 2))
-    turn = {"cos": np.cos(angle).astype(np.float16), "sin": np.sin(angle).astype(np.float16)}
-    for step in range(6):  # capacity for four: the ring wraps
-        x = generator.standard_normal((B, S, H * D)).astype(np.float16)
-        slot, length = step * S % C, min(C, (step + 1) * S)
-        inputs = {"x": x, **turn, "slot": np.array([slot]), "length": np.array([length])}
-        expected = dict(zip([t.name for t in spec.outputs], session.run(None, {**inputs, **caches}), strict=True))
-        caches = {cache: expected[output] for output, cache in spec.aliases.items()}
-        np.testing.assert_allclose(backend.run(NAME, inputs)["y"], expected["y"], atol=1e-2)
-    backend.close()
+    make_bundle(source, tmp_path / "bundle", {}, library=library, targets=("current",))
+    engine = TensorRTEngine(tmp_path / "bundle", library=library)
+    np.testing.assert_allclose(
+        roll(source, engine, refresh=refresh), roll(source, Engine(source), refresh=refresh), rtol=0, atol=2e-2
+    )
+    engine.close()
