@@ -28,6 +28,8 @@ class Buffer:
     def __init__(self, array: Array):
         self.array = np.ascontiguousarray(array)
         self.value = require_onnxruntime().OrtValue.ortvalue_from_numpy(self.array)
+        if self.value.data_ptr() != self.array.ctypes.data:
+            raise RuntimeError("onnxruntime copied an array instead of using its memory")
 
     @classmethod
     def zeros(cls, spec: TensorSpec) -> "Buffer":
@@ -82,11 +84,19 @@ class GraphSession:
         self._session.run_with_iobinding(self._binding)
 
     def __call__(self, **inputs: Array) -> dict[str, Array]:
-        """Run once on these inputs; returns every output. For graphs that run rarely: nothing is bound or kept."""
-        for tensor in self.spec.inputs:
-            self._require(tensor, inputs[tensor.name])
-        names = [tensor.name for tensor in self.spec.outputs]
-        return dict(zip(names, self._session.run(names, inputs), strict=True))
+        """Run once on these inputs, which stay as they are; returns every output, in memory of its own."""
+        updated = set(self.spec.aliases.values())
+        buffers = {
+            tensor.name: Buffer(inputs[tensor.name].copy() if tensor.name in updated else inputs[tensor.name])
+            for tensor in self.spec.inputs
+        }
+        made = {tensor.name: Buffer.zeros(tensor) for tensor in self.spec.outputs if tensor.updates is None}
+        self.bind(buffers)
+        for name, buffer in made.items():
+            self.bind_output(name, buffer)
+        self.run()
+        made.update({output: buffers[source] for output, source in self.spec.aliases.items()})
+        return {name: buffer.array for name, buffer in made.items()}
 
     def _require(self, tensor: TensorSpec, array: Array) -> None:
         if array.shape != tensor.shape or array.dtype.name != tensor.dtype:
