@@ -5,6 +5,7 @@ import importlib
 
 ACTIONS = {
     "onnx": ("cfpp_rt.export.onnx_command", "a student to a bundle of ONNX graphs"),
+    "tensorrt": ("cfpp_rt.export.tensorrt_command", "a student to a bundle of TensorRT engines, for several GPUs"),
     "verify": (
         "cfpp_rt.export.verify_command",
         "a bundle of ONNX graphs against PyTorch: exit code 2 where they differ",

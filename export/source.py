@@ -80,12 +80,17 @@ def load_source(arguments: argparse.Namespace) -> Source:
             raise InputError(f"--steps must be integers as 1000,500, got {arguments.steps}")
         changes["steps"] = tuple(int(step) for step in arguments.steps.split(","))
     rollout = rollout.replace(**changes)
-    match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", arguments.size or (f"{SIZE}x{SIZE}" if world else "480x832"))
-    if match is None or int(match[1]) % _SPATIAL_FACTOR or int(match[2]) % _SPATIAL_FACTOR:
-        raise InputError(f"--size must be HEIGHTxWIDTH in multiples of {_SPATIAL_FACTOR}, got {arguments.size}")
+    size = latent_size(arguments.size or (f"{SIZE}x{SIZE}" if world else "480x832"), "--size")
     frames = latent_frames(81 if arguments.frames is None else arguments.frames, factor, rollout.frames_per_block)
-    size = (int(match[1]) // _SPATIAL_FACTOR, int(match[2]) // _SPATIAL_FACTOR)
     name = (
         arguments.student if arguments.checkpoint is None else f"{arguments.student}: {Path(arguments.checkpoint).name}"
     )
     return Source(model, rollout, codec, size, frames, name)
+
+
+def latent_size(text: str, option: str) -> tuple[int, int]:
+    """Height and width of the latents of pictures given as "480x832"."""
+    match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text)
+    if match is None or int(match[1]) % _SPATIAL_FACTOR or int(match[2]) % _SPATIAL_FACTOR:
+        raise InputError(f"{option} must be HEIGHTxWIDTH in multiples of {_SPATIAL_FACTOR}, got {text}")
+    return int(match[1]) // _SPATIAL_FACTOR, int(match[2]) // _SPATIAL_FACTOR

@@ -43,8 +43,6 @@ class Job:
     def __post_init__(self) -> None:
         if self.weights not in WEIGHTS:
             raise InputError(f"weights must be {', '.join(WEIGHTS)}, got {self.weights!r}")
-        if self.timing_cache is not None and self.library == "tensorrt-rtx":
-            raise InputError("timing_cache must be None with tensorrt-rtx: it measures nothing while it builds")
 
     @classmethod
     def read(cls, path: str | Path) -> "Job":

@@ -8,14 +8,15 @@ from typing import Any
 
 from cfpp_rt.errors import InputError
 from cfpp_rt.export.bundle import Bundle, new_folder
-from cfpp_rt.export.contract import network_graphs
+from cfpp_rt.export.contract import PASSES, network_graphs
 from cfpp_rt.export.trt.build import DEFAULT_TIME_LIMIT_S, Built, build_engine
 from cfpp_rt.export.trt.bundle import write_card
 from cfpp_rt.export.trt.compile import Job
-from cfpp_rt.export.trt.library import CURRENT, load_library
+from cfpp_rt.export.trt.library import CURRENT, Library, load_library
 from cfpp_rt.export.trt.memory import Device
 from cfpp_rt.export.trt.network import weight_bytes
 
+EMBEDDINGS = ("embed_time", "embed_text")
 DEFAULT_TARGETS = ("sm80", "sm86", "sm89", "sm120")
 
 
@@ -40,16 +41,9 @@ def make_bundle(
     Nothing is left behind unless every engine is built. Raises InputError as `build_engine` does, and for a target that
     cannot be built here, a folder that exists or a disk too small.
     """
-    loaded = load_library(library)
+    loaded = require_buildable(library, targets, graphs, timing_cache)
     known = network_graphs(source.card.sizes)
-    names = tuple(known if graphs is None else graphs)
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        raise InputError(f"graphs must be some of {', '.join(known)}, got {', '.join(unknown) or 'none'}")
-    if not targets or len(set(targets)) != len(targets):
-        raise InputError(f"targets must be different architectures, got {', '.join(targets) or 'none'}")
-    for target in targets:
-        loaded.require_target(target)
+    names = [name for name in known if graphs is None or name in graphs]
     sizes = {name: 0 if weights == "stripped" else weight_bytes(source.path(name)) for name in names}
     builds: dict[str, dict[str, Any]] = {}
     with new_folder(folder, len(targets) * sum(sizes.values())) as made:
@@ -76,6 +70,25 @@ def make_bundle(
             "contract": {name: dataclasses.asdict(known[name]) for name in names},
         }
         write_card(made, values, builds)
+
+
+def require_buildable(
+    library: str, targets: Sequence[str], graphs: Sequence[str] | None, timing_cache: str | None
+) -> Library:
+    """Load the library; raise InputError for what it cannot build whatever the graphs are."""
+    loaded = load_library(library)
+    if not targets or len(set(targets)) != len(targets):
+        raise InputError(f"targets must be different architectures, got {', '.join(targets) or 'none'}")
+    for target in targets:
+        loaded.require_target(target)
+    unknown = [name for name in graphs or () if name not in (*EMBEDDINGS, *PASSES)]
+    if unknown or graphs == []:
+        raise InputError(
+            f"graphs must be some of {', '.join((*EMBEDDINGS, *PASSES))}, got {', '.join(unknown) or 'none'}"
+        )
+    if timing_cache is not None and loaded.name == "tensorrt-rtx":
+        raise InputError("timing_cache must be None with tensorrt-rtx: it measures nothing while it builds")
+    return loaded
 
 
 def _facts(built: Built) -> dict[str, Any]:

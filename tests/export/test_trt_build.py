@@ -101,5 +101,3 @@ def test_a_builder_that_crashes_or_hangs_is_one_line(tmp_path, monkeypatch, body
 def test_a_job_with_wrong_options_is_refused(tmp_path):
     with pytest.raises(InputError, match="weights must be embedded, refittable, stripped, got 'none'"):
         job(tmp_path, weights="none")
-    with pytest.raises(InputError, match="timing_cache must be None with tensorrt-rtx"):
-        job(tmp_path, timing_cache="tactics.bin")

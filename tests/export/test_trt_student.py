@@ -36,7 +36,7 @@ def test_engines_of_a_student_for_three_architectures(tmp_path):
         assert [facts[name]["self_attentions"] for name in PASSES] == [2, 1, 2]
         assert [facts[name]["cross_attentions"] for name in PASSES] == [2, 1, 2]
         assert "valid length set on 2 attentions, from valid" in facts["step"]["notes"]
-    assert len(said) == 15 and said[0].startswith("sm80 embed_time: ")
+    assert len(said) == 15 and said[0].startswith("sm80 embed_text: ")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
