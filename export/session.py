@@ -13,6 +13,7 @@ from cfpp_rt.export.bundle import Bundle
 from cfpp_rt.export.contract import GraphSpec, TensorSpec
 
 Array = NDArray[Any]
+LOG_SEVERITY = 4  # of onnxruntime: what goes wrong is raised as well; 2 tells of every cache that it copies
 
 
 def require_onnxruntime() -> Any:
@@ -54,7 +55,7 @@ class GraphSession:
             )
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
-        options.log_severity_level = 2
+        options.log_severity_level = LOG_SEVERITY
         try:
             self._session = ort.InferenceSession(str(bundle.path(name)), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises classes of its own for a file that it cannot load
@@ -82,11 +83,17 @@ class GraphSession:
             self._bound[name] = buffer
 
     def run(self) -> None:
-        """Run on what is bound. Raises InputError, before anything is written, for an integer out of its range."""
+        """Run on what is bound.
+
+        Raises InputError, before anything is written, for an integer out of its range, and where onnxruntime fails.
+        """
         for tensor in self.spec.inputs:
             if tensor.low is not None:
                 require_tensor(self.spec, tensor, self._bound[tensor.name].array)
-        self._session.run_with_iobinding(self._binding)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # classes of its own
+            raise InputError(f"{self.spec.name}: onnxruntime failed: {' '.join(str(error).split())[-300:]}") from error
 
     def __call__(self, **inputs: Array) -> dict[str, Array]:
         """Run once on these inputs, which stay as they are; returns every output, in memory of its own."""
