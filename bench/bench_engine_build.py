@@ -75,14 +75,17 @@ def main() -> None:
                     "build_s": built.build_s,
                     "peak_mib": built.peak_mib,
                     "engine_mib": built.bytes / 2**20,
+                    "activation_mib": built.activation_mib,
                     "network_layers": built.network["layers"],
                     "self_attentions": len(built.network["sites"]),
                     "cross_attentions": built.network["cross_attentions"],
                 }
             )
+            activations = "?" if built.activation_mib is None else f"{built.activation_mib:.0f}"
             print(
                 f"{name:<11} parse {built.parse_s:6.1f} s, build {built.build_s:6.1f} s,"
-                f" peak {built.peak_mib:7.0f} MiB, engine {built.bytes / 2**20:7.1f} MiB, {built.network['layers']} layers",
+                f" peak {built.peak_mib:7.0f} MiB, engine {built.bytes / 2**20:7.1f} MiB,"
+                f" activations {activations} MiB",
                 flush=True,
             )
     harness.record(rows, arguments.json, torch.device("cpu"))

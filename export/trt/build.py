@@ -20,7 +20,8 @@ DEFAULT_TIME_LIMIT_S = 1800.0
 class Built:
     """One built engine. parse_s, build_s: seconds. peak_mib: largest resident memory of the process. bytes: file size.
 
-    network: the `NetworkReport` as a mapping. warnings: what the library warned of, each once.
+    activation_mib: GPU memory of a pass besides weights, inputs and outputs, as the builder says. network: the
+    `NetworkReport` as a mapping. warnings: what the library warned of, each once.
     """
 
     target: str
@@ -30,6 +31,7 @@ class Built:
     parse_s: float
     build_s: float
     peak_mib: float
+    activation_mib: float | None
     network: dict[str, Any]
     warnings: list[str]
 

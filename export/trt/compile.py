@@ -6,6 +6,7 @@ the engine and RESULT.json where the job says, or one line on stderr and exit co
 
 import dataclasses
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -66,6 +67,7 @@ def compile_engine(job: Job) -> dict[str, Any]:
         "version": library.version,
         "parse_s": parsed - begin,
         "build_s": time.perf_counter() - parsed,
+        "activation_mib": _activation_mib(library),
         "network": dataclasses.asdict(report),
         "warnings": sorted(set(library.messages("WARNING"))),
     }
@@ -95,6 +97,13 @@ def _read_timing_cache(config: Any, path: str) -> Any:
     if not config.set_timing_cache(cache, False):
         raise InputError(f"{path}: a timing cache of another TensorRT or GPU: delete it or give another --timing-cache")
     return cache
+
+
+def _activation_mib(library: Library) -> float | None:
+    """GPU memory that the builder says a pass needs besides weights, inputs and outputs; None where it does not say."""
+    found = [re.search(r"Total Activation Memory: (\d+) bytes", text) for text in library.messages("INFO")]
+    sizes = [int(match[1]) for match in found if match]
+    return sizes[-1] / 2**20 if sizes else None
 
 
 def _refuse_fatal(library: Library) -> None:

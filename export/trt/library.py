@@ -94,8 +94,8 @@ def _require_features(name: str, api: Any) -> None:
         missing = ["IAttention.key_value_lengths"]
     if missing:
         raise InputError(
-            f"{name} must be 10.15 or newer (tensorrt) or 1.7 or newer (tensorrt-rtx), got {api.__version__},"
-            f" which has no {', '.join(missing)}: pip install --upgrade {name}"
+            f"{name} {api.__version__} has no {', '.join(missing)}, which a cache of valid length needs:"
+            f" pip install --upgrade {name}"
         )
 
 

@@ -95,6 +95,7 @@ def _facts(built: Built) -> dict[str, Any]:
     return {
         "build_s": round(built.parse_s + built.build_s, 2),
         "peak_mib": round(built.peak_mib),
+        "activation_mib": None if built.activation_mib is None else round(built.activation_mib, 1),
         "self_attentions": len(built.network["sites"]),
         "cross_attentions": built.network["cross_attentions"],
         "notes": list(built.network["notes"]),

@@ -135,7 +135,9 @@ def test_an_absent_or_old_library_is_one_line(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(libraries.importlib, "import_module", lambda module: Old)
-        with pytest.raises(InputError, match="tensorrt must be 10.15 or newer.*got 10.9.0.*no IKVCacheUpdateLayer"):
+        with pytest.raises(
+            InputError, match="tensorrt 10.9.0 has no IKVCacheUpdateLayer.*pip install --upgrade tensorrt"
+        ):
             fresh("tensorrt")
     with pytest.raises(InputError, match="library must be auto, tensorrt-rtx or tensorrt, got 'trt'"):
         fresh("trt")
