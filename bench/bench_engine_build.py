@@ -56,7 +56,7 @@ def main() -> None:
         rows = []
         for name in arguments.graphs or card.graphs:
             engine = Path(folder, "graph.engine")
-            job = Job(str(graphs / f"{name}.onnx"), str(engine), "", library.name, arguments.target, card.graphs[name])
+            job = Job(str(graphs / f"{name}.onnx"), str(engine), library.name, arguments.target, card.graphs[name])
             built = build_engine(job, time_limit_s=arguments.time_limit)
             engine.unlink()
             rows.append(

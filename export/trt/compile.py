@@ -26,20 +26,21 @@ WEIGHTS = ("embedded", "refittable", "stripped")
 class Job:
     """One engine to build.
 
-    onnx, engine, result: paths. library: "tensorrt-rtx" or "tensorrt". target: "sm89" etc., or "current". spec: the
+    onnx, engine: paths. library: "tensorrt-rtx" or "tensorrt". target: "sm89" etc., or "current". spec: the
     contract of the graph. weights: "embedded" for good, "refittable", or "stripped" (left out, refitted from the ONNX
     file when the engine is loaded). timing_cache: file of measured tactics, read if it is there and written back;
     TensorRT-RTX has none. Every shape of a contract is static, so no optimisation profile is needed.
+    result: path of RESULT.json, chosen by `build_engine`.
     """
 
     onnx: str
     engine: str
-    result: str
     library: str
     target: str
     spec: GraphSpec
     weights: str = "embedded"
     timing_cache: str | None = None
+    result: str = ""
 
     def __post_init__(self) -> None:
         if self.weights not in WEIGHTS:

@@ -53,7 +53,7 @@ def make_bundle(
             builds[architecture] = {}
             for name in sorted(names, key=lambda name: sizes[name]):  # what is quickly refused comes first
                 engine = str(made / architecture / f"{name}.engine")
-                job = Job(str(source.path(name)), engine, "", loaded.name, target, known[name], weights, timing_cache)
+                job = Job(str(source.path(name)), engine, loaded.name, target, known[name], weights, timing_cache)
                 built = build_engine(job, time_limit_s=time_limit_s)
                 builds[architecture][name] = _facts(built)
                 say(
