@@ -1,7 +1,7 @@
 """What does a latent frame cost in onnxruntime, and what in PyTorch, both on this CPU?
 
-The built-in world's student by shape (configs/world.yaml), random weights: the same rollout from its ONNX bundle, driven
-with numpy, and from the model, in turns, frame by frame, with a full window. Latents alone, no codec.
+The built-in world's student by shape (configs/world.yaml), random weights: the same rollout from its ONNX bundle,
+driven with numpy, and from the model, in turns, frame by frame, with a full window. Latents alone, no codec.
 
     python -m cfpp_rt.bench.bench_engine [--dtype float32] [--refresh fused] [--threads 1] [--rounds 300]
 """

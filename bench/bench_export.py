@@ -1,7 +1,7 @@
 """How long does it take to export a student to ONNX, and how much memory?
 
-Random weights of the model's shape; the whole of `cfpp export onnx` is timed: graphs, weights, the checker, sha256. Peak
-memory is that of the process, the model's weights included.
+Random weights of the model's shape; the whole of `cfpp export onnx` is timed: graphs, weights, the checker, sha256.
+Peak memory is that of the process, the model's weights included.
 
     python -m cfpp_rt.bench.bench_export [--model wan-1.3b] [--dtype bfloat16] [--frames 21]
 """

@@ -24,6 +24,7 @@ def run(arguments: argparse.Namespace) -> None:
         latent_size=source.latent_size,
         frames=source.frames,
         batch=arguments.batch,
+        codec=source.codec,
         about={"student": source.name},
     )
     size = sum(path.stat().st_size for path in Path(arguments.output).iterdir())

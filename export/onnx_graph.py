@@ -1,6 +1,5 @@
 """A graph in standard ONNX operators, node by node, with its weights in a file that several graphs share."""
 
-import hashlib
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +37,6 @@ class WeightFile:
         self.dtype, self.path = dtype, path
         self.placed: dict[str, tuple[int, int, list[int], str]] = {}  # name to offset, bytes, shape, dtype
         self._file = path.open("wb")
-        self._sha = hashlib.sha256()
 
     def __enter__(self) -> "WeightFile":
         return self
@@ -54,18 +52,23 @@ class WeightFile:
             return
         dtype = dtype or self.dtype
         numbers = tensor.detach().to("cpu", DTYPES[dtype]).contiguous().reshape(-1)
-        data = numbers.view(torch.uint8).numpy() if numbers.numel() else b""
-        self._write(b"\0" * (-self._file.tell() % (_PAGE if len(data) >= _PAGE else 64)))
-        self.placed[name] = (self._file.tell(), len(data), list(tensor.shape), dtype)
-        self._write(data)
+        data = numbers.view(torch.uint8).numpy()
+        self.placed[name] = (self._append(data), len(data), list(tensor.shape), dtype)
 
-    @property
-    def sha256(self) -> str:
-        return self._sha.hexdigest()
+    def add_bytes(self, name: str, data: bytes) -> int:
+        """Write `data` as it is, unless the name is there already; returns where it lies."""
+        if name not in self.placed:
+            self.placed[name] = (self._append(data), len(data), [], "")
+        return self.placed[name][0]
+
+    def _append(self, data: Any) -> int:
+        self._write(b"\0" * (-self._file.tell() % (_PAGE if len(data) >= _PAGE else 64)))
+        offset = self._file.tell()
+        self._write(data)
+        return offset
 
     def _write(self, data: Any) -> None:
         self._file.write(data)
-        self._sha.update(data)
 
 
 class GraphBuilder:

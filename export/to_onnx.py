@@ -4,15 +4,18 @@ The graphs are written node by node (`graphs.py`), so no tracer decides what is 
 bytes, and the memory that it takes is that of the model.
 """
 
+import dataclasses
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cfpp_rt.codec.base import Codec
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import InputError
 from cfpp_rt.export.bundle import WEIGHTS, Card, new_folder, steps_of, write_card
+from cfpp_rt.export.codec_graphs import export_decoder
 from cfpp_rt.export.contract import Sizes
 from cfpp_rt.export.graphs import build_graph
 from cfpp_rt.export.onnx_graph import OPSET, WeightFile, require_onnx
@@ -75,12 +78,14 @@ def export_onnx(
     latent_size: tuple[int, int],
     frames: int | None,
     batch: int = 1,
+    codec: Codec | None = None,
     about: dict[str, Any] | None = None,
 ) -> Card:
     """Write a bundle of the network's graphs in the model's dtype to a new folder; returns its card.
 
     latent_size: (h, w). frames: latent frames of a video without a window, which the cache must hold; not used with
-    one. batch: rows made together. about: what the card is to say of the student besides.
+    one. batch: rows made together. codec: its streaming decoder becomes part of the bundle, in its own dtype. about:
+    what the card is to say of the student besides.
 
     Raises InputError for a folder that exists, settings that the graphs do not cover and a full disk, and
     MissingExtraError without the onnx package.
@@ -94,6 +99,9 @@ def export_onnx(
             for spec in card.graphs.values():
                 graph = build_graph(model, card.sizes, spec, weights, times)
                 (made / f"{spec.name}.onnx").write_bytes(graph.SerializeToString(deterministic=True))
+        if codec is not None:
+            decoders = export_decoder(codec, card.sizes, made)
+            card = dataclasses.replace(card, codec=decoders, temporal_factor=codec.temporal_factor)
         for name, spec in card.graphs.items():
             check_graph(made / f"{name}.onnx", spec)
         write_card(made, card)

@@ -23,6 +23,7 @@ from cfpp_rt.export.contract import TensorSpec, network_graphs
 from cfpp_rt.export.passes import fixed_inputs, run_in_torch
 from cfpp_rt.export.runner import Engine, EngineRollout
 from cfpp_rt.export.session import GraphSession
+from cfpp_rt.export.stream import EngineDecoder
 from cfpp_rt.export.structure import check_graph
 from cfpp_rt.model.transformer import CausalWanTransformer
 from cfpp_rt.rollout import Rollout
@@ -31,6 +32,8 @@ from cfpp_rt.values import Conditioning
 TOLERANCE = 1e-4  # of float32, absolute: latents and activations are of the order of 1
 FACTOR = 2.0  # of float16: how much more than PyTorch's a graph's error may be
 ROLLOUT_FRAMES = 21
+_DECODED = 3  # latent frames: the first, the second whose state is new, and one under way
+_HALF_PIXELS = 0.05  # of pixels in [-1, 1] that a decoder in half precision makes, whose exact order of sums is open
 Array = NDArray[Any]
 
 
@@ -85,6 +88,9 @@ def verify(
         found = _graph(bundle, model, oracle, name, tolerance, threads)
         say(f"{name:<12} {len(found):>4} tensors, worst {_worst(found).tensor} off by {_worst(found).max_error:.2e}")
         differences += found
+    if card.codec is not None and codec is not None:
+        differences.append(_decoder(bundle, codec, tolerance, threads))
+        say(f"{'decoder':<12} {_DECODED:>4} latent frames, off by {differences[-1].max_error:.2e}")
     facts: dict[str, Any] | None = None
     if all(difference.good for difference in differences):  # else it would only hide which graph is at fault
         rollout, facts = _rollout(bundle, model, oracle, codec, tolerance, frames, threads)
@@ -182,6 +188,17 @@ def _rollout(
         facts["psnr_db"] = _psnr(codec, ours, exact)
     spec = TensorSpec("latents", ours.shape, "float32")
     return _compare("rollout", spec, ours, exact, limit), facts
+
+
+def _decoder(bundle: Bundle, codec: Codec, tolerance: float, threads: int | None) -> Difference:
+    """The streaming decoder of the bundle against the codec's, on a few latent frames of noise."""
+    shape = bundle.card.sizes.frame_shape(_DECODED)
+    latents = np.random.default_rng(2).standard_normal(shape, dtype=np.float32)
+    ours = EngineDecoder(Engine(bundle, threads)).decode(latents)
+    exact = codec.decode(torch.from_numpy(latents)).numpy()
+    half = any(tensor.dtype != "float32" for graph in (bundle.card.codec or {}).values() for tensor in graph.outputs)
+    limit = _HALF_PIXELS if half else tolerance
+    return _compare("decoder", TensorSpec("pixels", ours.shape, "float32"), ours, exact, limit)
 
 
 def _drive(rollout: Rollout | EngineRollout, bundle: Bundle) -> Array:
