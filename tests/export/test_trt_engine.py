@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from cfpp_rt.bench import bench_tensorrt
 from cfpp_rt.errors import InputError
 from cfpp_rt.export.bundle import new_folder
 from cfpp_rt.export.runner import Engine, EngineRollout
@@ -219,6 +220,14 @@ def test_an_engine_that_was_left_out_is_named(pretended):
     (pretended / "card.json").write_text(json.dumps(values))
     with pytest.raises(InputError, match="graph must be one of the bundle's, embed_time.*, got 'fused'"):
         TensorRTEngine(pretended).session("fused")
+
+
+def test_the_bench_times_every_block(pretended, source, tmp_path, capsys):
+    bench_tensorrt.main([str(pretended), "--json", str(tmp_path / "rows.jsonl")])
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["visible_frames"] for row in rows[:6]] == [1, 2, 3, 4, 4, 4] and len(rows) == 4 + bench_tensorrt.STEADY
+    assert rows[0]["steps"] == len(source.card.first_steps) and all(row["block_ms"] > 0 for row in rows)
+    assert "4 frames visible" in capsys.readouterr().out
 
 
 def test_every_cuda_call_exists():
