@@ -53,34 +53,31 @@ def main() -> None:
         print(
             f"{parameters / 1e6:.1f} M parameters in {arguments.dtype}; {len(card.graphs)} graphs in {export_s:.1f} s"
         )
-        rows = []
         for name in arguments.graphs or card.graphs:
             engine = Path(folder, "graph.engine")
             job = Job(str(graphs / f"{name}.onnx"), str(engine), library.name, arguments.target, card.graphs[name])
             built = build_engine(job, time_limit_s=arguments.time_limit)
             engine.unlink()
-            rows.append(
-                {
-                    "bench": "engine_build",
-                    "model": arguments.model,
-                    "parameters": parameters,
-                    "latent_size": list(latent_size),
-                    "frames": FRAMES,
-                    "dtype": arguments.dtype,
-                    "graph": name,
-                    "target": arguments.target,
-                    "library": f"{built.library} {built.version}",
-                    "export_s": export_s,
-                    "parse_s": built.parse_s,
-                    "build_s": built.build_s,
-                    "peak_mib": built.peak_mib,
-                    "engine_mib": built.bytes / 2**20,
-                    "activation_mib": built.activation_mib,
-                    "network_layers": built.network["layers"],
-                    "self_attentions": len(built.network["sites"]),
-                    "cross_attentions": built.network["cross_attentions"],
-                }
-            )
+            row = {
+                "bench": "engine_build",
+                "model": arguments.model,
+                "parameters": parameters,
+                "latent_size": list(latent_size),
+                "frames": FRAMES,
+                "dtype": arguments.dtype,
+                "graph": name,
+                "target": arguments.target,
+                "library": f"{built.library} {built.version}",
+                "export_s": export_s,
+                "parse_s": built.parse_s,
+                "build_s": built.build_s,
+                "peak_mib": built.peak_mib,
+                "engine_mib": built.bytes / 2**20,
+                "activation_mib": built.activation_mib,
+                "network_layers": built.network["layers"],
+                "self_attentions": len(built.network["sites"]),
+                "cross_attentions": built.network["cross_attentions"],
+            }
             activations = "?" if built.activation_mib is None else f"{built.activation_mib:.0f}"
             print(
                 f"{name:<11} parse {built.parse_s:6.1f} s, build {built.build_s:6.1f} s,"
@@ -88,7 +85,7 @@ def main() -> None:
                 f" activations {activations} MiB",
                 flush=True,
             )
-    harness.record(rows, arguments.json, torch.device("cpu"))
+            harness.record([row], arguments.json, torch.device("cpu"))
 
 
 if __name__ == "__main__":

@@ -44,11 +44,16 @@ def make_bundle(
     loaded = require_buildable(library, targets, graphs, timing_cache)
     known = network_graphs(source.card.sizes)
     names = [name for name in known if graphs is None or name in graphs]
+    architectures = [Device().architecture if target == CURRENT else target for target in targets]
+    if not names or len(set(architectures)) != len(architectures):
+        raise InputError(
+            f"graphs and targets must be some of {', '.join(known)} for different architectures,"
+            f" got {', '.join(names) or 'no graph'} for {', '.join(architectures)}"
+        )
     sizes = {name: 0 if weights == "stripped" else weight_bytes(source.path(name)) for name in names}
     builds: dict[str, dict[str, Any]] = {}
     with new_folder(folder, len(targets) * sum(sizes.values())) as made:
-        for target in targets:
-            architecture = Device().architecture if target == CURRENT else target
+        for target, architecture in zip(targets, architectures, strict=True):
             (made / architecture).mkdir()
             builds[architecture] = {}
             for name in sorted(names, key=lambda name: sizes[name]):  # what is quickly refused comes first
