@@ -1,6 +1,6 @@
 """Put a finished training run together as a student that `load_student` reads: `python -m cfpp_rt.world.pack`.
 
-    python -m cfpp_rt.world.pack --config configs/world.yaml --run outputs/world/dmd --out cfpp_rt/world/weights
+python -m cfpp_rt.world.pack --config configs/world.yaml --run outputs/world/dmd --out cfpp_rt/world/weights
 """
 
 import argparse
