@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 EXTRAS = {
     "wan": ("diffusers", "transformers", "sentencepiece", "ftfy", "av", "PIL", "tqdm"),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "bench": ("matplotlib", "psutil"),
 }
 _DISTRIBUTION = {"PIL": "pillow"}
