@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 EXTRAS = {
     "wan": ("diffusers", "transformers", "sentencepiece", "ftfy", "av", "PIL", "tqdm"),
-    "tensorrt": ("tensorrt_rtx", "onnx"),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "tensorrt": ("tensorrt_rtx",),
     "bench": ("matplotlib", "psutil"),
 }
 _DISTRIBUTION = {"PIL": "pillow"}

@@ -1,10 +1,11 @@
-"""A codec's streaming decoder as two ONNX graphs: the first latent frame of a clip, and every next one.
+"""A codec's streaming decoder as ONNX graphs: one for the first latent frame of a clip, one for every next.
 
     decode_first   latents -> pixels, state
     decode_next    latents, state -> pixels, state
+    encode         pixels of the first picture -> latents; of the world's codec alone
 
-These networks are others' (diffusers' VAE) or plain convolutions, so they are traced by torch's exporter. Their weights
-go to one file of their own, shared by both graphs.
+The VAE is diffusers' network and the tiny autoencoder plain convolutions, so torch's exporter traces them; the world's
+codec is a matrix product. Weights go to one file of their own, shared by both graphs.
 """
 
 import contextlib
@@ -24,8 +25,9 @@ from cfpp_rt.codec.base import Codec
 from cfpp_rt.codec.taehv import TAEHV, TAEHVDecoder
 from cfpp_rt.codec.wan import WanDecoder, WanVAE
 from cfpp_rt.errors import InputError, MissingExtraError
-from cfpp_rt.export.contract import DECODERS, GraphSpec, Sizes, TensorSpec, updated
-from cfpp_rt.export.onnx_graph import OPSET, WeightFile, require_onnx
+from cfpp_rt.export.contract import DECODERS, ENCODER, GraphSpec, Sizes, TensorSpec, updated
+from cfpp_rt.export.onnx_graph import OPSET, GraphBuilder, WeightFile, require_onnx
+from cfpp_rt.world.codec import PatchCodec
 
 CODEC_WEIGHTS = "codec.bin"
 _HELD = 2  # frames that a causal convolution of the Wan VAE looks back
@@ -86,18 +88,48 @@ def export_decoder(codec: Codec, sizes: Sizes, folder: Path) -> dict[str, GraphS
     with WeightFile(folder / CODEC_WEIGHTS, dtype) as weights:
         for name in DECODERS:
             first = name == DECODERS[0]
-            module = _Decode(codec, first, shapes).eval()
             inputs = [TensorSpec("latents", tuple(latents.shape), "float32")]
             inputs += [] if first else [TensorSpec(f"state.{i}", tuple(s), dtype) for i, s in enumerate(shapes)]
-            with torch.no_grad():
-                pixels = module(latents, *([] if first else state))[0]
-            outputs = [TensorSpec("pixels", tuple(pixels.shape), "float32")]
+            pictures = 1 if first else codec.temporal_factor
+            size = (codec.spatial_factor * side for side in sizes.latent_size)
+            outputs = [TensorSpec("pixels", (sizes.batch, pictures, 3, *size), "float32")]
             outputs += [TensorSpec(updated(f"state.{i}"), tuple(shape), dtype) for i, shape in enumerate(shapes)]
             specs[name] = GraphSpec(name, tuple(inputs), tuple(outputs))
-            model = _trace(module, (latents, *([] if first else state)), specs[name])
-            _move_weights(model, weights)
+            if isinstance(codec, PatchCodec):
+                model = _patch_graph(codec, specs[name], weights)
+            else:
+                model = _trace(_Decode(codec, first, shapes).eval(), (latents, *([] if first else state)), specs[name])
+                _move_weights(model, weights)
             (folder / f"{name}.onnx").write_bytes(model.SerializeToString(deterministic=True))
+        if isinstance(codec, PatchCodec):  # so that a bundle of the world can begin with a picture
+            first = specs[DECODERS[0]]
+            specs[ENCODER] = GraphSpec(ENCODER, first.outputs, first.inputs)
+            model = _patch_graph(codec, specs[ENCODER], weights)
+            (folder / f"{ENCODER}.onnx").write_bytes(model.SerializeToString(deterministic=True))
     return specs
+
+
+def _patch_graph(codec: PatchCodec, spec: GraphSpec, weights: WeightFile) -> Any:
+    """The world's codec, node by node: a latent is a product away from its patch of 8 x 8 RGB pixels."""
+    graph, tile = GraphBuilder(spec, weights), codec.spatial_factor
+    latents = spec.outputs[0] if spec.name == ENCODER else spec.inputs[0]
+    batch, frames, _, height, width = latents.shape
+    mean = graph.weight("mean", codec.mean)
+    if spec.name == ENCODER:
+        x = graph.reshape("pixels", batch * frames, 3, height, tile, width, tile)
+        x = graph.op("Transpose", x, perm=[0, 2, 4, 3, 5, 1])
+        x = graph.op("Sub", graph.reshape(x, batch, frames, height, width, 3 * tile * tile), mean)
+        x = graph.op("MatMul", x, graph.weight("basis.inverse", codec.basis / codec.scale))
+        graph.op("Transpose", x, perm=[0, 1, 4, 2, 3], name="latents")
+        return graph.model()
+    x = graph.op("Transpose", "latents", perm=[0, 1, 3, 4, 2])
+    x = graph.op("MatMul", x, graph.weight("basis", codec.scale[:, None] * codec.basis.T))
+    x = graph.op("Add", x, mean)
+    x = graph.op("Clip", x, *(graph.weight(f"limit.{limit}", torch.tensor(limit)) for limit in (-1.0, 1.0)))
+    x = graph.reshape(x, batch * frames, height, width, tile, tile, 3)
+    x = graph.op("Transpose", x, perm=[0, 5, 1, 3, 2, 4])
+    graph.reshape(x, batch, frames, 3, tile * height, tile * width, name="pixels")
+    return graph.model()
 
 
 def _state_shapes(codec: Codec, latents: Tensor) -> tuple[list[list[int]], str]:

@@ -29,7 +29,7 @@ from cfpp_rt.errors import InputError
 
 FLOATS = ("float32", "float16", "bfloat16")
 PASSES = ("step", "refresh", "fused")
-DECODERS = ("decode_first", "decode_next")  # of a codec; declared by the exporter, in the card
+DECODERS, ENCODER = ("decode_first", "decode_next"), "encode"  # of a codec; declared in the card
 
 
 @dataclasses.dataclass(frozen=True)

@@ -105,7 +105,7 @@ class EngineRollout:
         card, sizes = engine.card, engine.card.sizes
         block, self.frame_shape = sizes.block, sizes.frame_shape(1)[2:]
         self.engine, self.card, self.frames = engine, card, frames
-        self.refresh_mode = card.rollout.replace(refresh=refresh or card.rollout.refresh).refresh
+        self.config = card.rollout.replace(refresh=refresh or card.rollout.refresh)
         if frames is None and card.rollout.window is None:
             raise InputError("frames must be given for a bundle without a window, got None")
         if frames is not None and (not isinstance(frames, int) or frames < 1 or frames % block):
@@ -190,7 +190,7 @@ class EngineRollout:
     def _next_block(self) -> Latents:
         start, n = self.next_frame, self.card.sizes.block
         steps = self.card.steps if self._generated else self.card.first_steps
-        if self.refresh_mode == "separate":
+        if self.config.refresh == "separate":
             self._run_refresh()
         x = self._start_noise(n)
         for index, step in enumerate(steps):
@@ -203,7 +203,7 @@ class EngineRollout:
                 sigma = np.float32(steps[index + 1].sigma)
                 x = (1 - sigma) * clean + sigma * self._step_noise(n)
         self.next_frame, self._generated = start + n, True
-        if self.refresh_mode != "skip":
+        if self.config.refresh != "skip":
             self._newest = _Group(clean.copy(), start, self.card.context, self._actions)
         return Latents(clean, start)
 
@@ -224,7 +224,7 @@ class EngineRollout:
         """Claim the block's slots; what it sees is then a whole number of slots from the first one on."""
         self.ring.write(group.start)
         end = group.start + self.card.sizes.block
-        slots = {self.ring.slot(frame) for frame in self.ring.visible(end, self.card.rollout.window)}
+        slots = {self.ring.slot(frame) for frame in self.ring.visible(end, self.config.window)}
         if slots != set(range(len(slots))):
             raise InputError(f"the block ending at {end} must see the first slots of the cache, got {sorted(slots)}")
         return {"valid": np.full(self.card.sizes.batch, len(slots) * self.card.sizes.tokens, np.int64)}
@@ -233,7 +233,7 @@ class EngineRollout:
         """The waiting clean pass and the first step of the next block in one pass; only the former is written."""
         clean, self._newest = self._newest, None
         assert clean is not None
-        ring, window, n = self.ring, self.card.rollout.window, self.card.sizes.block
+        ring, window, n = self.ring, self.config.window, self.card.sizes.block
         visible = np.zeros((2, self.card.sizes.slots + n), bool)
         visible[0, [ring.slot(frame) for frame in ring.visible(noisy.start, window)]] = True
         ring.write(noisy.start)

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cfpp_rt.errors import InputError
-from cfpp_rt.export.contract import DECODERS, updated
+from cfpp_rt.export.contract import DECODERS, ENCODER, updated
 from cfpp_rt.export.runner import Engine, EngineRollout, Floats
 from cfpp_rt.export.session import Array
 
@@ -39,6 +39,13 @@ class EngineDecoder:
         return np.concatenate(pictures, axis=1)
 
 
+def encode_first(engine: Engine, pixels: Floats) -> Floats:
+    """The first picture, float32 [B, 1, 3, height, width] in [-1, 1], to latents [B, 1, C, h, w]."""
+    if ENCODER not in (engine.card.codec or {}):
+        raise InputError(f"{engine.bundle.folder}: has no encoder: it cannot begin with a picture")
+    return engine.session(ENCODER).run_once(pixels=pixels)["latents"]
+
+
 def to_uint8(pixels: Floats) -> NDArray[np.uint8]:
     """As `cfpp_rt.decode.to_uint8`: float [B, T, 3, height, width] in [-1, 1] to uint8 [B, T, height, width, 3]."""
     scaled = np.clip(pixels * np.float32(0.5) + np.float32(0.5), 0, 1) * np.float32(255)
@@ -61,10 +68,17 @@ class EngineStream:
         return self
 
     def __next__(self) -> Frames:
+        return self.decode(self.next_latents())
+
+    def next_latents(self) -> Floats:
+        """The first half of `next`: the given latents, or the next block of the rollout."""
         if self._given is not None:
             latents, self._given = np.asarray(self._given, np.float32), None
-        else:
-            latents = next(self.rollout).values
+            return latents
+        return next(self.rollout).values
+
+    def decode(self, latents: Floats) -> Frames:
+        """The second half of `next`."""
         pixels = to_uint8(self._decoder.decode(latents))
         frames = Frames(pixels, self._delivered)
         self._delivered += pixels.shape[1]

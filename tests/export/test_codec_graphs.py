@@ -44,8 +44,9 @@ def wan():
     return random_pipeline(RolloutConfig(), dtype=torch.float32, device=torch.device("cpu")).codec
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("make", [patches, tiny, wan])
+@pytest.mark.parametrize(
+    "make", [patches, pytest.param(tiny, marks=pytest.mark.slow), pytest.param(wan, marks=pytest.mark.slow)]
+)
 def test_a_bundle_decodes_as_its_codec(tmp_path, make):
     codec, model = make(), random_model(ACTING, seed=0, dtype=torch.float32)
     export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 4), frames=None, codec=codec)
@@ -63,11 +64,12 @@ def test_a_bundle_decodes_as_its_codec(tmp_path, make):
     assert [entry["tensor"] for entry in report["tensors"] if entry["graph"] == "decoder"] == ["pixels"]
 
 
+@pytest.mark.slow
 def test_the_same_decoder_gives_the_same_bytes(tmp_path):
     sizes = Sizes(ACTING, 1, (2, 2), 1, 0, 3, 3, "float32")
     for name in "ab":
         (tmp_path / name).mkdir()
-        export_decoder(patches(), sizes, tmp_path / name)
+        export_decoder(tiny(), sizes, tmp_path / name)
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
