@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
                 "graph_sizes": [sizes.batch, *sizes.latent_size],
                 "dtype": sizes.dtype,
                 "steps": len(engine.card.steps if block else engine.card.first_steps),
-                "refresh": rollout.refresh_mode,
+                "refresh": rollout.config.refresh,
                 "frames_per_block": sizes.block,
                 "block": block,
                 "visible_frames": min((block + 1) * sizes.block, sizes.slots),
