@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cfpp_rt.distill.ar_diffusion import mix
 from cfpp_rt.distill.batch import Batch
-from cfpp_rt.distill.draws import index, normal_like
+from cfpp_rt.distill.draws import block_indices, normal_like
 from cfpp_rt.distill.forward import Condition, Denoiser
 from cfpp_rt.distill.stage import clips
 from cfpp_rt.schedule import TABLE_SIZE, FlowMatchSchedule
@@ -48,29 +48,42 @@ def guided(velocity: Callable[[Condition], Tensor], condition: Condition, guidan
 
 
 def clean_estimate(
-    network: Denoiser, clean: Tensor, noisy: Tensor, timestep: Tensor, condition: Condition, schedule: FlowMatchSchedule
+    network: Denoiser,
+    clean: Tensor,
+    noisy: Tensor,
+    timesteps: Tensor,
+    condition: Condition,
+    schedule: FlowMatchSchedule,
 ) -> Tensor:
-    """X(x, t) = x - sigma(t) * v(x, t) under teacher forcing, all frames at one timestep (float32 scalar): [B, F, ...].
+    """X(x, t) = x - sigma(t) * v(x, t) under teacher forcing: [B, F, C, h, w].
 
-    sigma(t) is that of the schedule's nearest entry, as when the student runs.
+    timesteps: float32, one for all frames or [B, F], equal within a block. sigma(t) is that of the schedule's nearest
+    entry, as when the student runs.
     """
-    timesteps = timestep.to(clean.device).expand(clean.shape[:2])
-    return noisy - schedule.sigma(timestep).item() * network.teacher_forced(clean, noisy, timesteps, condition)
+    velocity = network.teacher_forced(clean, noisy, _per_frame(timesteps, clean), condition)
+    return noisy - _per_frame(schedule.sigma(timesteps), clean)[:, :, None, None, None] * velocity
 
 
 def ode_step(
     teacher: Denoiser,
     clean: Tensor,
     noisy: Tensor,
-    timestep: Tensor,
-    next_timestep: Tensor,
+    timesteps: Tensor,
+    next_timesteps: Tensor,
     condition: Condition,
     guidance: Guidance | None,
 ) -> Tensor:
-    """One Euler step of the teacher's ODE from `timestep` to `next_timestep` (float32 scalars): [B, F, C, h, w]."""
-    timesteps = timestep.to(clean.device).expand(clean.shape[:2])
-    velocity = guided(lambda c: teacher.teacher_forced(clean, noisy, timesteps, c), condition, guidance)
-    return noisy - (timestep - next_timestep).item() / TABLE_SIZE * velocity
+    """One Euler step of the teacher's ODE from `timesteps` to `next_timesteps`, each one for all frames or [B, F]:
+    [B, F, C, h, w].
+    """
+    here, there = _per_frame(timesteps, clean), _per_frame(next_timesteps, clean)
+    velocity = guided(lambda c: teacher.teacher_forced(clean, noisy, here, c), condition, guidance)
+    return noisy - ((here - there) / TABLE_SIZE)[:, :, None, None, None] * velocity
+
+
+def _per_frame(values: Tensor, clips: Tensor) -> Tensor:
+    """A value for all frames, or [B, F], as [B, F] on the clips' device."""
+    return values.to(clips.device).expand(clips.shape[:2])
 
 
 def consistency_loss(here: Tensor, there: Tensor, cell_weights: Tensor | None = None) -> Tensor:
@@ -83,7 +96,8 @@ class CausalCD:
     """The stage. teacher: frozen, from stage 1; the moving average of the student, `ema`, is the target.
 
     schedule: what the student runs on. timesteps: the table, float32, descending; its last interval, to 0, is not
-    used, as published.
+    used, as published. Every block draws an interval of its own; the published code draws one for the whole batch.
+    Under teacher forcing a block sees no other noisy one, so the loss is the same in the mean, and less noisy.
     """
 
     def __init__(
@@ -106,9 +120,10 @@ class CausalCD:
     ) -> Iterator[tuple[str, Tensor]]:
         batch = next_batch()
         clean = clips(batch)
-        m = index(len(self.timesteps) - 1, draws)
+        count, frames = clean.shape[:2]
+        m = block_indices(len(self.timesteps) - 1, count, frames, self.student.layout.block, draws)
         here, there = self.timesteps[m], self.timesteps[m + 1]
-        noisy = mix(clean, normal_like(clean, draws), (here / TABLE_SIZE).expand(1, clean.shape[1]).to(clean.device))
+        noisy = mix(clean, normal_like(clean, draws), (here / TABLE_SIZE).to(clean.device))
         with torch.no_grad():
             stepped = ode_step(self.teacher, clean, noisy, here, there, batch.condition, self.guidance)
             wanted = clean_estimate(self.target, clean, stepped, there, batch.condition, self.schedule)

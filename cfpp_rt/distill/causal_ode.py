@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cfpp_rt.distill.batch import Batch
 from cfpp_rt.distill.causal_cd import Guidance, clean_estimate, consistency_loss, ode_step
-from cfpp_rt.distill.draws import index
+from cfpp_rt.distill.draws import block_indices
 from cfpp_rt.distill.forward import Condition, Denoiser
 from cfpp_rt.distill.stage import clips
 from cfpp_rt.errors import InputError
@@ -44,7 +44,7 @@ def solve(
 
 
 class CausalODE:
-    """The stage: the student's clean estimate at a stored state is drawn to the trajectory's end point.
+    """The stage: the student's clean estimate at a stored state, each block's its own, is drawn to the end point.
 
     schedule: what the student runs on. timesteps: float32, those of the stored states, descending.
     """
@@ -61,7 +61,8 @@ class CausalODE:
         if states is None or states.shape[1] != len(self.timesteps) + 1 or states.shape[2:] != clean.shape[1:]:
             got = None if states is None else list(states.shape)
             raise InputError(f"trajectory must be [B, {len(self.timesteps)} + 1, {list(clean.shape[1:])}], got {got}")
-        entry = index(len(self.timesteps), draws)
-        here = self.timesteps[entry]
-        found = clean_estimate(self.student, clean, states[:, entry], here, batch.condition, self.schedule)
+        count, frames = clean.shape[:2]
+        entry = block_indices(len(self.timesteps), count, frames, self.student.layout.block, draws)
+        noisy = states[torch.arange(count)[:, None], entry, torch.arange(frames)]
+        found = clean_estimate(self.student, clean, noisy, self.timesteps[entry], batch.condition, self.schedule)
         yield "student", consistency_loss(found, states[:, -1], batch.weights)
