@@ -13,13 +13,14 @@ else
 TORCH := torch==2.13.0
 endif
 
-.PHONY: help install demo test lint format bench gpu clean
+.PHONY: help install demo test lint format bench world gpu clean
 help:
-	@echo "make demo    stream a video to $(OUT)/demo.mp4 and print its latency table"
+	@echo "make demo    play the built-in world by script, to $(OUT)/demo.mp4, and print a latency table"
 	@echo "make test    all tests (those that need a GPU run where there is one)"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make format  let the formatters rewrite the files"
 	@echo "make bench   benchmarks of this machine into bench/results/"
+	@echo "make world   train the built-in world's student from nothing (hours)"
 	@echo "make gpu     on a machine with an NVIDIA GPU: build, GPU tests, sanitizer, benchmarks"
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
@@ -30,10 +31,11 @@ $(VENV)/.installed: $(SOURCES)
 	@touch $@
 install: $(VENV)/.installed
 
+DEMO = right*6,up*4,left*6,down*8,interact,right*10,down*6,left*12,up*10,interact,right*12
 demo: install
 	@mkdir -p $(OUT)
-	$(BIN)/cfpp generate --random-weights --dtype float32 --prompt "a lighthouse in a storm" --output $(OUT)/demo.mp4
-	@echo "The weights are random, so the film is noise; the stream, its timing and the file are real."
+	$(BIN)/cfpp generate --student world --actions "$(DEMO)" --output $(OUT)/demo.mp4 --sheet $(OUT)/demo.png
+	@echo "Every picture after the first was made by the student: $(OUT)/demo.mp4, $(OUT)/demo.png. Play it: $(BIN)/cfpp play"
 
 test: install
 	$(BIN)/python -m pytest -q
@@ -57,6 +59,21 @@ bench: install
 	$(BIN)/python -m cfpp_rt.bench.bench_call_overhead
 	$(BIN)/python -m cfpp_rt.bench.bench_rollout
 	$(BIN)/python -m cfpp_rt.bench.bench_long_rollout
+
+# The built-in world's student from nothing: stages ar, base, cd and dmd. A run that was broken off goes on.
+WORLD := $(OUT)/world
+STAGE = $(BIN)/cfpp distill --config configs/world.yaml --out $(@D) $(if $(wildcard $(@D)/step-*),--resume)
+world: $(WORLD)/dmd/student.safetensors
+	$(BIN)/python -m cfpp_rt.world.pack --config configs/world.yaml --run $(<D) --out cfpp_rt/world/weights
+	$(BIN)/cfpp world-eval
+$(WORLD)/ar/student.safetensors: | install
+	$(STAGE) --stage ar
+$(WORLD)/base/student.safetensors: $(WORLD)/ar/student.safetensors
+	$(STAGE) --stage base --init $<
+$(WORLD)/cd/student.safetensors: $(WORLD)/ar/student.safetensors
+	$(STAGE) --stage cd --init $<
+$(WORLD)/dmd/student.safetensors: $(WORLD)/cd/student.safetensors $(WORLD)/base/student.safetensors
+	$(STAGE) --stage dmd --init $< --real $(WORLD)/base/student.safetensors
 
 gpu: export CFPP_BUILD = cuda
 gpu: install

@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cfpp_rt.cache import KVCache as KVCache
+    from cfpp_rt.camera import Cameras as Cameras
+    from cfpp_rt.camera import parse_trajectory as parse_trajectory
+    from cfpp_rt.camera import walk as walk
     from cfpp_rt.codec.taehv import TAEHV as TAEHV
     from cfpp_rt.codec.wan import WanVAE as WanVAE
     from cfpp_rt.config import MODELS as MODELS
@@ -33,6 +36,9 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "FrameRing": "ring",
     "KVCache": "cache",
+    "Cameras": "camera",
+    "parse_trajectory": "camera",
+    "walk": "camera",
     "TAEHV": "codec.taehv",
     "WanVAE": "codec.wan",
     "MODELS": "config",

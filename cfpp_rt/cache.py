@@ -20,7 +20,10 @@ _VALUE_HEADROOM = 16.0  # how far later values may outgrow those of the first pa
 
 @dataclasses.dataclass(frozen=True)
 class CacheShape:
-    """Size of a cache before it is allocated: layers, batch, heads, capacity in frames, tokens per frame, head dim."""
+    """Size of a cache before it is allocated: layers, batch, heads, capacity in frames, tokens per frame, head dim.
+
+    camera: with the keys and values of the camera branch, which are as many again.
+    """
 
     layers: int
     batch: int
@@ -28,11 +31,12 @@ class CacheShape:
     frames: int
     tokens_per_frame: int
     head_dim: int
+    camera: bool = False
 
     @property
     def per_frame(self) -> int:
         """Elements of one frame slot: keys and values of all layers."""
-        return 2 * self.layers * self.batch * self.heads * self.tokens_per_frame * self.head_dim
+        return (4 if self.camera else 2) * self.layers * self.batch * self.heads * self.tokens_per_frame * self.head_dim
 
     def bytes_per_frame(self, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> int:
         """Of one frame slot; with a kv_dtype also of its part of the room for one layer in `dtype`."""
@@ -44,8 +48,10 @@ class CacheShape:
         return self.bytes_per_frame(dtype, kv_dtype) * self.frames
 
     @classmethod
-    def of(cls, model: ModelConfig, batch: int, frames: int, tokens_per_frame: int) -> "CacheShape":
-        return cls(model.num_layers, batch, model.num_heads, frames, tokens_per_frame, model.head_dim)
+    def of(
+        cls, model: ModelConfig, batch: int, frames: int, tokens_per_frame: int, *, camera: bool = False
+    ) -> "CacheShape":
+        return cls(model.num_layers, batch, model.num_heads, frames, tokens_per_frame, model.head_dim, camera)
 
 
 def _power_of_two_above(x: Tensor) -> Tensor:
@@ -59,8 +65,10 @@ class LayerCache:
     """One layer's part of a KVCache. keys, values: [B, H, capacity * T, D], as they are stored.
 
     scales: empty, or for float8 those of keys and of values, float32 [B, H] each, powers of two. waits_for_scales: they
-    are still to be set, by the first pass.
+    are still to be set, by the first pass. camera: the camera branch's part of this layer, None without one.
     """
+
+    camera: "LayerCache | None" = None
 
     def __init__(self, data: Tensor, scales: Tensor | None, wide: Tensor | None):
         """data: [2, B, H, capacity * T, D]; scales: [2, B, H]; wide: like data, room that all layers share."""
@@ -106,6 +114,8 @@ class KVCache:
     row and head, for keys and for values. The format being a floating one, its relative error of at most 2^-4 does not
     depend on the scale as long as numbers neither saturate nor fall below scale / 64; hence scales are set once (see
     `LayerCache.set_scales`), nothing is ever rescaled, and powers of two make widening exact.
+
+    With shape.camera, `camera_data` is the same once more for the camera branch, in the same slots; else it is None.
     """
 
     def __init__(
@@ -121,12 +131,15 @@ class KVCache:
             raise InputError(f"shape.frames must be the ring's capacity {ring.capacity}, got {shape.frames}")
         if kv_dtype not in (None, torch.float8_e4m3fn):
             raise InputError(f"kv_dtype must be None or torch.float8_e4m3fn, got {kv_dtype}")
+        if shape.camera and kv_dtype is not None:  # as the camera moves away, its keys outgrow scales that are set once
+            raise InputError(f"kv_dtype must be None for a rollout with cameras, got {kv_dtype}")
         self.ring = ring
         self.tokens_per_frame = shape.tokens_per_frame
         layer = (2, shape.batch, shape.heads, shape.frames * shape.tokens_per_frame, shape.head_dim)
         scales = wide = None
         try:
             self.data = torch.empty((shape.layers, *layer), dtype=kv_dtype or dtype, device=device)
+            self.camera_data = torch.empty_like(self.data) if shape.camera else None
             if kv_dtype is not None:
                 wide = torch.empty(layer, dtype=dtype, device=device)
                 scales = torch.ones(shape.layers, *layer[:3], device=device)
@@ -139,11 +152,15 @@ class KVCache:
         self.layers = [
             LayerCache(data, None if scales is None else scales[layer], wide) for layer, data in enumerate(self.data)
         ]
+        if self.camera_data is not None:
+            for of_layer, data in zip(self.layers, self.camera_data, strict=True):
+                of_layer.camera = LayerCache(data, None, None)
 
     @property
     def nbytes(self) -> int:
-        """Of keys and values, and of the room for one layer that float8 has; scales are a few KiB."""
-        return self.data.nbytes + self.layers[0].wide_nbytes
+        """Of all keys and values, and of the room for one layer that float8 has; scales are a few KiB."""
+        camera = 0 if self.camera_data is None else self.camera_data.nbytes
+        return self.data.nbytes + camera + self.layers[0].wide_nbytes
 
     def keys(self, layer: int) -> Tensor:
         return self.data[layer, 0]

@@ -26,7 +26,7 @@ class ModelConfig:
     dim: model width; num_heads * head_dim. ffn_dim: hidden width of the feed-forward. freq_dim: length of the
     sinusoid that embeds a timestep. text_len, text_dim: shape of the text embeddings; text_len 0: a model without text,
     whose blocks have no cross-attention. num_actions: how many discrete actions the model knows, one per latent frame;
-    0: none. patch_size: (1, rows, columns).
+    0: none. camera: whether self-attention has the camera branch (`cfpp_rt.camera`). patch_size: (1, rows, columns).
     """
 
     dim: int = 1536
@@ -39,6 +39,7 @@ class ModelConfig:
     text_dim: int = 4096
     text_len: int = 512
     num_actions: int = 0
+    camera: bool = False
     patch_size: tuple[int, int, int] = (1, 2, 2)
     qk_norm: bool = True
     cross_attn_norm: bool = True
@@ -50,6 +51,10 @@ class ModelConfig:
         _require_integer(self, "text_len", "num_actions", least=0)
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise InputError(f"dim must be num_heads={self.num_heads} times an even head size, got {self.dim}")
+        if not isinstance(self.camera, bool):
+            raise InputError(f"camera must be true or false, got {self.camera!r}")
+        if self.camera and self.head_dim % 4:
+            raise InputError(f"camera needs a head size that is a multiple of 4, got {self.head_dim}")
         whole = all(isinstance(side, int) and side >= 1 for side in self.patch_size)
         if len(self.patch_size) != 3 or not whole or self.patch_size[0] != 1:
             raise InputError(f"patch_size must be (1, rows, columns), got {self.patch_size}")
@@ -98,6 +103,7 @@ class ModelConfig:
 
 MODELS: dict[str, ModelConfig] = {
     "wan-1.3b": ModelConfig(),
+    "wan-1.3b-camera": ModelConfig(camera=True),
     "wan-14b": ModelConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
 }
 
@@ -108,7 +114,7 @@ class RolloutConfig:
 
     steps: denoising steps, as integers in 1..1000 of the unshifted schedule, descending, e.g. (1000, 500).
     first_steps: own list for the first generated block; None means `steps`.
-    frames_per_block: latent frames made together, 1 = frame-wise, 3 = chunk-wise.
+    frames_per_block: latent frames made together, 1 = frame-wise, 3 or 4 = chunk-wise.
     window: latent frames a query may see, its own block and the sinks included; None = all.
     sinks: first latent frames of the video that stay visible when the window has moved on.
     shift: timestep shift of the flow-matching table. context_noise: timestep (0..1000) of the clean pass.
@@ -176,6 +182,7 @@ STUDENTS: dict[str, RolloutConfig] = {
     "framewise-1step": RolloutConfig(steps=(1000,), first_steps=_FOUR),
     "framewise-4step": RolloutConfig(steps=_FOUR),
     "chunkwise-4step": RolloutConfig(steps=_FOUR, frames_per_block=3),
+    "camera-chunkwise-4step": RolloutConfig(steps=_FOUR, frames_per_block=4, window=20),
 }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cfpp_rt.camera import INTRINSICS, Cameras, parse_cameras
 from cfpp_rt.codec.wan import WanVAE
 from cfpp_rt.config import STUDENTS, ModelConfig, RolloutConfig, student
 from cfpp_rt.errors import InputError
@@ -64,8 +65,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--actions", metavar="LIST", help=f"--student {film.NAME}: as right*20,up*10; {', '.join(ACTIONS)}"
     )
+    what.add_argument(
+        "--trajectory",
+        metavar="TEXT",
+        help="camera path of a camera model: w*10,j*5 is 15 latent frames after the first",
+    )
+    what.add_argument(
+        "--intrinsics",
+        metavar="WHICH",
+        help=f"of the trajectory: {', '.join(INTRINSICS)}, or FX,FY by width and height (default: training)",
+    )
     what.add_argument("--size", metavar="HxW", help="height x width, multiples of 16 (default: 480x832)")
-    what.add_argument("--frames", type=int, help="pictures, 4 n + 1 (default: 81)")
+    what.add_argument("--frames", type=int, help="pictures, 4 n + 1 (default: 81, or what a trajectory says)")
     what.add_argument("--seed", type=int, default=0, help="same seed, same noise, for every prompt (default: 0)")
     how = parser.add_argument_group("how to make it")
     how.add_argument("--steps", metavar="LIST", help="as 1000,500; the first block keeps the student's own")
@@ -101,8 +112,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.actions is not None:
         raise InputError(f"--actions is for --student {film.NAME}, got --student {arguments.student}")
     size = _parse_size(arguments.size or ("64x96" if arguments.random_weights else "480x832"))
-    frames = 81 if arguments.frames is None else arguments.frames
     rollout = dataclasses.replace(student(arguments.student), **_changes(arguments))
+    cameras = parse_cameras(arguments.trajectory, arguments.intrinsics)
+    frames = _frames(arguments.frames, cameras, rollout.frames_per_block)
     latent_frames(frames, WanVAE.temporal_factor, rollout.frames_per_block)
     device = _device(arguments.device)
     prompts = _prompts(arguments)
@@ -114,7 +126,9 @@ def run(arguments: argparse.Namespace) -> None:
     pipeline = _pipeline(arguments, device, rollout)
     for i, (output, sheet) in enumerate(zip(outputs, sheets, strict=True)):
         prompt = _prompt(arguments, prompts[i], pipeline)
-        stream = pipeline.stream(prompt, frames=frames, size=size, seed=arguments.seed, initial=initial)
+        stream = pipeline.stream(
+            prompt, frames=frames, size=size, seed=arguments.seed, initial=initial, cameras=cameras
+        )
         _write(stream, stream, output, sheet, frames, DEFAULT_FPS, quiet=arguments.quiet)
         del stream  # its cache is free again before the next begins
 
@@ -160,6 +174,17 @@ def _write(
         real_time = stream.timings.summary()["fps"] / fps
         print(f"{output}: {frames} frames of {width}x{height}, {real_time:.2g} x real time at {fps:g} fps")
         print_table(stream)
+
+
+def _frames(wanted: int | None, cameras: Cameras | None, block: int) -> int:
+    """Pictures of the video: a trajectory has one camera per latent frame; without one the whole blocks of 21."""
+    latents = max(21 // block, 1) * block if cameras is None else len(cameras)
+    frames = 1 + WanVAE.temporal_factor * (latents - 1)
+    if wanted is None:
+        return frames
+    if cameras is not None and wanted != frames:
+        raise InputError(f"--frames must be {frames} for a trajectory of {len(cameras)} latent frames, got {wanted}")
+    return wanted
 
 
 def _initial(arguments: argparse.Namespace, size: tuple[int, int], rollout: RolloutConfig) -> Tensor | None:
@@ -294,7 +319,7 @@ def _pipeline(arguments: argparse.Namespace, device: torch.device, rollout: Roll
                 raise InputError(f"--random-weights takes no --{name.replace('_', '-')}")
         from cfpp_rt.untrained import random_pipeline
 
-        return random_pipeline(rollout, dtype=dtype, device=device)
+        return random_pipeline(rollout, dtype=dtype, device=device, camera=arguments.trajectory is not None)
     if not arguments.checkpoint:
         raise InputError("--checkpoint is needed (or --random-weights to try the runtime without weights)")
     config = ModelConfig.from_json(arguments.config) if arguments.config is not None else None

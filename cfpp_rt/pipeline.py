@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cfpp_rt.camera import Cameras
 from cfpp_rt.codec.base import Codec
 from cfpp_rt.config import ModelConfig, RolloutConfig, student
 from cfpp_rt.errors import InputError
@@ -91,6 +92,7 @@ class Pipeline:
         size: tuple[int, int] = (480, 832),
         seed: int | Sequence[int] = 0,
         initial: Tensor | None = None,
+        cameras: Cameras | None = None,
         rollout: RolloutConfig | None = None,
         noise: Tensor | None = None,
         renoise: Sequence[Tensor] | None = None,
@@ -100,7 +102,8 @@ class Pipeline:
         prompt: one text, several (one video each, made together), or text embeddings. frames: pictures in all,
         4 * n - 3 for n latent frames; None = without end (needs a window). size: (height, width), multiples of 16.
         initial: float pixels [1 or B, T, 3, height, width] in [-1, 1] with T = 4 * m - 3 that the video continues: one
-        picture for image-to-video. rollout: settings, default those of the student. seed, noise, renoise: `Rollout`.
+        picture for image-to-video. cameras: for a model with the camera branch, one per latent frame or a single one.
+        rollout: settings, default those of the student. cameras, seed, noise, renoise: see `Rollout`.
         """
         if isinstance(prompt, str):
             prompt = [prompt]
@@ -117,6 +120,7 @@ class Pipeline:
             frames=frames,
             size=size,
             initial=initial,
+            cameras=cameras,
             seed=seed,
             noise=noise,
             renoise=renoise,

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from cfpp_rt.cache import CacheShape, KVCache
+from cfpp_rt.camera import Cameras, Projections
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import InputError, NonFiniteError
 from cfpp_rt.memory import require_cache_fits
-from cfpp_rt.model.attention import CachePass
+from cfpp_rt.model.attention import CachePass, CameraPass
 from cfpp_rt.model.transformer import CausalWanTransformer, LayerText, TimeEmbedding
 from cfpp_rt.noise import NoiseSource
 from cfpp_rt.ops.denoise_update import denoise_update
@@ -38,23 +39,25 @@ _MOST_TIMES = 512  # embedded timesteps and actions kept; a batch may act in mor
 class _Group:
     """One block's part of a pass: latents [B, n, C, h, w], first frame, timestep, and the frames its queries see.
 
-    actions: n of them for each row of the batch; none for a model without actions.
+    actions: n of them for each row of the batch; none for a model without actions. cameras: of its n frames, or None.
     """
 
     latents: Tensor
     start: int
     timestep: float
     actions: Actions
+    cameras: Projections | None
     sees: list[int]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Clean:
-    """A finished block: latents [B, n, C, h, w], and the timestep and actions with which its keys are made."""
+    """A finished block: latents [B, n, C, h, w], and the timestep, actions and cameras with which its keys are made."""
 
     latents: Tensor
     timestep: float
     actions: Actions
+    cameras: Projections | None
 
 
 class Rollout:
@@ -63,8 +66,11 @@ class Rollout:
     model: in eval mode, on its device, in its dtype. text: Conditioning [B, text_len, text_dim].
     latent_size: (h, w), multiples of the patch. frames: latent frames in all, given ones included; None = without end
     (needs a window). initial: given clean latents [B, F0, C, h, w] that the video continues (image-to-video, video
-    extension); they are not yielded. seed, noise, renoise: see `NoiseSource`. check_finite: raise NonFiniteError,
-    naming frame and layer, when the model produces NaN or infinity (one device synchronisation per block).
+    extension); they are not yielded. cameras: for a model with the camera branch, one per latent frame, given ones
+    included, or a single one that stands still until `move`; without end, the last one stands still. None: the branch
+    is left out, and no memory is taken for it. seed, noise, renoise: see `NoiseSource`. check_finite: raise
+    NonFiniteError, naming frame and layer, when the model produces NaN or infinity (one device synchronisation per
+    block).
 
     Raises InputError for sizes that do not fit together and OutOfMemoryError if the cache cannot be allocated.
     """
@@ -78,6 +84,7 @@ class Rollout:
         latent_size: tuple[int, int],
         frames: int | None,
         initial: Tensor | None = None,
+        cameras: Cameras | None = None,
         seed: int | Sequence[int] = 0,
         noise: Tensor | None = None,
         renoise: Iterable[Tensor] | None = None,
@@ -99,6 +106,11 @@ class Rollout:
             raise InputError("initial must be finite, got NaN or infinity")
         if not bool(text.embeds.isfinite().all()):
             raise InputError("text embeds must be finite, got NaN or infinity")
+        if cameras is not None and not model.config.camera:
+            raise InputError("cameras must not be given to a model without the camera branch")
+        if cameras is not None and frames is not None and len(cameras) not in (1, frames):
+            raise InputError(f"cameras must be one per latent frame, {frames}, or a single one, got {len(cameras)}")
+        self._path, self._path_start = None if cameras is None else cameras.rows(batch), 0  # of that frame and on
 
         self.model, self.config, self.frames = model, config, frames
         generated = None if frames is None else frames - given
@@ -106,7 +118,8 @@ class Rollout:
             frame_shape, batch, model.device, frames=generated, seed=seed, noise=noise, renoise=renoise
         )
         sinks, ring = slots_for(config, frames)
-        shape = CacheShape.of(model.config, batch, sinks + ring, model.config.tokens_per_frame(*latent_size))
+        tokens = model.config.tokens_per_frame(*latent_size)
+        shape = CacheShape.of(model.config, batch, sinks + ring, tokens, camera=cameras is not None)
         require_cache_fits(shape, model.dtype, model.device, config)
         kv_dtype = None if config.kv_dtype is None else KV_DTYPES[config.kv_dtype]
         self.cache = KVCache(shape, FrameRing(sinks, ring, block), model.dtype, model.device, kv_dtype)
@@ -118,6 +131,7 @@ class Rollout:
         self._times: dict[tuple[tuple[float, Actions], ...], TimeEmbedding] = {}
         self._actions = ((0,) * block,) * batch if model.config.num_actions else ()
         self._text = self._embed(text)
+        self._world = None if self._path is None else self._path.views[:, :1]
         self._held: dict[int, _Clean] = {}  # finished blocks whose keys are in the cache, by first frame
         self._unrefreshed: int | None = None  # first frame of the finished block that still waits for its clean pass
         self._generated = False
@@ -178,6 +192,24 @@ class Rollout:
         rows = given if given.ndim == 2 else given.reshape(-1, 1).expand(self._batch, n)
         self._actions = tuple(tuple(row) for row in rows.tolist())
 
+    def move(self, cameras: Cameras) -> None:
+        """Take these cameras from the next block on, one per latent frame; the last one stands still until others come.
+
+        They are in the world of those that the rollout was made with, of one video for all or of B. Raises InputError,
+        and leaves the cameras as they were, for another batch or for a rollout that was made without cameras.
+        """
+        if self._path is None:
+            raise InputError("cameras must be given when the rollout is made for it to move, got none then")
+        self._path, self._path_start = cameras.rows(self._batch), self.next_frame
+
+    def _look(self, start: int, frames: int) -> Projections | None:
+        """The cameras of a block as its keys and queries take them, in the world of the video's first one."""
+        if self._path is None or self._world is None:
+            return None
+        last = len(self._path) - 1
+        own = self._path.at([min(frame - self._path_start, last) for frame in range(start, start + frames)])
+        return own.in_world_of(self._world).projections(self.model.device)
+
     @property
     def waits_for_refresh(self) -> bool:
         """Whether the newest block's clean pass is still to be run; never after the last block, which needs none."""
@@ -208,7 +240,7 @@ class Rollout:
             own = range(start, start + held.latents.shape[1])
             if not set(own).isdisjoint(visible):
                 sees = sorted({frame for frame in visible if frame < own.stop} | set(own))
-                self._forward([_Group(held.latents, start, held.timestep, held.actions, sees)], keep=0)
+                self._forward([_Group(held.latents, start, held.timestep, held.actions, held.cameras, sees)], keep=0)
 
     def _embed(self, text: Conditioning) -> list[LayerText]:
         with torch.inference_mode():
@@ -218,7 +250,8 @@ class Rollout:
         with torch.inference_mode():
             start, self.next_frame = self.next_frame, self.next_frame + latents.shape[1]
             self.cache.ring.write(start)
-            self._hold(latents.to(self.model.device, torch.float32), start, PREFILL_TIMESTEP)
+            cameras = self._look(start, latents.shape[1])
+            self._hold(latents.to(self.model.device, torch.float32), start, PREFILL_TIMESTEP, cameras)
             self._forward([self._clean_group(start)], keep=0)
 
     def _next_block(self) -> Latents:
@@ -231,10 +264,11 @@ class Rollout:
             self._run_refresh()
 
         x = self.noise.start(n)
+        cameras = self._look(start, n)
         passes = []
         for step, timestep in enumerate(timesteps.tolist()):
             groups = self._open_block(start) if step == 0 else []
-            groups.append(self._group(x, start, timestep, self._actions))
+            groups.append(self._group(x, start, timestep, self._actions, cameras))
             velocity = self._forward(groups, keep=1)
             noise = None if levels[step + 1] is None else self.noise.between_steps(n)
             clean, x = denoise_update(x, velocity, levels[step], noise, levels[step + 1])
@@ -244,7 +278,7 @@ class Rollout:
             self._locate_non_finite(passes)
 
         self.next_frame, self._generated = start + n, True
-        self._hold(clean, start, float(config.context_noise))
+        self._hold(clean, start, float(config.context_noise), cameras)
         if config.refresh != "skip":
             self._unrefreshed = start
         return Latents(clean, start)
@@ -259,19 +293,21 @@ class Rollout:
         waiting, self._unrefreshed = self._unrefreshed, None
         return [] if waiting is None else [self._clean_group(waiting)]
 
-    def _group(self, latents: Tensor, start: int, timestep: float, actions: Actions) -> _Group:
+    def _group(
+        self, latents: Tensor, start: int, timestep: float, actions: Actions, cameras: Projections | None
+    ) -> _Group:
         sees = self.cache.ring.visible(start + latents.shape[1], self.config.window)
-        return _Group(latents, start, timestep, actions, sees)
+        return _Group(latents, start, timestep, actions, cameras, sees)
 
     def _clean_group(self, start: int) -> _Group:
         """The clean pass of a held block. Its window ends with the block itself."""
         held = self._held[start]
-        return self._group(held.latents, start, held.timestep, held.actions)
+        return self._group(held.latents, start, held.timestep, held.actions, held.cameras)
 
-    def _hold(self, latents: Tensor, start: int, timestep: float) -> None:
+    def _hold(self, latents: Tensor, start: int, timestep: float, cameras: Projections | None) -> None:
         """Keep a copy of a finished block, out of the caller's reach; forget those that the ring has overwritten."""
         ring = self.cache.ring
-        self._held[start] = _Clean(latents.clone(), timestep, self._actions)
+        self._held[start] = _Clean(latents.clone(), timestep, self._actions, cameras)
         self._held = {first: kept for first, kept in self._held.items() if ring.holds[ring.slot(first)] == first}
 
     def _time(self, groups: list[_Group]) -> TimeEmbedding:
@@ -296,7 +332,15 @@ class Rollout:
             rope_time=self.tables.time(frames).expand(self._batch, -1, -1, -1),
             rope_rows=self.tables.rows,
             rope_columns=self.tables.columns,
+            camera=self._place_cameras(groups, frames),
         )
+
+    def _place_cameras(self, groups: list[_Group], frames: list[int]) -> CameraPass | None:
+        seen = [group.cameras for group in groups if group.cameras is not None]
+        if not seen:
+            return None
+        slots = torch.tensor([self.cache.ring.slot(frame) for frame in frames], device=self.model.device)
+        return CameraPass(Projections.cat(seen), slots)
 
     def _forward(self, groups: list[_Group], keep: int, probe: Callable[[int, Tensor], None] | None = None) -> Tensor:
         latents = groups[0].latents if len(groups) == 1 else torch.cat([group.latents for group in groups], dim=1)

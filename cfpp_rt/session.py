@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from cfpp_rt.camera import Cameras
 from cfpp_rt.codec.base import Codec
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.decode import to_uint8
@@ -45,6 +46,7 @@ class Stream:
         frames: int | None,
         size: tuple[int, int],
         initial: Tensor | None,
+        cameras: Cameras | None,
         seed: int | Sequence[int],
         noise: Tensor | None,
         renoise: Sequence[Tensor] | None,
@@ -68,6 +70,7 @@ class Stream:
             latent_size=(height // codec.spatial_factor, width // codec.spatial_factor),
             frames=total,
             initial=given,
+            cameras=cameras,
             seed=seed,
             noise=noise,
             renoise=renoise,
@@ -106,6 +109,10 @@ class Stream:
     def act(self, actions: int | Sequence[int] | Tensor) -> None:
         """Take these actions from the next block on, until others are given; see `Rollout.act`."""
         self.rollout.act(actions)
+
+    def move(self, cameras: Cameras) -> None:
+        """Take these cameras from the next block on, one per latent frame; see `Rollout.move`."""
+        self.rollout.move(cameras)
 
     def _conditioning(self, prompt: Sequence[str] | Conditioning) -> Conditioning:
         if isinstance(prompt, Conditioning):

@@ -3,6 +3,7 @@
 It shows the runtime (streaming, cache, timings) to someone without weights. The numbers are real, the film is not.
 """
 
+import dataclasses
 import hashlib
 from typing import Any
 
@@ -18,9 +19,11 @@ from cfpp_rt.values import Conditioning
 SMALL = ModelConfig(dim=256, ffn_dim=1024, num_heads=2, num_layers=4, freq_dim=64, text_dim=64, text_len=32)
 
 
-def random_pipeline(rollout: RolloutConfig, *, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Pipeline:
+def random_pipeline(
+    rollout: RolloutConfig, *, dtype: torch.dtype, device: torch.device, seed: int = 0, camera: bool = False
+) -> Pipeline:
     """A student of 4 layers and a Wan VAE of base width 8, both random; prompts must be `Conditioning`."""
-    model = random_model(SMALL, seed=seed, dtype=dtype, device=str(device))
+    model = random_model(dataclasses.replace(SMALL, camera=camera), seed=seed, dtype=dtype, device=str(device))
     return Pipeline(model, _random_vae(seed, dtype, device), None, rollout)
 
 

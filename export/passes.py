@@ -7,12 +7,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cfpp_rt.cache import CacheShape, FrameRing, KVCache
+from cfpp_rt.cache import CacheShape, KVCache
 from cfpp_rt.export.bundle import Card
 from cfpp_rt.export.contract import GraphSpec, cache_names, text_names, updated
 from cfpp_rt.model.attention import CachePass
 from cfpp_rt.model.transformer import CausalWanTransformer, LayerText, TimeEmbedding
 from cfpp_rt.ops.token_ranges import TokenRanges
+from cfpp_rt.ring import FrameRing
 
 Array = NDArray[Any]
 

@@ -38,6 +38,8 @@ def make_card(
     """The card of a student before it is exported. Arguments and errors as for `export_onnx`."""
     if rollout.kv_dtype is not None:
         raise InputError(f"kv_dtype must be None: graphs keep the cache in the model's dtype, got {rollout.kv_dtype!r}")
+    if model.config.camera:
+        raise InputError("model must be one without the camera branch: the graphs have none")
     block = rollout.frames_per_block
     if rollout.window is not None and (rollout.window - rollout.sinks) % block:
         raise InputError(

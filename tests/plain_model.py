@@ -33,11 +33,11 @@ def _angles(head_dim, frames, rows, columns):
     return torch.cat(parts, dim=1)
 
 
-def velocity(weights, config, latents, timesteps, frames, visible, embeds, dtype=torch.float64):
+def velocity(weights, config, latents, timesteps, frames, visible, embeds, dtype=torch.float64, cameras=None):
     """Velocity of every frame, [B, F, C, h, w] in `dtype`.
 
     latents [B, F, C, h, w]; timesteps [F]; frames: absolute index of each; visible: bool [F, F], query frame by key
-    frame; embeds [B, text_len, text_dim].
+    frame; embeds [B, text_len, text_dim]; cameras: P = K V of each frame, float64 [B, F, 4, 4].
     """
     w = {name: tensor.to(dtype) for name, tensor in weights.items()}
     batch, count, _, height, width = latents.shape
@@ -76,7 +76,12 @@ def velocity(weights, config, latents, timesteps, frames, visible, embeds, dtype
         y = F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + c1) + s1
         a = f"{b}.self_attn"
         qk = [_rope(split(_rms(linear(y, f"{a}.{n}"), w[f"{a}.norm_{n}.weight"], eps)), rope) for n in "qk"]
-        x = x + g1 * linear(attention(*qk, split(linear(y, f"{a}.v")), mask), f"{a}.o")
+        z = linear(attention(*qk, split(linear(y, f"{a}.v")), mask), f"{a}.o")
+        if cameras is not None:
+            z = z + linear(
+                _seen_by_cameras(w, a, y, cameras, tokens, split, linear, attention, mask, eps), f"{a}.prope_o"
+            )
+        x = x + g1 * z
         y = F.layer_norm(x, x.shape[-1:], w[f"{b}.norm3.weight"], w[f"{b}.norm3.bias"], eps)
         a = f"{b}.cross_attn"
         query = split(_rms(linear(y, f"{a}.q"), w[f"{a}.norm_q.weight"], eps))
@@ -90,6 +95,19 @@ def velocity(weights, config, latents, timesteps, frames, visible, embeds, dtype
     return x.reshape(batch, count, -1, height, width)
 
 
+def _seen_by_cameras(w, a, y, cameras, tokens, split, linear, attention, mask, eps):
+    """The camera branch, with a matrix per token."""
+    p = cameras.to(y.dtype).repeat_interleave(tokens, 1)
+    inverse = torch.linalg.inv(cameras).to(y.dtype).repeat_interleave(tokens, 1)
+
+    def each_group(matrices, x):  # column vectors of 4
+        return torch.einsum("bsij,bsgj->bsgi", matrices, x.unflatten(2, (-1, 4))).flatten(2)
+
+    q, k = (_rms(linear(y, f"{a}.{n}"), w[f"{a}.norm_{n}.weight"], eps) for n in "qk")
+    turned = (each_group(p.mT, q), each_group(inverse, k), each_group(inverse, linear(y, f"{a}.v")))
+    return each_group(p, attention(*(split(x) for x in turned), mask))
+
+
 def block_causal(count, block, window, sinks):
     """bool [count, count]: frame i sees its own block and those before, within the window, and the sinks."""
     visible = torch.zeros(count, count, dtype=torch.bool)
@@ -100,7 +118,9 @@ def block_causal(count, block, window, sinks):
     return visible
 
 
-def rollout(weights, config, rollout_config, noise, renoise, embeds, timesteps, first_timesteps, sigma, dtype):
+def rollout(
+    weights, config, rollout_config, noise, renoise, embeds, timesteps, first_timesteps, sigma, dtype, cameras=None
+):
     """Latents [B, F, C, h, w] of a rollout, every pass recomputed from scratch. sigma: timestep to noise level."""
     n = rollout_config.frames_per_block
     renoise = iter(renoise)
@@ -116,7 +136,8 @@ def rollout(weights, config, rollout_config, noise, renoise, embeds, timesteps, 
             clock[start:] = t
             visible = block_causal(end, n, rollout_config.window, rollout_config.sinks)
             latents = torch.cat([out[:, :start], x], dim=1)
-            v = velocity(weights, config, latents, clock, list(range(end)), visible, embeds, dtype)[:, start:]
+            seen = None if cameras is None else cameras[:, :end]
+            v = velocity(weights, config, latents, clock, list(range(end)), visible, embeds, dtype, seen)[:, start:]
             clean = x - s * v
         out[:, start:end] = clean
     return out

@@ -96,6 +96,24 @@ def test_video_extension(files, tmp_path):
     assert len(read_back(tmp_path / "longer.mp4")[0]) == 13
 
 
+def test_a_trajectory_is_followed(tmp_path, capsys):
+    """As long as the trajectory, and another film than another one's, with the same noise."""
+    random = ["generate", "--random-weights", "--student", "camera-chunkwise-4step", "--prompt", "x", "--quiet"]
+    made = []
+    for name, more in (("w", ()), ("s", ()), ("w", ("--intrinsics", "published-cli"))):
+        arguments = [*random, "--dtype", "float32", "--size", "32x48", "--trajectory", f"{name}*3", *more]
+        assert main([*arguments, "--output", str(tmp_path / "out.rgb")]) == 0
+        made.append((tmp_path / "out.rgb").read_bytes())
+    assert len(made[0]) == 13 * 32 * 48 * 3 and len(set(made)) == 3
+    for options, message in (
+        (("--trajectory", "w*3", "--frames", "9"), "--frames must be 13 for a trajectory of 4 latent frames, got 9"),
+        (("--trajectory", "wd*3"), "got the part 'wd*3'"),
+        (("--intrinsics", "training"), "--intrinsics needs a --trajectory"),
+    ):
+        assert main([*random, *options, "--output", str(tmp_path / "bad.rgb")]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "bad.rgb").exists()
+
+
 def test_a_float8_cache_makes_nearly_the_same_video(files, tmp_path):
     made = []
     for name, extra in (("plain", ()), ("float8", ("--kv-dtype", "float8_e4m3"))):

@@ -173,7 +173,12 @@ def test_sizes_are_read_off_the_tensors(weights, config):
 
 
 @pytest.mark.parametrize(
-    "name,tensors,parameters", [("wan-1.3b", 825, 1_418_996_800), ("wan-14b", 1095, 14_288_491_584)]
+    "name,tensors,parameters",
+    [
+        ("wan-1.3b", 825, 1_418_996_800),
+        ("wan-1.3b-camera", 885, 1_489_821_760),
+        ("wan-14b", 1095, 14_288_491_584),
+    ],
 )
 def test_presets_have_the_published_sizes(name, tensors, parameters):
     with torch.device("meta"):
@@ -197,6 +202,8 @@ def test_load_model_takes_the_dtype(tmp_path, weights, config, dtype):
         ({"dim": 100, "num_heads": 3}, "dim must be num_heads=3 times an even head size"),
         ({"patch_size": (2, 2, 2)}, "patch_size must be"),
         ({"qk_norm": False}, "qk_norm"),
+        ({"camera": 1}, "camera must be true or false, got 1"),
+        ({"camera": True, "dim": 60, "num_heads": 6}, "camera needs a head size that is a multiple of 4, got 10"),
     ],
 )
 def test_bad_sizes_are_named(changes, message):

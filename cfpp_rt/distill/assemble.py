@@ -18,7 +18,7 @@ from cfpp_rt.distill.settings import Settings, StageSettings
 from cfpp_rt.distill.stage import Stage
 from cfpp_rt.distill.train import Feed
 from cfpp_rt.errors import InputError
-from cfpp_rt.model.transformer import CausalWanTransformer, random_model
+from cfpp_rt.model.transformer import CausalWanTransformer, add_camera_branch, random_model
 from cfpp_rt.model.weights import load_model
 from cfpp_rt.schedule import FlowMatchSchedule
 
@@ -37,13 +37,15 @@ class Weights:
 
 
 def fresh_model(config: ModelConfig, seed: int) -> CausalWanTransformer:
-    """A model that has learnt nothing: its velocity is 0, and a timestep changes little at first."""
+    """A model that has learnt nothing: its velocity is 0, a timestep changes little at first, a camera nothing."""
     model = random_model(config, seed=seed, dtype=torch.float32)
     with torch.no_grad():
         model.head.head.weight.zero_()
         model.get_parameter("time_projection.1.weight").mul_(0.1)
         for block in model.blocks:
             block.modulation.zero_()
+            if block.self_attn.prope_o is not None:
+                block.self_attn.prope_o.weight.zero_()
     return model
 
 
@@ -52,7 +54,7 @@ def build_stage(name: str, settings: Settings, weights: Weights, latent_size: tu
     own = settings.stages[name]
     if weights.init is None and name not in _FROM_NOTHING:
         raise InputError(f"--init must be given for stage {name}: the weights that its student starts from")
-    student = _network(settings, weights.init, own)
+    student = _network(settings, weights.init, own, grow=name in _FROM_NOTHING)
     ema = copy.deepcopy(student)
     student.requires_grad_(True)
     schedule = FlowMatchSchedule(settings.rollout.shift)
@@ -98,9 +100,13 @@ def open_feed(settings: Settings, own: StageSettings) -> Feed:
         raise InputError(f"data: {error}") from error
 
 
-def _network(settings: Settings, path: Path | None, own: StageSettings) -> CausalWanTransformer:
+def _network(settings: Settings, path: Path | None, own: StageSettings, *, grow: bool = False) -> CausalWanTransformer:
+    """grow: weights without the camera branch may get one, where the settings' model has it."""
     if path is None:
         return fresh_model(settings.model, own.seed)
+    if grow and settings.model.camera:
+        model = load_model(path, config=dataclasses.replace(settings.model, camera=False), dtype=torch.float32)
+        return model if model.config.camera else add_camera_branch(model)
     return load_model(path, config=settings.model, dtype=torch.float32)
 
 

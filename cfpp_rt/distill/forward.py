@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from cfpp_rt.camera import Cameras, Projections
 from cfpp_rt.distill import masks
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.transformer import CausalWanTransformer
@@ -17,15 +18,23 @@ from cfpp_rt.model.transformer import CausalWanTransformer
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """What a clip is conditioned on. embeds: [B, text_len, text_dim]; actions: int64 [B, F], or None."""
+    """What a clip is conditioned on. embeds: [B, text_len, text_dim]; actions: int64 [B, F], or None; cameras: of 1 or
+    B clips, F frames, or None.
+    """
 
     embeds: Tensor
     actions: Tensor | None = None
+    cameras: Cameras | None = None
 
     def twice(self) -> "Condition":
         """For a sequence that holds the same frames two times."""
         actions = None if self.actions is None else torch.cat([self.actions, self.actions], dim=1)
-        return dataclasses.replace(self, actions=actions)
+        cameras = None if self.cameras is None else self.cameras.at([*range(len(self.cameras))] * 2)
+        return dataclasses.replace(self, actions=actions, cameras=cameras)
+
+    def projections(self, device: torch.device) -> Projections | None:
+        """What the camera branch takes of the cameras, in the world of the first one; None without cameras."""
+        return None if self.cameras is None else self.cameras.rows(len(self.embeds)).from_first().projections(device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +99,7 @@ class Denoiser:
             condition.actions,
             rope,
             lambda layer: attend,
+            cameras=condition.projections(latents.device),
             checkpointing=self.checkpointing and torch.is_grad_enabled(),
         ).float()
 

@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cfpp_rt.cache import CacheShape, KVCache
+from cfpp_rt.cache import CacheShape, KVCache, LayerCache
+from cfpp_rt.camera import Projections
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.distill.draws import index, normal_like
 from cfpp_rt.distill.forward import Condition
 from cfpp_rt.errors import InputError
-from cfpp_rt.model.attention import Attend, CachePass
+from cfpp_rt.model.attention import Attend, CachePass, CameraPass
 from cfpp_rt.model.transformer import CausalWanTransformer, LayerText
 from cfpp_rt.ring import FrameRing, slots_for
 from cfpp_rt.schedule import FlowMatchSchedule, add_noise
@@ -86,7 +87,9 @@ class _Run:
         config, (batch, _, _, height, width) = rollout.config, like.shape
         sinks, ring = slots_for(config, frames)
         tokens = self.network.config.tokens_per_frame(height, width)
-        shape = CacheShape.of(self.network.config, batch, sinks + ring, tokens)
+        self.cameras = condition.projections(like.device)
+        camera = self.cameras is not None
+        shape = CacheShape.of(self.network.config, batch, sinks + ring, tokens, camera=camera)
         self.cache = KVCache(shape, FrameRing(sinks, ring, config.frames_per_block), self.network.dtype, like.device)
         self.tables = self.network.rotary_tables(height, width, like.device)
         with torch.no_grad():
@@ -116,18 +119,25 @@ class _Run:
         actions = self.condition.actions
         return None if actions is None else actions[:, start : start + frames]
 
+    def _cameras(self, start: int, frames: int) -> Projections | None:
+        return None if self.cameras is None else self.cameras.of_frames(start, start + frames)
+
     @torch.no_grad()
     def _cached(self, x: Tensor, start: int, timestep: float, keep: int = 1) -> Tensor:
         batch, frames = x.shape[:2]
         time = self.network.embed_time(torch.full((batch, frames), timestep), self._actions(start, frames))
-        first = self.cache.ring.slot(start) * self.cache.tokens_per_frame
+        slot = self.cache.ring.slot(start)
+        first = slot * self.cache.tokens_per_frame
         visible = self.cache.ring.visible(start + frames, self.rollout.config.window)
+        cameras = self._cameras(start, frames)
+        slots = torch.arange(slot, slot + frames, device=x.device)
         place = CachePass(
             write_index=torch.full((batch, 1), first, dtype=torch.int32, device=x.device),
             ranges=self.cache.token_ranges([visible]),
             rope_time=self.tables.time(range(start, start + frames)).expand(batch, -1, -1, -1),
             rope_rows=self.tables.rows,
             rope_columns=self.tables.columns,
+            camera=None if cameras is None else CameraPass(cameras, slots),
         )
         return self.network(x, time, self.text, self.cache, place, groups=keep)
 
@@ -142,18 +152,19 @@ class _Run:
             self.condition.embeds,
             self._actions(start, frames),
             self.tables.sequence(own),
-            lambda layer: self._attend(layer, past),
+            lambda layer: self._attend(self.cache.layers[layer], past),
+            cameras=self._cameras(start, frames),
+            camera_attend=lambda layer: self._attend(self.cache.layers[layer].camera, past),
             checkpointing=self.rollout.checkpointing,
         )
 
-    def _attend(self, layer: int, past: list[int]) -> Attend:
+    def _attend(self, layer: LayerCache | None, past: list[int]) -> Attend:
         """Attention of a block to the past, copied out of the cache now, and to itself."""
-        if not past:
+        if not past or layer is None:
             return F.scaled_dot_product_attention
         t = self.cache.tokens_per_frame
         runs = [slice(first * t, last * t) for first, last in self.cache.ring.runs(past)]
-        cached = (self.cache.keys(layer), self.cache.values(layer))
-        keys, values = (torch.cat([part[:, :, run] for run in runs], dim=2) for part in cached)
+        keys, values = (torch.cat([part[:, :, run] for run in runs], dim=2) for part in (layer.keys, layer.values))
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return F.scaled_dot_product_attention(q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2))

@@ -1,4 +1,4 @@
-"""Self-attention over the KV cache, and cross-attention to the text."""
+"""Self-attention over the KV cache, with its camera branch where a model has one, and cross-attention to the text."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cfpp_rt.cache import LayerCache
+from cfpp_rt.camera import Projections
 from cfpp_rt.config import ModelConfig
+from cfpp_rt.errors import InputError
 from cfpp_rt.model.rope import rotate
 from cfpp_rt.ops.block_attention import block_attention
 from cfpp_rt.ops.kv_update import kv_update_
@@ -15,6 +17,16 @@ from cfpp_rt.ops.token_ranges import TokenRanges
 
 # Attention of a whole sequence, for training: queries, keys and values [B, H, S, D] to [B, H, S, D].
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+# What a pass's keys are compared with, [B, H, S, D] each: rotated queries, and those of the camera branch if it runs.
+Queries = tuple[Tensor, Tensor | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class CameraPass:
+    """Cameras of one pass. projections: of its F frames. slots: int64 [F], where their keys lie, on the device."""
+
+    projections: Projections
+    slots: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +35,8 @@ class CachePass:
 
     The tokens of a pass are G equal groups (blocks of frames); group g is written to the cache from token
     `write_index[:, g]` on and attends to `ranges.host[g]`. write_index: int32 [B, G], on the cache's device.
-    rope_time: float32 [B, F, n_time, 2]; rope_rows, rope_columns: float32, as in `RotaryTables`.
+    rope_time: float32 [B, F, n_time, 2]; rope_rows, rope_columns: float32, as in `RotaryTables`. camera: None = the
+    camera branch is left out.
     """
 
     write_index: Tensor
@@ -31,9 +44,32 @@ class CachePass:
     rope_time: Tensor
     rope_rows: Tensor
     rope_columns: Tensor
+    camera: CameraPass | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedCamera:
+    """Cameras of a whole sequence, for training. projections: of its F frames. attend: the camera branch's."""
+
+    projections: Projections
+    attend: Attend
+
+
+def per_frame(x: Tensor, matrices: Tensor) -> Tensor:
+    """Every group of 4 channels of x [B, S, dim], as a row, times its frame's matrix [B, F, 4, 4]; float32 inside."""
+    rows = x.float().reshape(x.shape[0], matrices.shape[1], -1, 4)
+    return (rows @ matrices).reshape(x.shape).to(x.dtype)
 
 
 class SelfAttention(nn.Module):
+    """Attention with rotary positions; with cameras, plus attention with projective ones: o(rope) + prope_o(camera).
+
+    The camera branch (`cfpp_rt.camera`) takes the same queries, keys and values: with P of a token's own frame, groups
+    of 4 channels become P^T q, P^-1 k and P^-1 v, and what is read is multiplied by P of the query's frame.
+    """
+
+    prope_o: nn.Linear | None
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         dim = config.dim
@@ -41,17 +77,21 @@ class SelfAttention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q = nn.RMSNorm(dim, eps=config.eps)
         self.norm_k = nn.RMSNorm(dim, eps=config.eps)
+        self.prope_o = nn.Linear(dim, dim) if config.camera else None
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, S, dim] of x, before norm and rotation."""
         return self.q(x), self.k(x), self.v(x)
 
-    def write(self, x: Tensor, cache: LayerCache, cached: CachePass) -> Tensor:
-        """Write K and V of all tokens of x [B, S, dim] into the cache; returns the rotated queries [B, H, S, D]."""
+    def write(self, x: Tensor, cache: LayerCache, cached: CachePass) -> Queries:
+        """Write K and V of all tokens of x [B, S, dim] into the cache; returns the queries, for `read`."""
         q, k, v = self.project(x)
         if cache.waits_for_scales:
             cache.set_scales(self.norm_k.weight, v)
-        return kv_update_(
+        camera_q = None
+        if cached.camera is not None:
+            camera_q = self._write_camera(q, k, v, cache.camera, cached.camera)
+        rotated = kv_update_(
             cache.keys,
             cache.values,
             q,
@@ -66,20 +106,62 @@ class SelfAttention(nn.Module):
             self.eps,
             *cache.scales,
         )
+        return rotated, camera_q
 
-    def read(self, q: Tensor, cache: LayerCache, cached: CachePass, groups: int) -> Tensor:
-        """Attention of the last `groups` >= 1 groups of q [B, H, S, D], output projection included: [B, S', dim]."""
+    def read(self, queries: Queries, cache: LayerCache, cached: CachePass, groups: int) -> Tensor:
+        """Attention of the last `groups` >= 1 groups of the queries, output projection included: [B, S', dim]."""
+        q, camera_q = queries
         dropped = q.shape[2] - q.shape[2] * groups // len(cached.ranges)
         ranges = cached.ranges.last(groups)
         keys, values = cache.readable(ranges)
-        return self.o(block_attention(q[:, :, dropped:], keys, values, ranges))
+        y = self.o(block_attention(q[:, :, dropped:], keys, values, ranges))
+        if camera_q is None or cached.camera is None or cache.camera is None:
+            return y
+        keys, values = cache.camera.readable(ranges)
+        seen = block_attention(camera_q[:, :, dropped:], keys, values, ranges)
+        matrices = cached.camera.projections.matrices
+        return y + self._from_camera(seen, matrices[:, matrices.shape[1] * dropped // q.shape[2] :])
 
-    def masked(self, x: Tensor, rope: Tensor, attend: Attend) -> Tensor:
+    def masked(self, x: Tensor, rope: Tensor, attend: Attend, camera: MaskedCamera | None = None) -> Tensor:
         """The same without a cache, differentiable: x [B, S, dim] to [B, S, dim]. rope: [S, D / 2, 2], as `rotate`."""
         q, k, v = self.project(x)
-        q, k, v = (t.unflatten(2, (-1, 2 * rope.shape[1])) for t in (self.norm_q(q), self.norm_k(k), v))
-        q, k = (rotate(t, rope[:, None]).to(v.dtype) for t in (q, k))
-        return self.o(attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(2))
+        q, k = self.norm_q(q), self.norm_k(k)
+        heads = q.shape[2] // (2 * rope.shape[1])
+        turned = [rotate(t.unflatten(2, (heads, -1)), rope[:, None]).to(v.dtype) for t in (q, k)]
+        rotated_q, rotated_k, values = (t.transpose(1, 2) for t in (*turned, v.unflatten(2, (heads, -1))))
+        y = self.o(attend(rotated_q, rotated_k, values).transpose(1, 2).flatten(2))
+        if camera is None:
+            return y
+        seen = camera.attend(*self._to_camera(q, k, v, camera.projections, heads)).transpose(1, 2).flatten(2)
+        return y + self._from_camera(seen, camera.projections.matrices)
+
+    def _to_camera(
+        self, q: Tensor, k: Tensor, v: Tensor, projections: Projections, heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """P^T q, P^-1 k, P^-1 v as [B, H, S, D], of normalised q and k and of v [B, S, dim]. Rows times P are P^T q."""
+        inverses = projections.inverses.mT
+        turned = per_frame(q, projections.matrices), per_frame(k, inverses), per_frame(v, inverses)
+        q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in turned)
+        return q, k, v
+
+    def _from_camera(self, seen: Tensor, matrices: Tensor) -> Tensor:
+        """What was read [B, S, dim], back from its world: P times it, output projection included."""
+        if self.prope_o is None:
+            raise InputError("cameras must not be given to a model without the camera branch")
+        return self.prope_o(per_frame(seen, matrices.mT))
+
+    def _write_camera(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, camera: CameraPass) -> Tensor:
+        """Write the branch's K and V into its cache, in place; returns its queries [B, H, S, D]."""
+        if cache is None:
+            raise InputError("cache must have room for the camera branch where cameras are given: CacheShape.camera")
+        _, heads, capacity, _ = cache.keys.shape
+        q, k, v = self._to_camera(self.norm_q(q), self.norm_k(k), v, camera.projections, heads)
+        frames = len(camera.slots)
+        tokens = k.shape[2] // frames
+        for stored, new in ((cache.keys, k), (cache.values, v)):
+            by_frame = stored.unflatten(2, (capacity // tokens, tokens))
+            by_frame.index_copy_(2, camera.slots, new.unflatten(2, (frames, tokens)))
+        return q
 
 
 class CrossAttention(nn.Module):

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cfpp_rt.cache import KVCache
+from cfpp_rt.camera import Projections
 from cfpp_rt.config import ModelConfig
 from cfpp_rt.errors import InputError
-from cfpp_rt.model.attention import Attend, CachePass
+from cfpp_rt.model.attention import Attend, CachePass, MaskedCamera
 from cfpp_rt.model.block import TransformerBlock
 from cfpp_rt.model.rope import RotaryTables
 from cfpp_rt.ops.adaln_modulate import adaln_modulate
@@ -158,20 +159,29 @@ class CausalWanTransformer(nn.Module):
         rope: Tensor,
         attend: Callable[[int], Attend],
         *,
+        cameras: Projections | None = None,
+        camera_attend: Callable[[int], Attend] | None = None,
         checkpointing: bool = False,
     ) -> Tensor:
         """The velocity of a whole sequence of frames without a cache, differentiable: what training runs.
 
         latents: [B, F, C, h, w]. timesteps: float [B, F]. embeds: [B, text_len, text_dim]. actions: int64 [B, F] or
-        None. rope: float32 [S, D / 2, 2], `RotaryTables.sequence`. attend: the attention of a layer. checkpointing:
-        keep only the blocks' inputs for the backward pass and run the blocks again there.
+        None. rope: float32 [S, D / 2, 2], `RotaryTables.sequence`. attend: the attention of a layer. cameras: of the F
+        frames; None = the camera branch is left out. camera_attend: the attention of its layers, default `attend`.
+        checkpointing: keep only the blocks' inputs for the backward pass and run the blocks again there.
         """
+        if cameras is not None and not self.config.camera:
+            raise InputError("cameras must not be given to a model without the camera branch")
+        if cameras is not None and cameras.matrices.shape[:2] != latents.shape[:2]:
+            got, wanted = list(cameras.matrices.shape[:2]), list(latents.shape[:2])
+            raise InputError(f"cameras must be of the latents' [B, F] = {wanted}, got {got}")
         height, width = latents.shape[-2:]
         rows, head = self._time_rows(timesteps, actions)
         text = self._text_tokens(embeds)
         x = self.patchify(latents)
         for layer, block in enumerate(self.blocks):
-            inputs = (x, rows, text, rope, attend(layer))
+            camera = None if cameras is None else MaskedCamera(cameras, (camera_attend or attend)(layer))
+            inputs = (x, rows, text, rope, attend(layer), camera)
             x = checkpoint(block.masked, *inputs, use_reentrant=False) if checkpointing else block.masked(*inputs)
         return self.unpatchify(x, head, height, width)
 
@@ -187,6 +197,19 @@ class CausalWanTransformer(nn.Module):
         _, p, q = self.config.patch_size
         x = x.reshape(batch, frames, height // p, width // q, p, q, self.config.out_dim)
         return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, frames, self.config.out_dim, height, width)
+
+
+def add_camera_branch(model: CausalWanTransformer) -> CausalWanTransformer:
+    """Give a model without the camera branch one of zeros, in place: until it is trained nothing changes."""
+    if model.config.camera:
+        raise InputError("model must be without the camera branch, got one that has it")
+    model.config = dataclasses.replace(model.config, camera=True)
+    dim = model.config.dim
+    for block in model.blocks:
+        block.self_attn.prope_o = nn.Linear(dim, dim, device=model.device, dtype=model.dtype)
+        for parameter in block.self_attn.prope_o.parameters():
+            nn.init.zeros_(parameter).requires_grad_(model.patch_embedding.weight.requires_grad)
+    return model
 
 
 def random_model(config: ModelConfig, *, seed: int, dtype: torch.dtype, device: str = "cpu") -> CausalWanTransformer:

@@ -5,6 +5,7 @@ Accepted: Causal Forcing `.pt` containers (`generator_ema`, `generator`, FSDP an
 (`config.json`, `diffusion_pytorch_model*.safetensors`) and its diffusers layout (`transformer/`).
 """
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from cfpp_rt.model.transformer import CausalWanTransformer
 CONTAINER_KEYS = ("generator_ema", "generator")
 _WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
 _WEIGHTS_STEM = "diffusion_pytorch_model"
+_CAMERA_BRANCH = "blocks.0.self_attn.prope_o.weight"
 
 # diffusers' WanTransformer3DModel -> the original names; applied in order, whole name segments only.
 _FROM_DIFFUSERS = (
@@ -92,6 +94,7 @@ def infer_config(state: dict[str, Tensor], source: str | Path) -> ModelConfig:
             text_dim=state["text_embedding.0.weight"].shape[1],
             num_heads=dim // 128,
             num_layers=layers,
+            camera=_CAMERA_BRANCH in state,
         )
     except (KeyError, ValueError, IndexError) as error:
         raise CheckpointError(f"{source}: not a causal Wan transformer ({error})") from error
@@ -102,7 +105,8 @@ def read_weights(
 ) -> tuple[dict[str, Tensor], ModelConfig]:
     """State dict under the original names, memory-mapped and on the CPU, and its config; names and shapes are exact.
 
-    path: a file or directory as listed above. config: sizes, where neither a config file nor the tensors tell them.
+    path: a file or directory as listed above. config: sizes, where neither a config file nor the tensors tell them;
+    that a model has the camera branch the tensors tell, since public config files do not know of it.
     key: which entry of a `.pt` container; None = generator_ema if there, else generator, else a bare dict.
     Raises CheckpointError naming the file, the key and both shapes.
     """
@@ -116,6 +120,7 @@ def read_weights(
         beside = path.with_suffix(".json")
     if config is None:
         config = ModelConfig.from_json(beside) if beside.exists() else infer_config(state, path)
+    config = dataclasses.replace(config, camera=config.camera or _CAMERA_BRANCH in state)
     with torch.device("meta"):
         wanted = {name: tuple(p.shape) for name, p in CausalWanTransformer(config).named_parameters()}
     require_exact(state, wanted, path)

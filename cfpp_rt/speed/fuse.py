@@ -15,6 +15,7 @@ class PackedSelfAttention(SelfAttention):
         nn.Module.__init__(self)  # takes over the parts of `separate` instead of making its own
         self.eps = separate.eps
         self.norm_q, self.norm_k, self.o = separate.norm_q, separate.norm_k, separate.o
+        self.prope_o = separate.prope_o
         linears = (separate.q, separate.k, separate.v)
         dim = separate.o.in_features
         with torch.device("meta"):  # its own weights would be random and thrown away

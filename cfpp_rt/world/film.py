@@ -20,7 +20,10 @@ NAME = "world"  # what --student calls it
 FPS = 10.0  # pictures per second at which the world is meant to be played
 SCALE = 8  # pixels of a film per pixel of the world, whose pictures are 48 x 48
 # Options of `cfpp generate` that say nothing to this student.
-_UNUSED = ("base", "key", "config", "tiny_vae", "prompt", "prompts", "embeds", "image", "video", "size")
+_UNUSED = (
+    *("base", "key", "config", "tiny_vae", "prompt", "prompts", "embeds"),
+    *("image", "video", "size", "trajectory", "intrinsics"),
+)
 
 
 def open_film(arguments: argparse.Namespace, changes: dict[str, Any]) -> tuple[Stream, Iterator[Frames], int]:
