@@ -259,6 +259,9 @@ def test_engines_agree_with_onnx_runtime(tmp_path, source, library, refresh):
     make_bundle(source, tmp_path / "bundle", {}, library=library, targets=("current",))
     engine = TensorRTEngine(tmp_path / "bundle", library=library)
     np.testing.assert_allclose(
-        roll(source, engine, refresh=refresh), roll(source, Engine(source, threads=1), refresh=refresh), rtol=0, atol=2e-2
+        roll(source, engine, refresh=refresh),
+        roll(source, Engine(source, threads=1), refresh=refresh),
+        rtol=0,
+        atol=2e-2,
     )
     engine.close()
