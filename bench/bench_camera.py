@@ -15,11 +15,12 @@ from collections.abc import Callable
 import torch
 
 from cfpp_rt.bench import harness
-from cfpp_rt.cache import CacheShape, FrameRing, KVCache
+from cfpp_rt.cache import CacheShape, KVCache
 from cfpp_rt.camera import Cameras, Projections, parse_trajectory
 from cfpp_rt.config import MODELS
 from cfpp_rt.model.attention import CachePass, CameraPass, per_frame
 from cfpp_rt.model.transformer import CausalWanTransformer, random_model
+from cfpp_rt.ring import FrameRing
 from cfpp_rt.values import DTYPES
 
 LATENT = (60, 104)  # 480x832

@@ -4,7 +4,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cfpp_rt.cache import FrameRing as FrameRing
     from cfpp_rt.cache import KVCache as KVCache
     from cfpp_rt.camera import Cameras as Cameras
     from cfpp_rt.camera import parse_trajectory as parse_trajectory
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from cfpp_rt.model.transformer import CausalWanTransformer as CausalWanTransformer
     from cfpp_rt.model.weights import load_model as load_model
     from cfpp_rt.pipeline import Pipeline as Pipeline
+    from cfpp_rt.ring import FrameRing as FrameRing
     from cfpp_rt.rollout import Rollout as Rollout
     from cfpp_rt.session import Stream as Stream
     from cfpp_rt.text import TextEncoder as TextEncoder
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # Name -> module. Imported at first use, so that `cfpp --help` does not wait for torch.
 _PUBLIC = {
-    "FrameRing": "cache",
+    "FrameRing": "ring",
     "KVCache": "cache",
     "Cameras": "camera",
     "parse_trajectory": "camera",

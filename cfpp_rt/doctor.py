@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 EXTRAS = {
     "wan": ("diffusers", "transformers", "sentencepiece", "ftfy", "av", "PIL", "tqdm"),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "tensorrt": ("tensorrt_rtx",),
     "bench": ("matplotlib", "psutil"),
 }
 _DISTRIBUTION = {"PIL": "pillow"}
@@ -49,9 +51,9 @@ def run(arguments: argparse.Namespace) -> None:
     for extra, modules in EXTRAS.items():
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
         found = ", ".join(f"{name} {_version(name)}" for name in modules if name not in missing)
-        print(f"  {extra:<6} {found or 'nothing'}")
+        print(f"  {extra:<8} {found or 'nothing'}")
         if missing:
-            print(f"         missing {', '.join(missing)}: pip install 'cfpp-rt[{extra}]'")
+            print(f"           missing {', '.join(missing)}: pip install 'cfpp-rt[{extra}]'")
 
 
 def _attention(device: "torch.device", dtype: "torch.dtype") -> tuple[str, str]:

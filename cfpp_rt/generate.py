@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -46,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--config", metavar="JSON", help="model sizes, where the checkpoint does not tell them")
     source.add_argument(
         "--tiny-vae", metavar="FILE", help="decode with the tiny autoencoder (taew2_1.pth): approximate"
+    )
+    source.add_argument(
+        "--engine", metavar="DIR", help="run the ONNX bundle that cfpp export onnx made, without PyTorch"
     )
     source.add_argument(
         "--random-weights", action="store_true", help="a small student of random weights: try the runtime, see noise"
@@ -99,6 +103,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.seed < 2**63:
         raise InputError(f"--seed must be in 0..2**63 - 1, got {arguments.seed}")
+    if arguments.engine is not None:
+        _engine_film(arguments)
+        return
     if arguments.student == film.NAME:
         _film(arguments)
         return
@@ -132,6 +139,14 @@ def _film(arguments: argparse.Namespace) -> None:
     parse_device(arguments.device)
     stream, pictures, frames = film.open_film(arguments, rollout_changes(arguments))
     _write(stream, pictures, output, arguments.sheet, frames, film.FPS, quiet=arguments.quiet)
+
+
+def _engine_film(arguments: argparse.Namespace) -> None:
+    output = Path(arguments.output)
+    open_writer(output).abort()
+    engines = importlib.import_module("cfpp_rt.export.film")  # by name: export knows this module, not the reverse
+    stream, pictures, frames, fps = engines.open_film(arguments)
+    _write(stream, pictures, output, arguments.sheet, frames, fps, quiet=arguments.quiet)
 
 
 def _write(

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from cfpp_rt.cache import CacheShape, FrameRing, KVCache, slots_for
+from cfpp_rt.cache import CacheShape, KVCache
 from cfpp_rt.camera import Cameras, Projections
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import InputError, NonFiniteError
@@ -24,10 +24,11 @@ from cfpp_rt.model.attention import CachePass, CameraPass
 from cfpp_rt.model.transformer import CausalWanTransformer, LayerText, TimeEmbedding
 from cfpp_rt.noise import NoiseSource
 from cfpp_rt.ops.denoise_update import denoise_update
+from cfpp_rt.ring import FrameRing, slots_for
 from cfpp_rt.schedule import FlowMatchSchedule
 from cfpp_rt.values import KV_DTYPES, Conditioning, Latents
 
-_PREFILL_TIMESTEP = 0.0  # given frames are clean, whatever context_noise is: as published
+PREFILL_TIMESTEP = 0.0  # given frames are clean, whatever context_noise is: as published
 
 
 Actions = tuple[tuple[int, ...], ...]
@@ -259,7 +260,7 @@ class Rollout:
             start, self.next_frame = self.next_frame, self.next_frame + latents.shape[1]
             self.cache.ring.write(start)
             cameras = self._look(start, latents.shape[1])
-            self._hold(latents.to(self.model.device, torch.float32), start, _PREFILL_TIMESTEP, cameras)
+            self._hold(latents.to(self.model.device, torch.float32), start, PREFILL_TIMESTEP, cameras)
             self._forward([self._clean_group(start)], keep=0)
 
     def _next_block(self) -> Latents:

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cfpp_rt.cache import CacheShape, FrameRing, KVCache, slots_for
+from cfpp_rt.cache import CacheShape, KVCache
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import InputError
+from cfpp_rt.ring import FrameRing, slots_for
 
 
 def ring_for(rollout, frames):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cfpp_rt.cache import CacheShape, slots_for
+from cfpp_rt.cache import CacheShape
 from cfpp_rt.camera import Cameras, parse_trajectory
 from cfpp_rt.config import ModelConfig, RolloutConfig, student
 from cfpp_rt.distill import masks
@@ -15,6 +15,7 @@ from cfpp_rt.errors import CheckpointError, InputError, OutOfMemoryError
 from cfpp_rt.export.convert import convert
 from cfpp_rt.model.transformer import add_camera_branch, random_model
 from cfpp_rt.model.weights import build_model, infer_config, load_model
+from cfpp_rt.ring import slots_for
 from cfpp_rt.rollout import Rollout
 from cfpp_rt.schedule import FlowMatchSchedule
 from cfpp_rt.speed.fuse import fuse_qkv

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from cfpp_rt.cache import CacheShape, FrameRing, KVCache
+from cfpp_rt.cache import CacheShape, KVCache
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import InputError, NonFiniteError, OutOfMemoryError
 from cfpp_rt.model.attention import CachePass
 from cfpp_rt.model.weights import build_model
+from cfpp_rt.ring import FrameRing
 from cfpp_rt.rollout import Rollout
 from cfpp_rt.schedule import FlowMatchSchedule
 from cfpp_rt.values import Conditioning

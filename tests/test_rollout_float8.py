@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from cfpp_rt.cache import CacheShape, FrameRing, KVCache, LayerCache, _power_of_two_above
+from cfpp_rt.cache import CacheShape, KVCache, LayerCache, _power_of_two_above
 from cfpp_rt.config import ModelConfig, RolloutConfig
 from cfpp_rt.errors import InputError, OutOfMemoryError
 from cfpp_rt.model.weights import build_model
+from cfpp_rt.ring import FrameRing
 from cfpp_rt.rollout import Rollout
 from cfpp_rt.values import Conditioning
 from tests.test_rollout import ROLLOUTS, run, settings_of

@@ -187,7 +187,7 @@ class _Pass:
 
     def __init__(self, network: nn.Module):
         self._network = network
-        self._last: dict[int, Tensor] = {}
+        self.last: dict[int, Tensor] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
         """[B, n, C, h, w] -> [B, m, C', h', w']; mutates the state."""
@@ -198,7 +198,7 @@ class _Pass:
                 x = layer(x)
                 continue
             frames = x.unflatten(0, (batch, -1))
-            last = self._last.get(index)
+            last = self.last.get(index)
             if last is None:
                 last = torch.zeros_like(frames[:, :1])
             elif last.shape != frames[:, :1].shape:
@@ -207,18 +207,29 @@ class _Pass:
                     f" got {list(frames[:, :1].shape)}"
                 )
             past = torch.cat((last, frames[:, :-1]), dim=1)
-            self._last[index] = frames[:, -1:].clone()  # a view would keep all the frames alive
+            self.last[index] = frames[:, -1:].clone()  # a view would keep all the frames alive
             x = layer(x, past.flatten(0, 1))
         return x.unflatten(0, (batch, -1))
 
 
 class TAEHVDecoder:
-    """The decoder of one clip."""
+    """The decoder of one clip. first: nothing has been decoded yet."""
 
     def __init__(self, codec: TAEHV):
         self._codec = codec
         self._pass = _Pass(codec.networks["decoder"])
-        self._first = True
+        self.first = True
+
+    @property
+    def state(self) -> dict[int, Tensor]:
+        """The last input of each MemBlock, by the index of its layer."""
+        return self._pass.last
+
+    @property
+    def stateful_layers(self) -> list[int]:
+        """Indices that `state` has once something has been decoded."""
+        layers = self._codec.networks["decoder"].children()
+        return [index for index, layer in enumerate(layers) if isinstance(layer, MemBlock)]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -228,9 +239,9 @@ class TAEHVDecoder:
         """
         require_latents(latents, self._codec.latent_channels)
         pixels = self._pass(latents.to(**self._codec._place))
-        if self._first:
+        if self.first:
             pixels = pixels[:, self._codec.temporal_factor - 1 :]
-            self._first = False
+            self.first = False
         return pixels.float().clamp(0, 1) * 2 - 1
 
 

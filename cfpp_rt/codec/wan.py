@@ -113,12 +113,15 @@ def _empty_state(network: nn.Module) -> list[Any]:
 
 
 class WanDecoder:
-    """The decoder of one clip: for each causal convolution it holds the last two frames that came in."""
+    """The decoder of one clip: for each causal convolution it holds the last two frames that came in.
+
+    state: those, as diffusers keeps them; None where a slot is not used yet. first: nothing has been decoded yet.
+    """
 
     def __init__(self, codec: WanVAE):
         self._codec = codec
-        self._state = _empty_state(codec.vae.decoder)
-        self._first = True
+        self.state = _empty_state(codec.vae.decoder)
+        self.first = True
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -132,9 +135,9 @@ class WanDecoder:
         pictures = []
         for latent in values.split(1, dim=2):
             # The upsamplers over time tell the first latent by an empty state. Zeros in it are not the same.
-            first = {"first_chunk": self._first} if codec.takes_first_chunk else {}
-            pictures.append(codec.vae.decoder(latent, feat_cache=self._state, feat_idx=[0], **first))
-            self._first = False
+            first = {"first_chunk": self.first} if codec.takes_first_chunk else {}
+            pictures.append(codec.vae.decoder(latent, feat_cache=self.state, feat_idx=[0], **first))
+            self.first = False
         return torch.cat(pictures, dim=2).transpose(1, 2).float().clamp(-1, 1)
 
 

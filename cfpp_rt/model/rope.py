@@ -1,8 +1,7 @@
 """Rotary position tables over (frame, row, column), small enough to be made for any position.
 
 A head's D/2 channel pairs are split between time, rows and columns: n_row = n_col = (D/2) // 3, the rest is time
-(22, 21, 21 for D = 128). Pair j of an axis with n pairs turns by position * 10000^(-j / n). Angles are computed in
-float64 and stored as float32 (cos, sin), so positions have no upper bound.
+(22, 21, 21 for D = 128). The angles are those of `cfpp_rt.angles`.
 """
 
 import dataclasses
@@ -10,15 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
-THETA = 10000.0
+from cfpp_rt.angles import axis_table, pairs_of
+
 _SPAN = 256  # frames whose time table is made together
 _SPANS_KEPT = 4
-
-
-def _axis_table(positions: torch.Tensor, pairs: int) -> torch.Tensor:
-    frequencies = THETA ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
-    angles = positions.to(torch.float64)[:, None] * frequencies
-    return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +26,9 @@ class RotaryTables:
 
     @classmethod
     def build(cls, head_dim: int, rows: int, columns: int, device: torch.device | str = "cpu") -> "RotaryTables":
-        third = head_dim // 2 // 3
-        return cls(
-            rows=_axis_table(torch.arange(rows), third).to(device),
-            columns=_axis_table(torch.arange(columns), third).to(device),
-            time_pairs=head_dim // 2 - 2 * third,
-        )
+        time_pairs, third = pairs_of(head_dim)
+        row_table, column_table = (torch.from_numpy(axis_table(range(size), third)) for size in (rows, columns))
+        return cls(row_table.to(device), column_table.to(device), time_pairs)
 
     def time(self, frames: Sequence[int]) -> torch.Tensor:
         """Table of absolute latent frame indices, float32 [len(frames), n_time, 2]."""
@@ -49,8 +40,8 @@ class RotaryTables:
         if index not in self._spans:
             if len(self._spans) >= _SPANS_KEPT:
                 del self._spans[min(self._spans)]
-            frames = torch.arange(index * _SPAN, (index + 1) * _SPAN)
-            self._spans[index] = _axis_table(frames, self.time_pairs).to(self.rows.device)
+            frames = range(index * _SPAN, (index + 1) * _SPAN)
+            self._spans[index] = torch.from_numpy(axis_table(frames, self.time_pairs)).to(self.rows.device)
         return self._spans[index]
 
     def sequence(self, frames: Sequence[int]) -> torch.Tensor:

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from cfpp_rt.errors import InputError
-
-Range = tuple[int, int]
+from cfpp_rt.ring import Range
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,197 @@
+"""An ONNX bundle: a folder of graphs, their weights and a card that tells a runner all it must know. No torch, no onnx.
+
+card.json      sizes, steps and rollout of the student; bytes and sha256 of every other file
+<graph>.onnx   one per graph of `cfpp_rt.export.contract`, and the codec's, if any
+weights.bin    the network's weights, shared by its graphs
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cfpp_rt.config import ModelConfig, RolloutConfig
+from cfpp_rt.errors import InputError
+from cfpp_rt.export.contract import GraphSpec, Sizes, network_graphs
+from cfpp_rt.ring import FrameRing
+
+FORMAT, FORMAT_VERSION = "cfpp-rt ONNX bundle", 1
+CARD, WEIGHTS = "card.json", "weights.bin"
+_SPACE_MARGIN = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One denoising step: index of its timestep in the card's list, and its noise level."""
+
+    timestep: int
+    sigma: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What the exporter knows of the student and the runner needs.
+
+    sizes: all shapes. rollout: settings of the student; frames: latent frames that fit without a window, None with one.
+    timesteps: every timestep that the rollout uses. steps, first_steps: of a block, of the first generated block.
+    context, given: index of the timestep of the clean pass, and of the one of given frames. codec: graphs that decode,
+    by name, and `temporal_factor`; None without. about: student, checkpoint, versions: for people.
+    """
+
+    sizes: Sizes
+    rollout: RolloutConfig
+    frames: int | None
+    timesteps: tuple[float, ...]
+    steps: tuple[Step, ...]
+    first_steps: tuple[Step, ...]
+    context: int
+    given: int
+    codec: dict[str, GraphSpec] | None
+    temporal_factor: int
+    about: dict[str, Any]
+
+    @property
+    def graphs(self) -> dict[str, GraphSpec]:
+        return {**network_graphs(self.sizes), **(self.codec or {})}
+
+    def ring(self) -> FrameRing:
+        return FrameRing(self.sizes.sinks, self.sizes.ring, self.sizes.block)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Card":
+        """Raises KeyError, TypeError or InputError where something is missing or does not fit."""
+        sizes = dict(values["sizes"])
+        sizes["model"], sizes["latent_size"] = ModelConfig.from_dict(sizes["model"]), tuple(sizes["latent_size"])
+        codec = values["codec"]
+        card = cls(
+            sizes=Sizes(**sizes),
+            rollout=RolloutConfig(**values["rollout"]),
+            frames=values["frames"],
+            timesteps=tuple(float(t) for t in values["timesteps"]),
+            steps=tuple(Step(**step) for step in values["steps"]),
+            first_steps=tuple(Step(**step) for step in values["first_steps"]),
+            context=int(values["context"]),
+            given=int(values["given"]),
+            codec=None if codec is None else {name: GraphSpec.from_dict(graph) for name, graph in codec.items()},
+            temporal_factor=int(values["temporal_factor"]),
+            about=dict(values["about"]),
+        )
+        known = range(len(card.timesteps))
+        used = {card.context, card.given, *(step.timestep for step in (*card.steps, *card.first_steps))}
+        if card.sizes.timesteps != len(known) or not used <= set(known) or not card.steps or not card.first_steps:
+            raise InputError(f"timesteps must be the {card.sizes.timesteps} that the steps use, got {len(known)}")
+        card.ring()  # raises where slots and block do not fit together
+        return card
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its folder and card."""
+
+    folder: Path
+    card: Card
+
+    def path(self, graph: str) -> Path:
+        return self.folder / f"{graph}.onnx"
+
+
+def open_bundle(folder: str | Path) -> Bundle:
+    """Read the card and check every file against it, byte for byte.
+
+    Raises InputError, one line, for a folder that is no bundle, another format, and files that are missing, truncated
+    or changed.
+    """
+    folder = Path(folder)
+    path = folder / CARD
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{folder}: no bundle, it has no {CARD}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: truncated or no card ({error})") from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise InputError(f"{path}: must be the card of a {FORMAT!r}, got another file")
+    if values.get("format_version") != FORMAT_VERSION:
+        raise InputError(f"{path}: format_version must be {FORMAT_VERSION}, got {values.get('format_version')!r}")
+    try:
+        card, files = Card.from_dict(values), dict(values["files"])
+        missing = {WEIGHTS, *(f"{name}.onnx" for name in card.graphs)} - set(files)
+        if missing:
+            raise InputError(f"files must list {', '.join(sorted(missing))}")
+        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # InputError is a ValueError
+        what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{path}: the card does not fit together: {what}") from error
+    for name, (size, sha256) in expected.items():
+        _require_file(folder, name, size, sha256)
+    return Bundle(folder, card)
+
+
+def write_card(folder: Path, card: Card) -> None:
+    """Complete a folder that holds all other files already: measure them and write the card."""
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())}
+    whole = {"format": FORMAT, "format_version": FORMAT_VERSION, **card.to_dict(), "files": files}
+    (folder / CARD).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def new_folder(target: str | Path, needed_bytes: int) -> Iterator[Path]:
+    """Yield an empty folder that takes the name `target` when the body ends well, and vanishes when it does not.
+
+    Raises InputError where `target` exists, cannot be made, or the disk has no room for `needed_bytes`.
+    """
+    target = Path(target).resolve()
+    if target.exists():
+        raise InputError(f"{target}: exists already, and a bundle is never written over: choose another name")
+    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}")
+    try:
+        temporary.mkdir()
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written ({error.strerror})") from error
+    try:
+        free = shutil.disk_usage(temporary).free
+        if free < needed_bytes + _SPACE_MARGIN:
+            raise InputError(f"{target}: needs {needed_bytes >> 20} MiB, the disk has {free >> 20} MiB free")
+        yield temporary
+        os.rename(temporary, target)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise InputError(f"{target}: no space left on the disk") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _require_file(folder: Path, name: str, size: int, sha256: str) -> None:
+    if Path(name).name != name:
+        raise InputError(f"{folder / CARD}: a file must lie in the bundle, got {name!r}")
+    path = folder / name
+    if not path.is_file():
+        raise InputError(f"{path}: the file is missing")
+    if path.stat().st_size != size:
+        raise InputError(f"{path}: must have {size} bytes, got {path.stat().st_size}: truncated or replaced")
+    if sha256_of(path) != sha256:
+        raise InputError(f"{path}: is not what was exported (sha256 differs)")
+
+
+def steps_of(timesteps: Sequence[float], sigmas: Sequence[float], known: Sequence[float]) -> tuple[Step, ...]:
+    """The steps of a block, their timesteps as indices into `known`."""
+    return tuple(Step(known.index(t), sigma) for t, sigma in zip(timesteps, sigmas, strict=True))

@@ -1,0 +1,54 @@
+"""What can be said of a graph without running it: nothing that the contract declares is dropped on the way."""
+
+from pathlib import Path
+from typing import Any
+
+from cfpp_rt.errors import InputError
+from cfpp_rt.export.contract import GraphSpec
+from cfpp_rt.export.onnx_graph import OPSET, require_onnx
+
+
+def check_graph(path: Path, spec: GraphSpec) -> None:
+    """The onnx checker with shape inference; standard operators of the wanted opset only; every input is used, and what
+    continues an input is written by a TensorScatter on it, which alone reads it.
+
+    Raises InputError naming the file and the fault.
+    """
+    onnx = require_onnx()
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise InputError(f"{path.name}: not a valid ONNX graph: {' '.join(str(error).split())[:300]}") from error
+    model = onnx.load(str(path), load_external_data=False)
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    foreign = sorted({node.op_type for node in model.graph.node if node.domain not in ("", "ai.onnx")})
+    if opsets.get("") != OPSET or foreign:
+        raise InputError(f"{path.name}: must be standard operators of opset {OPSET}, got {opsets} and {foreign}")
+    _require_used(path, model, spec)
+    _require_updates(path, model, spec)
+
+
+def _require_used(path: Path, model: Any, spec: GraphSpec) -> None:
+    """Walk back from the outputs: an input that is not met has no influence on any of them."""
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    reached: set[str] = set()
+    waiting = [tensor.name for tensor in spec.outputs]
+    while waiting:
+        name = waiting.pop()
+        if name and name not in reached:
+            reached.add(name)
+            waiting.extend(made_by[name].input if name in made_by else ())
+    dropped = [tensor.name for tensor in spec.inputs if tensor.name not in reached]
+    if dropped:
+        raise InputError(f"{path.name}: input {dropped[0]} is dropped: no output depends on it")
+
+
+def _require_updates(path: Path, model: Any, spec: GraphSpec) -> None:
+    readers: dict[str, list[Any]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    for output, source in spec.aliases.items():
+        found = [(node.op_type, node.input[0], node.output[0]) for node in readers.get(source, [])]
+        if found != [("TensorScatter", source, output)]:
+            raise InputError(f"{path.name}: {source} must be read by the TensorScatter that writes {output} alone")

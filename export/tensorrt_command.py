@@ -1,0 +1,111 @@
+"""`cfpp export tensorrt`: a student to a bundle of TensorRT engines, past the parity gate."""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+DEFAULT_PARITY_SIZE = "64x96"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from cfpp_rt.export.source import add_source
+    from cfpp_rt.export.trt.build import DEFAULT_TIME_LIMIT_S
+    from cfpp_rt.export.trt.compile import WEIGHTS
+    from cfpp_rt.export.trt.library import LIBRARIES
+    from cfpp_rt.export.trt.make import DEFAULT_TARGETS
+
+    add_source(parser)
+    parser.set_defaults(dtype="bfloat16")
+    parser.add_argument("--batch", type=int, default=1, help="rows made together (default: %(default)s)")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to be made")
+    build = parser.add_argument_group("the engines")
+    build.add_argument(
+        "--targets",
+        nargs="+",
+        default=list(DEFAULT_TARGETS),
+        metavar="SM",
+        help=f"architectures, or 'current' for the GPU of this machine (default: {' '.join(DEFAULT_TARGETS)})",
+    )
+    build.add_argument("--graphs", nargs="+", metavar="NAME", help="build only these graphs (default: all)")
+    build.add_argument(
+        "--library", choices=["auto", *LIBRARIES], default="auto", help="default: the first that is installed"
+    )
+    build.add_argument(
+        "--weights", choices=WEIGHTS, default="embedded", help="in the engines or not (default: %(default)s)"
+    )
+    build.add_argument("--timing-cache", metavar="FILE", help="tactics measured before; read and written back")
+    build.add_argument(
+        "--time-limit",
+        type=float,
+        default=DEFAULT_TIME_LIMIT_S,
+        metavar="SECONDS",
+        help="for one engine (default: %(default)g)",
+    )
+    build.add_argument(
+        "--parity-size",
+        default=DEFAULT_PARITY_SIZE,
+        metavar="HxW",
+        help="pictures of the comparison with PyTorch before the build (default: %(default)s)",
+    )
+    build.add_argument("--keep-onnx", metavar="DIR", help="keep the ONNX bundle in this folder")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import tempfile
+
+    from cfpp_rt.errors import InputError
+    from cfpp_rt.export.bundle import open_bundle
+    from cfpp_rt.export.trt.make import make_bundle, require_buildable
+
+    # What can be refused at once is refused before the long work.
+    if not 0 < arguments.time_limit < math.inf:
+        raise InputError(f"--time-limit must be a number > 0, got {arguments.time_limit:g}")
+    for option in ("base", "tiny_vae"):
+        if getattr(arguments, option) is not None:
+            raise InputError(f"--{option.replace('_', '-')} is of no use here: engines are of the network alone")
+    for option in ("output", "keep_onnx"):
+        folder = getattr(arguments, option)
+        if folder is not None and Path(folder).exists():
+            raise InputError(f"--{option.replace('_', '-')} must be a new folder, got {folder}, which exists")
+    require_buildable(arguments.library, arguments.targets, arguments.graphs, arguments.timing_cache)
+    beside = Path(arguments.output).resolve().parent  # on the disk that the engines go to
+    with tempfile.TemporaryDirectory(prefix=".cfpp-onnx-", dir=beside if beside.is_dir() else None) as temporary:
+        graphs = arguments.keep_onnx or str(Path(temporary, "graphs"))
+        parity = _export(arguments, graphs)  # the model is gone when this returns: the builder needs the memory
+        make_bundle(
+            open_bundle(graphs),
+            arguments.output,
+            parity,
+            targets=arguments.targets,
+            graphs=arguments.graphs,
+            library=arguments.library,
+            weights=arguments.weights,
+            timing_cache=arguments.timing_cache,
+            time_limit_s=arguments.time_limit,
+            say=print,
+        )
+    size = sum(path.stat().st_size for path in Path(arguments.output).rglob("*.engine"))
+    print(f"{arguments.output}: engines for {', '.join(arguments.targets)}, {size / 2**20:.1f} MiB")
+
+
+def _export(arguments: argparse.Namespace, graphs: str) -> dict[str, Any]:
+    """Compare, then write the ONNX bundle; returns what the comparison found."""
+    from cfpp_rt.export.source import latent_size, load_source
+    from cfpp_rt.export.to_onnx import export_onnx
+    from cfpp_rt.export.trt.gate import require_parity
+
+    small = latent_size(arguments.parity_size, "--parity-size")
+    source = load_source(arguments)
+    frames, batch, about = source.frames, arguments.batch, {"student": source.name}
+    parity = require_parity(source.model, source.rollout, latent_size=small, frames=frames, batch=batch, say=print)
+    export_onnx(
+        source.model,
+        source.rollout,
+        graphs,
+        latent_size=source.latent_size,
+        frames=frames,
+        batch=batch,
+        about=about,
+    )
+    return parity

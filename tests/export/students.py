@@ -1,0 +1,29 @@
+"""Small random students as ONNX bundles, for the tests of engines."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cfpp_rt.config import ModelConfig, RolloutConfig
+from cfpp_rt.export.bundle import Bundle, open_bundle
+from cfpp_rt.export.to_onnx import export_onnx
+from cfpp_rt.model.transformer import random_model
+
+TINY = ModelConfig(dim=64, ffn_dim=128, num_heads=2, num_layers=2, freq_dim=16, text_dim=32, text_len=8)
+WORLD = dataclasses.replace(TINY, text_len=0, num_actions=5)
+ROLLING = RolloutConfig(window=4, sinks=1)
+
+
+def exported(
+    folder: Path,
+    config: ModelConfig = TINY,
+    rollout: RolloutConfig = ROLLING,
+    dtype: str = "float16",
+    **options: Any,
+) -> Bundle:
+    """A student of random weights, 4 x 6 latents, as an opened ONNX bundle."""
+    model = random_model(config, seed=0, dtype=getattr(torch, dtype))
+    export_onnx(model, rollout, folder, latent_size=(4, 6), frames=6, **options)
+    return open_bundle(folder)
