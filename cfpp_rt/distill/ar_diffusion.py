@@ -34,6 +34,23 @@ def flow_loss(
     return (error.mean(dim=(2, 3)) * frame_weights).mean()
 
 
+def draw_context(clean: Tensor, most: float, draws: torch.Generator) -> tuple[Tensor, Tensor] | None:
+    """Noise [B, F, C, h, w] and sigmas [B, F] for the frames that are seen as the past: one sigma of 0..most for every
+    second clip or so, 0 for the others. None, and nothing drawn, where most is 0.
+    """
+    if not most:
+        return None
+    count, frames = clean.shape[:2]
+    size, some = (rows(lambda n: torch.rand(n, 1, generator=draws), count) for _ in range(2))
+    sigmas = (most * size * (some < 0.5)).expand(count, frames).to(clean.device)
+    return normal_like(clean, draws), sigmas
+
+
+def noised_context(clean: Tensor, context: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:
+    """The frames that are seen as the past, and their timesteps; None = all 0."""
+    return (clean, None) if context is None else (mix(clean, *context), context[1] * TABLE_SIZE)
+
+
 def ar_diffusion_loss(
     student: Denoiser,
     clean: Tensor,
@@ -52,9 +69,7 @@ def ar_diffusion_loss(
     """
     device = clean.device
     sigmas, timesteps = (table.to(device)[levels] for table in (schedule.sigmas, schedule.timesteps))
-    seen, seen_timesteps = clean, torch.zeros_like(timesteps)
-    if context is not None:
-        seen, seen_timesteps = mix(clean, *context), context[1] * TABLE_SIZE
+    seen, seen_timesteps = noised_context(clean, context)
     velocity = student.teacher_forced(seen, mix(clean, noise, sigmas), timesteps, condition, seen_timesteps)
     return flow_loss(velocity, clean, noise, schedule.training_weights().to(device)[levels], cell_weights)
 
@@ -98,12 +113,7 @@ class ArDiffusion:
         count, frames = clean.shape[:2]
         levels = block_indices(TABLE_SIZE, count, frames, self.student.layout.block, draws).to(clean.device)
         noise = normal_like(clean, draws)
-        context = None
-        if self.most_context_noise:
-            size, some = (rows(lambda n: torch.rand(n, 1, generator=draws), count) for _ in range(2))
-            amount = size * (some < 0.5)
-            sigmas = (self.most_context_noise * amount).expand(count, frames).to(clean.device)
-            context = normal_like(clean, draws), sigmas
+        context = draw_context(clean, self.most_context_noise, draws)
         yield (
             "student",
             ar_diffusion_loss(

@@ -91,7 +91,15 @@ def build_stage(
         path = weights.teacher or weights.init
         teacher = _denoiser(load_frozen(settings, path, device), settings, own)
         target = _denoiser(ema, settings, own)
-        return CausalCD(learner, target, teacher, schedule=schedule, timesteps=timesteps, guidance=guidance)
+        return CausalCD(
+            learner,
+            target,
+            teacher,
+            schedule=schedule,
+            timesteps=timesteps,
+            guidance=guidance,
+            most_context_noise=own.context_noise,
+        )
     real_sizes = settings.real or settings.model
     critic_sizes = real_sizes if weights.critic is None else settings.model
     critic = _learning(settings, weights.critic or weights.real, critic_sizes, own)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from cfpp_rt.distill.ar_diffusion import mix
+from cfpp_rt.distill.ar_diffusion import draw_context, mix, noised_context
 from cfpp_rt.distill.batch import Batch
 from cfpp_rt.distill.draws import block_indices, normal_like
 from cfpp_rt.distill.forward import Condition, Denoiser
@@ -54,13 +54,14 @@ def clean_estimate(
     timesteps: Tensor,
     condition: Condition,
     schedule: FlowMatchSchedule,
+    clean_timesteps: Tensor | None = None,
 ) -> Tensor:
     """X(x, t) = x - sigma(t) * v(x, t) under teacher forcing: [B, F, C, h, w].
 
     timesteps: float32, one for all frames or [B, F], equal within a block. sigma(t) is that of the schedule's nearest
-    entry, as when the student runs.
+    entry, as when the student runs. clean_timesteps: as `Denoiser.teacher_forced`.
     """
-    velocity = network.teacher_forced(clean, noisy, _per_frame(timesteps, clean), condition)
+    velocity = network.teacher_forced(clean, noisy, _per_frame(timesteps, clean), condition, clean_timesteps)
     return noisy - _per_frame(schedule.sigma(timesteps), clean)[:, :, None, None, None] * velocity
 
 
@@ -72,12 +73,13 @@ def ode_step(
     next_timesteps: Tensor,
     condition: Condition,
     guidance: Guidance | None,
+    clean_timesteps: Tensor | None = None,
 ) -> Tensor:
     """One Euler step of the teacher's ODE from `timesteps` to `next_timesteps`, each one for all frames or [B, F]:
-    [B, F, C, h, w].
+    [B, F, C, h, w]. clean_timesteps: as `Denoiser.teacher_forced`.
     """
     here, there = _per_frame(timesteps, clean), _per_frame(next_timesteps, clean)
-    velocity = guided(lambda c: teacher.teacher_forced(clean, noisy, here, c), condition, guidance)
+    velocity = guided(lambda c: teacher.teacher_forced(clean, noisy, here, c, clean_timesteps), condition, guidance)
     return noisy - ((here - there) / TABLE_SIZE)[:, :, None, None, None] * velocity
 
 
@@ -98,6 +100,7 @@ class CausalCD:
     schedule: what the student runs on. timesteps: the table, float32, descending; its last interval, to 0, is not
     used, as published. Every block draws an interval of its own; the published code draws one for the whole batch.
     Under teacher forcing a block sees no other noisy one, so the loss is the same in the mean, and less noisy.
+    most_context_noise: as `ArDiffusion`, for teacher, student and target alike; the published code has none here.
     """
 
     def __init__(
@@ -109,9 +112,11 @@ class CausalCD:
         schedule: FlowMatchSchedule,
         timesteps: Tensor,
         guidance: Guidance | None = None,
+        most_context_noise: float = 0.0,
     ):
         self.student, self.target, self.teacher = student, ema, teacher
         self.schedule, self.timesteps, self.guidance = schedule, timesteps, guidance
+        self.most_context_noise = most_context_noise
         self.ema: nn.Module = ema.network
         self.trained: dict[str, nn.Module] = {"student": student.network}
 
@@ -124,8 +129,9 @@ class CausalCD:
         m = block_indices(len(self.timesteps) - 1, count, frames, self.student.layout.block, draws)
         here, there = self.timesteps[m], self.timesteps[m + 1]
         noisy = mix(clean, normal_like(clean, draws), (here / TABLE_SIZE).to(clean.device))
+        seen, seen_timesteps = noised_context(clean, draw_context(clean, self.most_context_noise, draws))
         with torch.no_grad():
-            stepped = ode_step(self.teacher, clean, noisy, here, there, batch.condition, self.guidance)
-            wanted = clean_estimate(self.target, clean, stepped, there, batch.condition, self.schedule)
-        found = clean_estimate(self.student, clean, noisy, here, batch.condition, self.schedule)
+            stepped = ode_step(self.teacher, seen, noisy, here, there, batch.condition, self.guidance, seen_timesteps)
+            wanted = clean_estimate(self.target, seen, stepped, there, batch.condition, self.schedule, seen_timesteps)
+        found = clean_estimate(self.student, seen, noisy, here, batch.condition, self.schedule, seen_timesteps)
         yield "student", consistency_loss(found, wanted, batch.weights)

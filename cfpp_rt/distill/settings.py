@@ -21,10 +21,10 @@ class StageSettings:
     the matrices of the blocks at 10 times lr and AdamW for the rest. warmup: steps of linear rise. decay: share of lr
     at the end of a cosine, 1 = constant. clip: largest gradient norm. ema: decay of the student's moving average, which
     starts at step ema_start. guidance: weight of the teacher's, 1 = none, else the config must have `negative`.
-    context_noise: largest sigma on the clean frames of stage ar. table: timesteps of stages ode and cd. ratio: critic
-    steps per student step of stage dmd. frames, initial_frames: length of its videos, and how many of them are given.
-    checkpointing: of activations. accumulate: batches per step. sample_every: steps between samples of the student,
-    0 = none. tensorboard: log there too. data: of this stage, instead of the config's.
+    context_noise: largest sigma on the clean frames of stages ar and cd. table: timesteps of stages ode and cd. ratio:
+    critic steps per student step of stage dmd. frames, initial_frames: length of its videos, and how many of them are
+    given. checkpointing: of activations. accumulate: batches per step. sample_every: steps between samples of the
+    student, 0 = none. tensorboard: log there too. data: of this stage, instead of the config's.
     """
 
     steps: int
