@@ -45,8 +45,8 @@ def test_a_thousand_frames_do_not_fade(pipeline):
     assert scores["follow"] >= 0.9, scores
 
 
-def test_thirty_frames_a_second(pipeline):
-    """The target is far below what any machine of this decade reaches: see docs/distillation.md for the measured one."""
+def test_it_is_fast_enough_to_play(pipeline):
+    """Far above 30 where it was measured (docs/distillation.md); the bound leaves room for a busy machine."""
     assert pace(pipeline, pipeline.rollout, frames=60)["fps"] > 10
 
 

@@ -15,7 +15,7 @@ from cfpp_rt.distill.forward import Condition
 from cfpp_rt.errors import InputError
 
 # What a folder's columns are called, and the dtype in which training wants them.
-CLIPS = {"latents": torch.float32, "trajectory": torch.float32}
+CLIPS = {"latents": torch.float32, "trajectory": torch.float32, "weights": torch.float32}
 CONDITIONS = {"embeds": torch.float32, "actions": torch.int64}
 COLUMNS = {**CLIPS, **CONDITIONS}
 
@@ -42,7 +42,8 @@ class ShardFeed:
         embeds = found.get("embeds")
         if embeds is None:
             embeds = torch.zeros(self.batch, 0, 1)
-        return Batch(Condition(embeds, found.get("actions")), found.get("latents"), found.get("trajectory"))
+        condition = Condition(embeds, found.get("actions"))
+        return Batch(condition, *(found.get(name) for name in CLIPS))
 
     def _row(self, place: int) -> int:
         epoch, inside = divmod(place, len(self.folder))

@@ -129,7 +129,7 @@ class ShardWriter:
                 tensors[name] = torch.cat(rows).contiguous()
                 tensors[name + _ENDS] = torch.tensor([len(row) for row in rows]).cumsum(0)
             else:
-                tensors[name] = torch.stack(rows)
+                tensors[name] = torch.stack(rows).contiguous()  # stack keeps the rows' order of axes in memory
         path = self.folder / f"{len(self._shards):05d}.safetensors"
         try:
             with write_atomically(path) as temporary:
