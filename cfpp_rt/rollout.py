@@ -248,12 +248,12 @@ class Rollout:
         with torch.inference_mode():
             return self.model.embed_text(text.embeds)
 
-    def _noise_levels(self, steps: tuple[int, ...]) -> tuple[list[float], list[Tensor | None]]:
-        """Timesteps of a step list, and their sigmas [1, n], then None: after the last step nothing is noised again."""
+    def _noise_levels(self, steps: tuple[int, ...]) -> tuple[list[float], list[Tensor]]:
+        """Timesteps of a step list and their sigmas, [1, n] each."""
         schedule = FlowMatchSchedule(self.config.shift)
         timesteps = schedule.warp(steps)
         sigmas = schedule.sigma(timesteps).to(self.model.device)[:, None, None]
-        return timesteps.tolist(), [*sigmas.expand(-1, 1, self.config.frames_per_block), None]
+        return timesteps.tolist(), list(sigmas.expand(-1, 1, self.config.frames_per_block))
 
     def _prefill(self, latents: Tensor) -> None:
         with torch.inference_mode():
@@ -277,8 +277,9 @@ class Rollout:
             groups = self._open_block(start) if step == 0 else []
             groups.append(self._group(x, start, timestep, self._actions, cameras))
             velocity = self._forward(groups, keep=1)
-            noise = None if levels[step + 1] is None else self.noise.between_steps(n)
-            clean, x = denoise_update(x, velocity, levels[step], noise, levels[step + 1])
+            again = levels[step + 1] if step + 1 < len(levels) else None  # after the last step nothing is noised again
+            noise = None if again is None else self.noise.between_steps(n)
+            clean, x = denoise_update(x, velocity, levels[step], noise, again)
             if self._check_finite:
                 passes.append((groups, clean.isfinite().all()))
         if self._check_finite and not bool(torch.stack([finite for _, finite in passes]).all()):
