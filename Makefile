@@ -58,6 +58,12 @@ bench: install
 	$(BIN)/python -m cfpp_rt.bench.bench_block_attention
 	$(BIN)/python -m cfpp_rt.bench.bench_call_overhead
 	$(BIN)/python -m cfpp_rt.bench.bench_rollout
+	$(BIN)/python -m cfpp_rt.bench.bench_camera --block 1
+	$(BIN)/python -m cfpp_rt.bench.bench_small_pass
+	$(BIN)/python -m cfpp_rt.bench.bench_dtypes
+	$(BIN)/python -m cfpp_rt.bench.bench_train
+	$(BIN)/python -m cfpp_rt.bench.bench_engine
+	$(BIN)/cfpp bench --random-weights --model world
 	$(BIN)/python -m cfpp_rt.bench.bench_long_rollout
 
 # The built-in world's student from nothing: stages ar, base, cd and dmd. A run that was broken off goes on.
