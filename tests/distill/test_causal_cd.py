@@ -113,3 +113,25 @@ def test_a_solved_trajectory_is_the_euler_method_and_the_ode_stage_regresses_its
     assert min(abs(loss.item() - value) for value in possible) < 1e-5
     with pytest.raises(InputError, match=r"trajectory must be \[B, 2 \+ 1"):
         next(stage.updates(lambda: batch, torch.Generator(), 0))
+
+
+def test_teacher_student_and_target_see_the_same_noised_past(model, batch, monkeypatch):
+    seen = []
+
+    class Watched(Denoiser):
+        def teacher_forced(self, clean, noisy, timesteps, condition, clean_timesteps=None):
+            seen.append((clean, clean_timesteps))
+            return super().teacher_forced(clean, noisy, timesteps, condition, clean_timesteps)
+
+    student, ema = (copy.deepcopy(model).requires_grad_(True) for _ in range(2))
+    networks = Watched(student), Watched(ema), Watched(model)
+    stage = CausalCD(*networks, schedule=SCHEDULE, timesteps=timestep_table(), most_context_noise=0.5)
+    noised = 0
+    for seed in range(4):
+        seen.clear()
+        next(stage.updates(lambda: batch, torch.Generator().manual_seed(seed), 0))
+        (past, levels), *others = seen
+        assert len(others) == 2 and all(torch.equal(past, p) and torch.equal(levels, t) for p, t in others)
+        assert levels.min() >= 0 and levels.max() <= 500 and torch.equal(past, batch.latents) == (not levels.any())
+        noised += bool(levels.any())
+    assert 0 < noised < 4, "some clips carry noise, others do not"

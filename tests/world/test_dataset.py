@@ -1,0 +1,33 @@
+"""Stored clips of the world are those that training is fed with."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cfpp_rt.distill.data.feed import open_feed as open_shards
+from cfpp_rt.distill.settings import Settings
+from cfpp_rt.errors import InputError
+from cfpp_rt.world.dataset import write
+from cfpp_rt.world.feed import open_feed
+
+CONFIG = Path(__file__).parents[2] / "configs" / "world.yaml"
+
+
+def test_stored_clips_equal_those_made_while_training(tmp_path):
+    write(CONFIG, 8, tmp_path / "clips")
+    data = {key: value for key, value in Settings.read(CONFIG).data.items() if key != "source"}
+    made = [open_feed(batch=4, **data)(position) for position in range(2)]
+    stored = open_shards(batch=8, folder=str(tmp_path / "clips"))(0)  # shuffled
+    for name in ("latents", "weights"):
+        wanted = torch.cat([getattr(batch, name) for batch in made]).flatten(1)
+        found = getattr(stored, name).flatten(1)
+        assert torch.equal(wanted[wanted[:, 0].argsort()], found[found[:, 0].argsort()]), name
+    actions = torch.cat([batch.condition.actions for batch in made])
+    assert torch.equal(actions.unique(dim=0), stored.condition.actions.unique(dim=0))
+
+
+def test_a_number_of_clips_that_makes_no_batches_is_refused(tmp_path):
+    with pytest.raises(InputError, match="clips must be a multiple of 4, got 6"):
+        write(CONFIG, 6, tmp_path / "clips")
+    assert not list(tmp_path.iterdir())
