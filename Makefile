@@ -66,19 +66,17 @@ bench: install
 	$(BIN)/cfpp bench --random-weights --model world
 	$(BIN)/python -m cfpp_rt.bench.bench_long_rollout
 
-# The built-in world's student from nothing: stages ar, base, cd and dmd. A run that was broken off goes on.
+# The built-in world's student from nothing: stages ar, base and dmd. A run that was broken off goes on.
 WORLD := $(OUT)/world
 STAGE = $(BIN)/cfpp distill --config configs/world.yaml --out $(@D) $(if $(wildcard $(@D)/step-*),--resume)
 world: $(WORLD)/dmd/student.safetensors
-	$(BIN)/python -m cfpp_rt.world.pack --config configs/world.yaml --run $(<D) --out cfpp_rt/world/weights
+	$(BIN)/python -m cfpp_rt.world.pack --config configs/world.yaml --run $(<D) --steps 1000 250 --out cfpp_rt/world/weights
 	$(BIN)/cfpp world-eval
 $(WORLD)/ar/student.safetensors: | install
 	$(STAGE) --stage ar
 $(WORLD)/base/student.safetensors: $(WORLD)/ar/student.safetensors
 	$(STAGE) --stage base --init $<
-$(WORLD)/cd/student.safetensors: $(WORLD)/ar/student.safetensors
-	$(STAGE) --stage cd --init $<
-$(WORLD)/dmd/student.safetensors: $(WORLD)/cd/student.safetensors $(WORLD)/base/student.safetensors
+$(WORLD)/dmd/student.safetensors: $(WORLD)/ar/student.safetensors $(WORLD)/base/student.safetensors
 	$(STAGE) --stage dmd --init $< --real $(WORLD)/base/student.safetensors
 
 gpu: export CFPP_BUILD = cuda

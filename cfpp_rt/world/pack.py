@@ -4,7 +4,9 @@ python -m cfpp_rt.world.pack --config configs/world.yaml --run outputs/world/dmd
 """
 
 import argparse
+import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -16,17 +18,23 @@ from cfpp_rt.world.codec import fit_codec
 from cfpp_rt.world.student import load_student
 
 
-def pack(config: Path, run: Path, out: Path) -> None:
-    """Copy a run's student, and fit the codec that it was trained with. Raises InputError for a run that is not done,
-    CheckpointError for one of another kind.
+def pack(config: Path, run: Path, out: Path, steps: Sequence[int] | None = None) -> None:
+    """Copy a run's student, and fit the codec that it was trained with. steps: of its rollouts, None = those of the run.
+
+    Raises InputError for a run that is not done, CheckpointError for one of another kind.
     """
     settings = Settings.read(config)
     out.mkdir(parents=True, exist_ok=True)
     for name in ("student.safetensors", "student.json"):
         if not (run / name).is_file():
             raise InputError(f"--run {run}: wanted a finished run, found no {name}")
-        with write_atomically(out / name) as temporary:
-            shutil.copyfile(run / name, temporary)
+    with write_atomically(out / "student.safetensors") as temporary:
+        shutil.copyfile(run / "student.safetensors", temporary)
+    described = json.loads((run / "student.json").read_text(encoding="utf-8"))
+    if steps is not None:
+        described["rollout"]["steps"] = list(steps)
+    with write_atomically(out / "student.json") as temporary:
+        temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     with write_atomically(out / "codec.safetensors") as temporary:
         save_file(fit_codec(settings.data["seed"]).state_dict(), temporary)
     load_student(out)
@@ -36,10 +44,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, type=Path, metavar="YAML", help="what the run was trained with")
     parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="--out of cfpp distill")
+    parser.add_argument("--steps", type=int, nargs="+", help="of its rollouts (default: those of the run)")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     arguments = parser.parse_args()
     try:
-        pack(arguments.config, arguments.run, arguments.out)
+        pack(arguments.config, arguments.run, arguments.out, arguments.steps)
     except InputError as error:
         parser.error(str(error))
     print(f"{arguments.out}: {sum(path.stat().st_size for path in arguments.out.iterdir()) / 2**20:.1f} MiB")
