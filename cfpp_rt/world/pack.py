@@ -19,7 +19,7 @@ from cfpp_rt.world.student import load_student
 
 
 def pack(config: Path, run: Path, out: Path, steps: Sequence[int] | None = None) -> None:
-    """Copy a run's student, and fit the codec that it was trained with. steps: of its rollouts, None = those of the run.
+    """Copy a run's student, and fit the codec that it was trained with. steps: of its rollouts, None = the run's own.
 
     Raises InputError for a run that is not done, CheckpointError for one of another kind.
     """
