@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import select
 import subprocess
 import sys
 import time
@@ -42,7 +43,7 @@ def test_a_thousand_frames_do_not_fade(pipeline):
     played = play(pipeline, pipeline.rollout, episodes=4, frames=1000, seed=8)
     scores = score(played)
     assert scores["colour"] < 0.1, scores
-    assert scores["follow"] >= 0.9, scores
+    assert scores["follow_moving"] >= 0.95, scores
 
 
 def test_it_is_fast_enough_to_play(pipeline):
@@ -104,11 +105,15 @@ def test_playing_in_a_terminal():
     command = [sys.executable, "-m", "cfpp_rt.cli", "play", "--seed", "3", "--fps", "50"]
     player = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=subprocess.PIPE)
     written, deadline = b"", time.monotonic() + 120
+
+    def read() -> bytes:
+        return os.read(leader, 1 << 16) if select.select([leader], [], [], 0.2)[0] else b""
+
     while b"right" not in written and time.monotonic() < deadline:
         os.write(leader, b"\x1b[C")  # the right arrow, held
-        written += os.read(leader, 1 << 16)
+        written += read()
     assert b"right" in written, "the key is shown beside the picture that it led to"
     os.write(leader, b"q")
     while player.poll() is None and time.monotonic() < deadline:
-        written += os.read(leader, 1 << 16)
+        written += read()
     assert player.wait(timeout=10) == 0 and player.stderr.read() == b""
