@@ -60,7 +60,7 @@ def load_source(arguments: argparse.Namespace) -> Source:
     codec: Codec | None = None
     factor = 4
     if world:
-        pipeline = load_student(arguments.checkpoint or SHIPPED, dtype=dtype)
+        pipeline = load_student(arguments.checkpoint or SHIPPED, dtype=dtype, fuse=False)
         model, rollout, codec = pipeline.model, pipeline.rollout, pipeline.codec
         factor = codec.temporal_factor
     else:

@@ -27,15 +27,20 @@ def load_student(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    fuse: bool = True,
 ) -> Pipeline:
     """The student of a folder: student.safetensors, student.json (sizes and rollout settings), codec.safetensors.
+
+    fuse: change the model for speed (`cfpp_rt.speed`); False keeps the published names of its weights.
 
     Raises CheckpointError for files that are missing or of something else.
     """
     folder = Path(folder)
-    model = fuse_qkv(load_model(folder / "student.safetensors", dtype=dtype, device=device))
-    if has_fused_gelu(model.device, model.dtype):
-        fuse_gelu(model)
+    model = load_model(folder / "student.safetensors", dtype=dtype, device=device)
+    if fuse:
+        fuse_qkv(model)
+        if has_fused_gelu(model.device, model.dtype):
+            fuse_gelu(model)
     codec = PatchCodec.load(folder / "codec.safetensors", device)
     return Pipeline(model, codec, None, _rollout(folder / "student.json"))
 
