@@ -14,24 +14,14 @@ from pathlib import Path
 import torch
 
 from cfpp_rt.bench import harness
-from cfpp_rt.config import ModelConfig, RolloutConfig
+from cfpp_rt.bench.subject import WORLD
+from cfpp_rt.config import RolloutConfig
 from cfpp_rt.export.runner import Engine, EngineRollout
 from cfpp_rt.export.to_onnx import export_onnx
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.rollout import Rollout
 from cfpp_rt.values import DTYPES, Conditioning
 
-WORLD = ModelConfig(
-    dim=128,
-    ffn_dim=512,
-    num_heads=2,
-    num_layers=4,
-    freq_dim=64,
-    text_dim=1,
-    text_len=0,
-    num_actions=6,
-    patch_size=(1, 1, 1),
-)
 LATENT = (6, 6)  # 48x48
 WINDOW = 3
 
