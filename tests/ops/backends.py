@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +10,6 @@ import torch
 from torch import Tensor
 
 from tests.closeness import assert_no_worse_than
-
-# Without a GPU Triton's interpreter runs the kernels, on CPU tensors. It must be chosen before they are defined.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 COMPILED = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
