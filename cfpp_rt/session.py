@@ -12,6 +12,7 @@ from cfpp_rt.decode import to_uint8
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.transformer import CausalWanTransformer
 from cfpp_rt.rollout import Rollout
+from cfpp_rt.speed import Graphs
 from cfpp_rt.timing import Timings
 from cfpp_rt.values import Conditioning, Frames
 
@@ -50,6 +51,7 @@ class Stream:
         seed: int | Sequence[int],
         noise: Tensor | None,
         renoise: Sequence[Tensor] | None,
+        graphs: Graphs | None,
     ):
         self.timings = Timings(model.device)
         height, width = size
@@ -74,6 +76,7 @@ class Stream:
             seed=seed,
             noise=noise,
             renoise=renoise,
+            graphs=graphs,
         )
         self._initial = given
         self._delivered = 0
