@@ -11,7 +11,7 @@ window that ends with their own block, the noisy queries the window that ends on
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import InputError, NonFiniteError, OutOfMemoryError
 from cfpp_rt.memory import allocate, give_back
 from cfpp_rt.model.attention import CachePass, CameraPass
-from cfpp_rt.model.transformer import CausalWanTransformer, LayerText, TimeEmbedding
+from cfpp_rt.model.times import Actions, TimeRows
+from cfpp_rt.model.transformer import CausalWanTransformer, LayerText
 from cfpp_rt.noise import NoiseSource
 from cfpp_rt.ops.denoise_update import denoise_update
 from cfpp_rt.ring import FrameRing, slots_for
@@ -32,10 +33,6 @@ from cfpp_rt.transfer import to_device
 from cfpp_rt.values import Conditioning, Latents
 
 PREFILL_TIMESTEP = 0.0  # given frames are clean, whatever context_noise is: as published
-
-
-Actions = tuple[tuple[int, ...], ...]
-_MOST_TIMES = 512  # embedded timesteps and actions kept; a batch may act in more ways than it pays to keep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +68,10 @@ class Rollout:
     (needs a window). initial: given clean latents [B, F0, C, h, w] that the video continues (image-to-video, video
     extension); they are not yielded. cameras: for a model with the camera branch, one per latent frame, given ones
     included, or a single one that stands still until `move`; without end, the last one stands still. None: the branch
-    is left out, and no memory is taken for it. seed, noise, renoise: see `NoiseSource`. check_finite: raise
+    is left out, and no memory is taken for it. seed, noise, renoise: see `NoiseSource`. check_finite: True raises
     NonFiniteError, naming frame and layer, when the model produces NaN or infinity (one device synchronisation per
-    block). graphs: of this model, to run the passes as CUDA graphs; where that cannot be, `why_not_graphs` says why.
+    block); "later" leaves it to `require_finite`. graphs: of this model, to run the passes as CUDA graphs; where that
+    cannot be, `why_not_graphs` says why.
 
     Raises InputError for sizes that do not fit together and OutOfMemoryError if the cache cannot be allocated, or if
     memory runs out later: the rollout is over then, and another may begin.
@@ -92,7 +90,7 @@ class Rollout:
         seed: int | Sequence[int] = 0,
         noise: Tensor | None = None,
         renoise: Iterable[Tensor] | None = None,
-        check_finite: bool = True,
+        check_finite: bool | Literal["later"] = True,
         graphs: Graphs | None = None,
     ):
         block = config.frames_per_block
@@ -134,12 +132,13 @@ class Rollout:
         self._levels = {
             steps: self._noise_levels(steps) for steps in {config.steps, config.first_steps or config.steps}
         }
-        self._times: dict[tuple[tuple[float, Actions], ...], TimeEmbedding] = {}
+        self._times = TimeRows(model, block)
         self._actions = ((0,) * block,) * batch if model.config.num_actions else ()
         self._text = self._embed(text)
         self._held: dict[int, _Clean] = {}  # finished blocks whose keys are in the cache, by first frame
         self._unrefreshed: int | None = None  # first frame of the finished block that still waits for its clean pass
         self._generated = False
+        self._unchecked: list[tuple[list[_Group], Tensor]] = []  # passes of the newest block, and whether all is finite
         with self._whole():
             for start in range(0, given, block):
                 self._prefill(initial[:, start : start + block])  # type: ignore[index]
@@ -173,6 +172,11 @@ class Rollout:
         if self.waits_for_refresh:
             with self._whole():
                 self._run_refresh()
+
+    def require_finite(self) -> None:
+        """Raise NonFiniteError if the newest block is not finite; to be called before another pass."""
+        with self._whole():
+            self._locate_non_finite()
 
     def switch_prompt(self, text: Conditioning, *, recache: bool = False) -> None:
         """Follow another prompt from the next block on.
@@ -230,8 +234,8 @@ class Rollout:
 
     @property
     def over(self) -> bool:
-        """Whether it makes no more blocks: all are made, or it broke off."""
-        return self._finished or self._broken
+        """Whether it runs no more passes: all blocks are made and looked at, or it broke off."""
+        return self._broken or (self._finished and not self._unchecked)
 
     @property
     def _finished(self) -> bool:
@@ -299,7 +303,7 @@ class Rollout:
 
         x = self.noise.start(n)
         cameras = self._look(start, n)
-        passes = []
+        self._unchecked = []
         for step, timestep in enumerate(timesteps):
             groups = self._open_block(start) if step == 0 else []
             groups.append(self._group(x, start, timestep, self._actions, cameras))
@@ -308,9 +312,9 @@ class Rollout:
             noise = None if again is None else self.noise.between_steps(n)
             clean, x = denoise_update(x, velocity, levels[step], noise, again)
             if self._check_finite:
-                passes.append((groups, clean.isfinite().all()))
-        if self._check_finite and not bool(torch.stack([finite for _, finite in passes]).all()):
-            self._locate_non_finite(passes)
+                self._unchecked.append((groups, clean.isfinite().all()))
+        if self._check_finite is True:
+            self._locate_non_finite()
 
         self.next_frame, self._generated = start + n, True
         self._hold(clean, start, float(config.context_noise), cameras)
@@ -345,18 +349,6 @@ class Rollout:
         self._held[start] = _Clean(latents.clone(), timestep, self._actions, cameras)
         self._held = {first: kept for first, kept in self._held.items() if ring.holds[ring.slot(first)] == first}
 
-    def _time(self, groups: list[_Group]) -> TimeEmbedding:
-        """Modulation rows, one per frame; a rollout uses a handful of combinations, each made once."""
-        key = tuple((group.timestep, group.actions) for group in groups)
-        if key not in self._times:
-            if len(self._times) >= _MOST_TIMES:
-                self._times.clear()
-            timesteps = torch.tensor([group.timestep for group in groups])
-            actions = torch.cat([torch.tensor(group.actions) for group in groups], dim=1) if self._actions else None
-            repeated = timesteps.repeat_interleave(self.config.frames_per_block)
-            self._times[key] = self.model.embed_time(repeated, actions)
-        return self._times[key]
-
     def _place(self, groups: list[_Group]) -> CachePass:
         cache, device = self.cache, self.model.device
         first_tokens = [cache.ring.slot(group.start) * cache.tokens_per_frame for group in groups]
@@ -379,12 +371,14 @@ class Rollout:
 
     def _forward(self, groups: list[_Group], keep: int, probe: Callable[[int, Tensor], None] | None = None) -> Tensor:
         latents = groups[0].latents if len(groups) == 1 else torch.cat([group.latents for group in groups], dim=1)
-        return self._run(
-            latents, self._time(groups), self._text, self.cache, self._place(groups), groups=keep, probe=probe
-        )
+        time = self._times.of(tuple((group.timestep, group.actions) for group in groups))
+        return self._run(latents, time, self._text, self.cache, self._place(groups), groups=keep, probe=probe)
 
-    def _locate_non_finite(self, passes: list[tuple[list[_Group], Tensor]]) -> None:
-        """Run the first failed pass again (it overwrites the same slots), looking at every layer."""
+    def _locate_non_finite(self) -> None:
+        """If there is any, run the first failed pass again (it overwrites the same slots), looking at every layer."""
+        passes, self._unchecked = self._unchecked, []
+        if not passes or bool(torch.stack([finite for _, finite in passes]).all()):
+            return
         step, groups = next((i, groups) for i, (groups, finite) in enumerate(passes) if not bool(finite))
         where = f"latent frame {groups[-1].start}, step {step + 1}"
 

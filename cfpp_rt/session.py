@@ -77,6 +77,7 @@ class Stream:
             noise=noise,
             renoise=renoise,
             graphs=graphs,
+            check_finite="later",
         )
         self._initial = given
         self._delivered = 0
@@ -94,6 +95,7 @@ class Stream:
                 latents = next(self.rollout).values
         with self.timings.stage("decode"):
             pixels = to_uint8(self._decoder.decode(latents)).cpu()
+        self.rollout.require_finite()  # only now, when the host has waited for the device anyway
         frames = Frames(pixels, self._delivered)
         self._delivered += pixels.shape[1]
         self.timings.deliver(pixels.shape[1])

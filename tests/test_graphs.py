@@ -10,7 +10,7 @@ import torch
 
 from cfpp_rt.camera import Cameras, parse_trajectory
 from cfpp_rt.config import STUDENTS, ModelConfig, RolloutConfig
-from cfpp_rt.errors import OutOfMemoryError
+from cfpp_rt.errors import InputError, NonFiniteError, OutOfMemoryError
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.ops._library import kernels
 from cfpp_rt.rollout import Rollout
@@ -229,6 +229,20 @@ def test_a_stream_takes_the_graphs_of_its_pipeline():
     graphed = pipeline.generate(prompt, **options).pixels
     assert stand_in.replayed == 4 + 2 + 2 - 2
     assert torch.equal(graphed, pipeline.generate(prompt, graphs=False, **options).pixels)
+
+
+def test_a_stream_looks_for_nan_when_pictures_are_on_the_host():
+    """No pass waits for the answer; it still names frame, step and layer, and no picture of the block is given out."""
+    pipeline = random_pipeline(RING, dtype=torch.float32, device=torch.device("cpu"))
+    pipeline.graphs = graphs_of(pipeline.model)
+    stream = pipeline.stream(text(pipeline.model, 1), frames=None, size=(32, 32))
+    next(stream), next(stream)
+    with torch.no_grad():
+        pipeline.model.blocks[1].ffn[2].bias[3] = float("nan")
+    with pytest.raises(NonFiniteError, match="latent frame 2, step 1, layer 1"):
+        next(stream)
+    with pytest.raises(InputError, match="broke off"):
+        next(stream)
 
 
 GPU = dataclasses.replace(TINY, num_layers=3)  # head_dim 64
