@@ -254,7 +254,7 @@ class Rollout:
             if not isinstance(error, torch.OutOfMemoryError):
                 raise
             error.with_traceback(None)  # its frames keep tensors alive
-            del self.cache, self._run, self._held, self._times, self._text
+            del self.cache, self._run, self._held, self._times, self._text, self._unchecked
             if self._graphs is not None:
                 self._graphs.release()
             give_back(self.model.device)

@@ -1,6 +1,7 @@
 """Graphed rollouts against the eager ones, bit for bit. Without a GPU a pass bound to its buffers stands in for a
 graph: what a graph would replay stale, it reads stale."""
 
+import contextlib
 import dataclasses
 import gc
 import weakref
@@ -212,9 +213,12 @@ def test_memory_that_runs_out_on_the_way(small, monkeypatch, graphed):
 
 def test_where_there_are_no_graphs_the_reason_is_told(small, monkeypatch):
     assert start(small, RING).why_not_graphs == "none were asked for"
-    assert start(small, RING, Graphs(small)).why_not_graphs == "CUDA graphs need a CUDA GPU, the model is on cpu"
+    why = "CUDA graphs need a CUDA GPU, the model is on cpu"
+    with pytest.warns(RuntimeWarning, match=f"rollout without CUDA graphs: {why}"):
+        assert start(small, RING, Graphs(small)).why_not_graphs == why
     monkeypatch.setattr("cfpp_rt.ops.block_attention._forced", lambda: "sdpa")
-    rollout = start(small, RING, graphs_of(small))
+    with pytest.warns(RuntimeWarning, match="CFPP_BACKEND=sdpa"):
+        rollout = start(small, RING, graphs_of(small))
     assert rollout.why_not_graphs == "CFPP_BACKEND=sdpa gathers keys by ranges that the host knows"
     assert next(rollout).values.isfinite().all()
 
@@ -340,6 +344,36 @@ def test_graphs_that_do_not_fit(on_gpu):
 @pytest.mark.gpu
 def test_where_the_kernel_does_not_go_neither_do_graphs():
     model = random_model(TINY, seed=0, dtype=torch.float32, device="cuda")
-    rollout = start(model, RING, Graphs(model))
+    with pytest.warns(RuntimeWarning, match="the kernel does not take float32"):
+        rollout = start(model, RING, Graphs(model))
     assert rollout.why_not_graphs == "the kernel does not take float32, head_dim 64 on cuda"
     assert next(rollout).values.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphed", [False, True])
+def test_a_gpu_that_is_full_on_the_way(on_gpu, graphed):
+    """Where not one byte more is to be had, the rollout says so, gives all it has back, and the next request works."""
+    graphs = Graphs(on_gpu) if graphed else None
+    large = {"latent_size": (128, 128), "frames": 8, "seed": 5, "graphs": graphs}
+    torch.cuda.empty_cache()
+    hogs: list[torch.Tensor] = []
+    rollout = Rollout(on_gpu, text(on_gpu, 1), RING, **large)
+    next(rollout)
+    cache = weakref.ref(rollout.cache)
+    torch.cuda.empty_cache()
+    try:
+        torch.cuda.set_per_process_memory_fraction(0.0)
+        for size in (20 << 20, 2 << 20, 1 << 20, 1 << 16, 512):  # what torch has left in its segments
+            with contextlib.suppress(torch.OutOfMemoryError):
+                while True:
+                    hogs.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+        with pytest.raises(OutOfMemoryError, match="memory ran out at latent frame 1"):
+            next(rollout)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        hogs.clear()
+    gc.collect()
+    assert cache() is None and not (graphs and graphs._sets)
+    again = torch.cat([block.values for block in Rollout(on_gpu, text(on_gpu, 1), RING, **large)], dim=1)
+    assert again.isfinite().all()

@@ -57,9 +57,9 @@ class CudaCapture:
         with torch.cuda.stream(self._stream):
             for _ in range(_WARM_UPS):
                 run()
-            # Other threads may go on with what capture forbids, such as allocating.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
+                # Other threads may go on with what capture forbids, such as allocating.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 result = run()
                 graph.capture_end()
             except BaseException:
@@ -195,41 +195,50 @@ class Graphs:
         self._capture = capture
         self._sets: list[GraphedPasses] = []
         self._refused: dict[Setting, str] = {}  # not tried again
+        self._told: set[str] = set()
 
     def lend(
         self, holder: Holder, shape: CacheShape, latent_size: tuple[int, int], rollout: RolloutConfig
     ) -> GraphedPasses | str:
-        """Graphs for the holder alone until it is over or gone; or the reason why there can be none.
+        """Graphs for the holder alone until it is over or gone; or the reason why there can be none, and a warning.
 
         Raises OutOfMemoryError if the cache does not fit.
         """
+        found = self._find(shape, latent_size, rollout)
+        if isinstance(found, str):  # whatever an attempt took is free by now
+            self.release()
+            if found not in self._told:
+                warnings.warn(f"rollout without CUDA graphs: {found}", RuntimeWarning, stacklevel=4)
+                self._told.add(found)
+            return found
+        found.holder = weakref.ref(holder)
+        return found
+
+    def _find(self, shape: CacheShape, latent_size: tuple[int, int], rollout: RolloutConfig) -> GraphedPasses | str:
+        """Graphs that nobody holds: kept ones, else new ones."""
         setting = Setting(shape, latent_size, rollout.frames_per_block, rollout.refresh == "fused", rollout.kv_dtype)
         reason = self._refused.get(setting) or self.why_not(shape.head_dim)
         if reason is not None:
-            self.release()
             return reason
-        found = next((graphs for graphs in self._sets if graphs.setting == setting and _is_free(graphs)), None)
-        if found is None:
-            self.release()
-            try:
-                found = GraphedPasses(self.model, setting, rollout, self._capture(self.model.device))
-            except OutOfMemoryError:  # not even the cache
-                raise
-            except RuntimeError as error:  # what CUDA and torch raise
-                first = _first(error)
-                reason = f"capture failed: {type(first).__name__}: {str(first).splitlines()[0]}"
-                if not isinstance(first, torch.OutOfMemoryError):
-                    self._refused[setting] = reason
-            if found is None:  # said here, where no traceback keeps tensors alive
-                self.release()
-                warnings.warn(f"rollout without CUDA graphs: {reason}", RuntimeWarning, stacklevel=4)
-                return str(reason)
-            self._sets.append(found)
-            give_back(self.model.device)  # what warming up took, on a stream that is not used again
-        elif self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)  # the holder before may have used another stream
-        found.holder = weakref.ref(holder)
-        return found
+        kept = next((graphs for graphs in self._sets if graphs.setting == setting and _is_free(graphs)), None)
+        if kept is not None:
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize(self.model.device)  # the holder before may have used another stream
+            return kept
+        self.release()
+        try:
+            made = GraphedPasses(self.model, setting, rollout, self._capture(self.model.device))
+        except OutOfMemoryError:  # not even the cache
+            raise
+        except RuntimeError as error:  # what CUDA and torch raise
+            first = _first(error)
+            reason = f"capture failed: {type(first).__name__}: {str(first).splitlines()[0]}"
+            if not isinstance(first, torch.OutOfMemoryError):
+                self._refused[setting] = reason
+            return reason
+        self._sets.append(made)
+        give_back(self.model.device)  # what warming up took, on a stream that is not used again
+        return made
 
     def why_not(self, head_dim: int) -> str | None:
         """Why passes of this model cannot be captured; None = they can."""
