@@ -129,13 +129,13 @@ class GraphedPasses:
             for layer in self.cache.layers:
                 layer.waits_for_scales = False  # else setting them would become part of every pass
             self._inputs: dict[tuple[int, int], list[Tensor]] = {}
+            self._runs: dict[tuple[int, int], Pass] = {}  # hold all that graphs read: they keep addresses only
             self._replays: dict[tuple[int, int], Pass] = {}
             for groups, keep in [(1, 1), (1, 0), *([(2, 1)] if setting.fused else [])]:
                 latents, time, cached = self._buffers(groups)
                 self._inputs[groups, keep] = _inputs(latents, time, cached)
-                self._replays[groups, keep] = capture(
-                    partial(model, latents, time, self._text, self.cache, cached, groups=keep)
-                )
+                run = partial(model, latents, time, self._text, self.cache, cached, groups=keep)
+                self._runs[groups, keep], self._replays[groups, keep] = run, capture(run)
 
     def _buffers(self, groups: int) -> tuple[Tensor, TimeEmbedding, CachePass]:
         """What the graph of a kind reads, filled with values of a pass that could be."""
@@ -205,9 +205,10 @@ class Graphs:
         Raises OutOfMemoryError if the cache does not fit.
         """
         found = self._find(shape, latent_size, rollout)
-        if isinstance(found, str):  # whatever an attempt took is free by now
+        if isinstance(found, str):
             self.release()
             if found not in self._told:
+                give_back(self.model.device)  # what an attempt took: no traceback holds it any more
                 warnings.warn(f"rollout without CUDA graphs: {found}", RuntimeWarning, stacklevel=4)
                 self._told.add(found)
             return found
@@ -249,8 +250,10 @@ class Graphs:
 
     def release(self) -> None:
         """Let go of graphs and caches that no rollout uses."""
-        self._sets = [graphs for graphs in self._sets if not _is_free(graphs)]
-        give_back(self.model.device)
+        held, self._sets = self._sets, [graphs for graphs in self._sets if not _is_free(graphs)]
+        if len(held) > len(self._sets):
+            del held
+            give_back(self.model.device)
 
 
 def _is_free(graphs: GraphedPasses) -> bool:
