@@ -1,6 +1,7 @@
 """The stages joined: prompt, image or video in, a stream of pictures out."""
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ class Pipeline:
     None where prompts are given as `Conditioning`. rollout: default settings of `stream`.
 
     On CUDA a stream's passes run as CUDA graphs where they can; `stream.rollout.why_not_graphs` tells where not. They
-    are captured when the first stream of a setting is made and kept, with its KV cache, for the next one like it:
-    `graphs.release()` lets go of them.
+    are captured when the first stream of a setting is made, or by `warm_up`, and kept, with its KV cache, for the next
+    one like it: `graphs.release()` lets go of them.
     """
 
     def __init__(
@@ -136,6 +137,16 @@ class Pipeline:
             renoise=renoise,
             graphs=self.graphs if graphs else None,
         )
+
+    def warm_up(self, *, batch: int = 1, **options: Any) -> None:
+        """Do beforehand what the first stream with these options would wait for: load kernels, capture CUDA graphs.
+
+        Makes three blocks of a video without text and throws them away. options: of `stream`, for `batch` videos.
+        """
+        sizes = self.model.config
+        text = Conditioning(torch.zeros(batch, sizes.text_len, sizes.text_dim))
+        for _ in islice(self.stream(text, **options), 3):
+            pass
 
     def generate(self, prompt: str | Sequence[str] | Conditioning, **options: Any) -> Frames:
         """The whole video at once: `stream` with its parts joined; needs a number of frames."""

@@ -55,9 +55,9 @@ class CudaCapture:
         self._stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
-            for _ in range(_WARM_UPS):
-                run()
             try:
+                for _ in range(_WARM_UPS):
+                    run()
                 # Other threads may go on with what capture forbids, such as allocating.
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 result = run()
@@ -79,6 +79,7 @@ class CudaCapture:
         """
         with suppress(RuntimeError):
             graph.capture_end()
+        self._stream.synchronize()  # what warming up still reads and writes is about to be freed
         index = torch.cuda.current_device()
         with suppress(RuntimeError):  # the allocator has left the pool already
             torch._C._cuda_endAllocateToPool(index, self._pool)
