@@ -69,6 +69,8 @@ def _latency(arguments: argparse.Namespace) -> None:
     if not 1 <= arguments.repeats <= 10_000:
         raise InputError(f"--repeats must be in 1..10000, got {arguments.repeats}")
     what = subject.build(arguments)
+    if arguments.linear_dtype is not None and contenders != ["ours"]:
+        raise InputError("--linear-dtype is of ours alone: add --contenders ours")
     if what.rollout.kv_dtype is not None and contenders != ["ours"]:
         raise InputError("--kv-dtype is of ours alone: add --contenders ours")
     roof = harness.matrix_roof(what.device, what.pipeline.model.dtype)
