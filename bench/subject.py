@@ -43,8 +43,9 @@ PICTURES = {"small": "64x96", "world": f"{SIZE}x{SIZE}"}  # height x width, wher
 DECODERS = ("none", "wan", "tiny", "world")
 CONTENDERS = {
     "ours": "this runtime, as a user gets it",
+    "ungraphed": "the same without CUDA graphs",
     "eager": "the published loop in plain PyTorch, same weights",
-    "compiled": "the same with its layers under torch.compile",
+    "compiled": "that loop with its layers under torch.compile",
 }
 
 
@@ -101,11 +102,11 @@ class Subject:
             self.frames, self.pipeline.codec.temporal_factor, self.rollout.frames_per_block, "--frames"
         )
 
-    def stream(self, contender: str, seed: int = 0, frames: int | None = None) -> "Stream | eager.EagerStream":
-        """The request put to a contender, its clock running. frames: fewer pictures than the request's."""
-        wanted = self.frames if frames is None else min(frames, self.frames)
-        if contender == "ours":
-            return self.pipeline.stream(self.prompt, frames=wanted, size=self.size, seed=seed, rollout=self.rollout)
+    def stream(self, contender: str, seed: int = 0) -> "Stream | eager.EagerStream":
+        """The request put to a contender, its clock running."""
+        if contender in ("ours", "ungraphed"):
+            options: dict[str, Any] = {"size": self.size, "seed": seed, "rollout": self.rollout}
+            return self.pipeline.stream(self.prompt, frames=self.frames, graphs=contender == "ours", **options)
         refresh = "skip" if self.rollout.refresh == "skip" else "separate"
         factor, block = self.pipeline.codec.temporal_factor, self.rollout.frames_per_block
         return eager.EagerStream(
@@ -114,15 +115,11 @@ class Subject:
             encode_text=self.pipeline.encode_text,
             prompt=self.prompt,
             config=self.rollout.replace(refresh=refresh),
-            latents=latent_frames(wanted, factor, block),
+            latents=latent_frames(self.frames, factor, block),
             size=self.size,
             seed=seed,
             run_layer=_compiled_layer() if contender == "compiled" else eager.layer,
         )
-
-    def block_frames(self, blocks: int) -> int:
-        """Pictures of a request of that many blocks."""
-        return 1 + self.pipeline.codec.temporal_factor * (blocks * self.rollout.frames_per_block - 1)
 
 
 _compiled: list[Callable[..., Tensor]] = []

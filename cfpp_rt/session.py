@@ -12,6 +12,7 @@ from cfpp_rt.decode import to_uint8
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.transformer import CausalWanTransformer
 from cfpp_rt.rollout import Rollout
+from cfpp_rt.speed import Graphs
 from cfpp_rt.timing import Timings
 from cfpp_rt.values import Conditioning, Frames
 
@@ -50,6 +51,7 @@ class Stream:
         seed: int | Sequence[int],
         noise: Tensor | None,
         renoise: Sequence[Tensor] | None,
+        graphs: Graphs | None,
     ):
         self.timings = Timings(model.device)
         height, width = size
@@ -74,6 +76,8 @@ class Stream:
             seed=seed,
             noise=noise,
             renoise=renoise,
+            graphs=graphs,
+            check_finite="later",
         )
         self._initial = given
         self._delivered = 0
@@ -91,6 +95,7 @@ class Stream:
                 latents = next(self.rollout).values
         with self.timings.stage("decode"):
             pixels = to_uint8(self._decoder.decode(latents)).cpu()
+        self.rollout.require_finite()  # only now, when the host has waited for the device anyway
         frames = Frames(pixels, self._delivered)
         self._delivered += pixels.shape[1]
         self.timings.deliver(pixels.shape[1])

@@ -12,7 +12,8 @@ PACKAGES = {"cfpp_rt": ROOT / "cfpp_rt", "cfpp_rt.export": ROOT / "export", "cfp
 
 # A module may import those of its own layer and of the layers above it in this list.
 LAYERS = [
-    {"errors", "config", "values", "camera", "schedule", "noise", "draws", "angles", "ring", "timing", "checkpoint"},
+    {"errors", "config", "values", "camera", "schedule", "noise", "draws", "angles", "ring", "timing", "checkpoint"}
+    | {"transfer"},
     {"reference"},
     {"ops"},
     {"cache", "memory"},

@@ -47,8 +47,22 @@ def test_an_endless_stream_holds_no_more_and_no_more(stream):
 
 
 def test_stages_are_named_ranges_for_whoever_traces(monkeypatch):
-    """NVTX on a GPU, and where nobody looks, nothing at all."""
+    """NVTX and events on a GPU, and where nobody looks, nothing at all."""
     seen = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 7.0
+
+    class Queue:
+        def record_event(self, event):
+            return event
 
     @contextmanager
     def named(name):
@@ -56,8 +70,12 @@ def test_stages_are_named_ranges_for_whoever_traces(monkeypatch):
         yield
 
     monkeypatch.setattr(torch.cuda.nvtx, "range", named)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: seen.append("synchronised"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Queue())
     for device in ("cpu", "cuda"):
-        with Timings(torch.device(device)).stage(device):
+        timings = Timings(torch.device(device))
+        with timings.stage(device):
             pass
-    assert seen == ["cuda", "synchronised"], "the range holds the device's queue, too"
+    assert seen == ["cuda"] and not timings.stages, "nothing has waited"
+    timings.deliver(1)
+    assert list(timings.stages["cuda"]) == [7.0]
