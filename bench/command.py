@@ -70,7 +70,10 @@ def _latency(arguments: argparse.Namespace) -> None:
     if not 1 <= arguments.repeats <= 10_000:
         raise InputError(f"--repeats must be in 1..10000, got {arguments.repeats}")
     what = subject.build(arguments)
-    if what.rollout.kv_dtype is not None and not {"ours", "ungraphed"}.issuperset(contenders):
+    alone = {"ours", "ungraphed"}.issuperset(contenders)
+    if arguments.linear_dtype is not None and not alone:
+        raise InputError("--linear-dtype is of ours alone: add --contenders ours")
+    if what.rollout.kv_dtype is not None and not alone:
         raise InputError("--kv-dtype is of ours alone: add --contenders ours")
     roof = harness.matrix_roof(what.device, what.pipeline.model.dtype)
     times = latency.in_turns(what, contenders, arguments.repeats, say=_say)

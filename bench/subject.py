@@ -18,9 +18,9 @@ from cfpp_rt.model.transformer import random_model
 from cfpp_rt.model.weights import load_model
 from cfpp_rt.pipeline import Pipeline, load_codec
 from cfpp_rt.session import Stream, latent_frames
-from cfpp_rt.speed import fuse_gelu, fuse_qkv, has_fused_gelu
+from cfpp_rt.speed import fuse_gelu, fuse_qkv, has_fused_gelu, quantize_linears
 from cfpp_rt.untrained import SMALL, random_text, random_vae
-from cfpp_rt.values import DTYPES, KV_DTYPES, Conditioning
+from cfpp_rt.values import DTYPES, KV_DTYPES, LINEAR_DTYPES, Conditioning
 from cfpp_rt.world.codec import CHANNELS, PatchCodec
 from cfpp_rt.world.sprites import SIZE, TILE
 from cfpp_rt.world.student import load_student
@@ -155,6 +155,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--refresh", choices=("fused", "separate", "skip"), help="of ours (default: fused)")
     source.add_argument("--dtype", choices=DTYPES, help="(default: bfloat16 on CUDA, else float32)")
     source.add_argument("--kv-dtype", choices=KV_DTYPES, help="of the cache alone; ours only")
+    source.add_argument("--linear-dtype", choices=LINEAR_DTYPES, help="of the blocks' products; ours only")
     source.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     source.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: 1 for the world, else torch's)")
 
@@ -195,6 +196,8 @@ def build(arguments: argparse.Namespace) -> Subject:
     else:
         codec = _codec(arguments, decode, dtype, device)
         pipeline = Pipeline(_model(arguments, dtype, device), codec, arguments.base, settings)
+    if arguments.linear_dtype is not None:
+        quantize_linears(pipeline.model, arguments.linear_dtype)
     rollout = dataclasses.replace(settings, **rollout_changes(arguments))
     size = parse_size(arguments.size or PICTURES.get(arguments.model, "480x832"))
     frames = arguments.frames if arguments.frames is not None else (64 if world else 81)
@@ -214,6 +217,8 @@ def build(arguments: argparse.Namespace) -> Subject:
         "refresh": rollout.refresh,
         "decode": decode,
     }
+    if arguments.linear_dtype is not None:  # rows without it stay comparable with those of before there was any
+        words["linear_dtype"] = arguments.linear_dtype
     subject = Subject(pipeline, _prompt(arguments, pipeline), frames, size, rollout, words)
     subject.latents()  # raises where the pictures do not make whole blocks
     return subject

@@ -15,7 +15,7 @@ from cfpp_rt.errors import InputError
 from cfpp_rt.model.transformer import CausalWanTransformer
 from cfpp_rt.model.weights import load_model
 from cfpp_rt.session import Stream
-from cfpp_rt.speed import Graphs, fuse_gelu, has_fused_gelu
+from cfpp_rt.speed import Graphs, fuse_gelu, has_fused_gelu, quantize_linears
 from cfpp_rt.text import TextEncoder
 from cfpp_rt.values import Conditioning, Frames
 
@@ -57,13 +57,16 @@ class Pipeline:
         device: torch.device | str = "cpu",
         config: ModelConfig | None = None,
         key: str | None = None,
+        linear_dtype: str | None = None,
     ) -> "Pipeline":
         """Load a student.
 
         checkpoint: the transformer, anything `load_model` accepts. base: directory with text encoder, tokenizer and VAE
         (Wan2.1 or diffusers layout); default: `checkpoint`, if it is a directory. student_name: one of `STUDENTS`.
         tiny_codec: path of `taew2_1.pth` to decode with the tiny autoencoder: faster, approximate. The VAE runs in
-        `dtype`, like the model. Raises CheckpointError or MissingExtraError with one line that says what to do.
+        `dtype`, like the model. linear_dtype: "float8_e4m3" (GPU) or "int8" (CPU) computes the blocks' linear layers in
+        8 bits, which is approximate: see `cfpp_rt.speed.quantize_linears`. Raises CheckpointError or MissingExtraError
+        with one line that says what to do.
         """
         rollout = student(student_name)
         if base is None:
@@ -74,6 +77,8 @@ class Pipeline:
         model = load_model(checkpoint, config=config, key=key, dtype=dtype, device=device)
         if model.device.type == "cpu" and has_fused_gelu(model.device, dtype):
             fuse_gelu(model)
+        if linear_dtype is not None:
+            quantize_linears(model, linear_dtype)
         return cls(model, codec, base, rollout)
 
     def load_text_encoder(self) -> TextEncoder:

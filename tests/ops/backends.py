@@ -23,10 +23,10 @@ INTERPRETER = pytest.param(
 BACKENDS = [*COMPILED, INTERPRETER]
 
 
-def implementation(op: str, backend: str) -> Callable[..., Any]:
-    """The public function, or what it launches on CUDA; "reference" is plain PyTorch."""
+def implementation(op: str, backend: str, function: str | None = None) -> Callable[..., Any]:
+    """The public function, or what it launches on CUDA; "reference" is plain PyTorch. function: another of the room."""
     rooms = {"reference": f"cfpp_rt.reference.{op}", "interpreter": f"cfpp_rt.ops.{op}_triton"}
-    return getattr(importlib.import_module(rooms.get(backend, f"cfpp_rt.ops.{op}")), op)
+    return getattr(importlib.import_module(rooms.get(backend, f"cfpp_rt.ops.{op}")), function or op)
 
 
 def device_of(backend: str) -> str:
