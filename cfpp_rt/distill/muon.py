@@ -1,4 +1,4 @@
-"""Muon with matrices of one shape orthogonalised together: a small network's step is then not mostly kernel launches."""
+"""Muon with matrices of one shape orthogonalised together, so that a small network's step is not mostly launches."""
 
 from collections import defaultdict
 from typing import Any
@@ -49,9 +49,7 @@ class StackedMuon(Muon):
             torch._foreach_add_([parameters[i] for i in places], list(made.unbind()), alpha=-scale)
 
 
-def orthogonalised(
-    matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float = 1e-7
-) -> Tensor:
+def orthogonalised(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float = 1e-7) -> Tensor:
     """Newton-Schulz iteration of each matrix [n, rows, columns], in bfloat16 as published (Jordan et al. 2024)."""
     a, b, c = coefficients
     x = matrices.bfloat16()
