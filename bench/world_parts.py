@@ -127,23 +127,23 @@ def archive(study: Study, out: Path) -> None:
         for pattern in ("logs/*.log", "runs/*/log.csv", "configs/*.yaml"):
             for path in sorted(study.work.glob(pattern)):
                 tar.add(path, path.relative_to(study.work))
-    tars, size = 0, _TAR_BYTES
-    archived: tarfile.TarFile | None = None
+    parcels: list[list[Path]] = [[]]
+    size = 0
     for folder in [*sorted((study.work / "students").glob("*")), study.work / "runs" / "base"]:
-        student = folder / "student.safetensors"
-        if not student.is_file():
-            continue
-        small = _halved(student)
-        if archived is None or size + small.stat().st_size > _TAR_BYTES:
-            if archived is not None:
-                archived.close()
-            archived, size, tars = tarfile.open(out / f"students-{tars}.tar", "w"), 0, tars + 1
-        archived.add(small, f"{folder.name}/student.safetensors")
-        archived.add(folder / "student.json", f"{folder.name}/student.json")
-        size += small.stat().st_size
-    if archived is not None:
-        archived.add(study.work / "codec.safetensors", "codec.safetensors")
-        archived.close()
+        if (folder / "student.safetensors").is_file():
+            small = _halved(folder / "student.safetensors")
+            size += small.stat().st_size
+            if size > _TAR_BYTES:
+                parcels.append([])
+                size = small.stat().st_size
+            parcels[-1].append(small)
+    for number, parcel in enumerate(parcels):
+        with tarfile.open(out / f"students-{number}.tar", "w") as tar:
+            for small in parcel:
+                tar.add(small, f"{small.parent.name}/student.safetensors")
+                tar.add(small.with_name("student.json"), f"{small.parent.name}/student.json")
+            if number == 0 and parcel:
+                tar.add(study.work / "codec.safetensors", "codec.safetensors")
 
 
 def _halved(path: Path) -> Path:

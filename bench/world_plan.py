@@ -73,19 +73,19 @@ class Study:
         found = [Run("clips", (), (clips,))]
         found += [Run(f"{layout}-ar", ("clips",), self._train("ar", layout, 0)) for layout in LAYOUTS]
         found.append(Run("base", ("clips",), self._train("base", "frame", 0)[:1]))
-        for layout in LAYOUTS:
-            clips_of, out = self.work / "clips", self.work / f"{layout}-trajectories"
-            words = ("distill-data", "trajectories", str(clips_of), "--config", str(self._config(layout, 0)))
-            words += ("--teacher", str(self._weights(f"{layout}-ar")), "-o", str(out), "--batch", "64")
-            found.append(
-                Run(f"{layout}-trajectories", (f"{layout}-ar",), ((*words, "--clips", f"{self.trajectories}"),))
-            )
+        found += [self._trajectories(layout) for layout in LAYOUTS]
         for seed in range(self.seeds):
             found += [self._student(init, layout, seed) for init in ("cd", "ode", "ar") for layout in LAYOUTS]
         for layout in LAYOUTS:
             name = f"{layout}-ar"
             found.append(Run(f"{name}-eval", (name,), tuple(self._eval(name, steps) for steps in (*FEW, MANY))))
         return found
+
+    def _trajectories(self, layout: str) -> Run:
+        teacher, out = f"{layout}-ar", f"{layout}-trajectories"
+        words = ["distill-data", "trajectories", str(self.work / "clips"), "--config", str(self._config(layout, 0))]
+        words += ["--teacher", str(self._weights(teacher)), "--out", str(self.work / out)]
+        return Run(out, (teacher,), ((*words, "--batch", "64", "--clips", str(self.trajectories)),))
 
     def _student(self, init: str, layout: str, seed: int) -> Run:
         """Stages 2 and 3 of one student, and what is measured of it."""
@@ -109,9 +109,9 @@ class Study:
         return train, ("pack", config, out, str(self.work / "students" / name), str(self.work / "codec.safetensors"))
 
     def _eval(self, student: str, steps: tuple[int, ...]) -> tuple[str, ...]:
-        words = ("world-eval", "--student", f"{student}={self.work / 'students' / student}", "--no-pace")
-        words += ("--steps", ",".join(map(str, steps)), "--frames", str(self.frames), "--device", self.eval_device)
-        words += ("--episodes", str(self.episodes), "--seeds", str(self.eval_seeds))
+        words = ["world-eval", "--student", f"{student}={self.work / 'students' / student}", "--no-pace"]
+        words += ["--steps", ",".join(map(str, steps)), "--frames", str(self.frames), "--device", self.eval_device]
+        words += ["--episodes", str(self.episodes), "--seeds", str(self.eval_seeds)]
         return *words, "--json", str(self.work / "rows" / f"{student}.jsonl")
 
     @property

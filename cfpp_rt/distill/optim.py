@@ -40,5 +40,5 @@ def rate(step: int, settings: StageSettings) -> float:
 def update_ema(ema: nn.Module, network: nn.Module, step: int, settings: StageSettings) -> None:
     """ema = decay * ema + (1 - decay) * network; before ema_start a copy of the network."""
     decay = settings.ema if step >= settings.ema_start else 0.0
-    kept, now = (list(module.parameters()) for module in (ema, network))
+    kept, now = ([p.data for p in module.parameters()] for module in (ema, network))
     torch._foreach_lerp_(kept, now, 1 - decay)

@@ -93,9 +93,8 @@ def _distinct(pictures: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
     rows = np.ascontiguousarray(tiles).reshape(-1, _PATCH)
     # Sorting a million rows takes long; words of 64 bits that stand for them do not. Equal words are equal rows here,
     # or the last line would not hold.
-    factors = np.random.Generator(np.random.Philox(key=0)).integers(0, 2**63, _PATCH // 8, dtype=np.uint64) | np.uint64(
-        1
-    )
+    draws = np.random.Generator(np.random.Philox(key=0))
+    factors = draws.integers(0, 2**63, _PATCH // 8, dtype=np.uint64) | np.uint64(1)
     words = (rows.view(np.uint64) * factors).sum(axis=1, dtype=np.uint64)
     _, first, places, counts = np.unique(words, return_index=True, return_inverse=True, return_counts=True)
     assert np.array_equal(rows[first][places], rows)
