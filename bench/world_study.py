@@ -119,7 +119,7 @@ def _study(arguments: argparse.Namespace) -> None:
         steps=dict(map(_steps, arguments.steps)),
     )
     if arguments.smoke:
-        few = {"clips": 64, "trajectories": 16, "seeds": 1, "frames": 18, "episodes": 2, "eval_seeds": 2}
+        few = {"clips": 64, "trajectories": 4, "seeds": 1, "frames": 18, "episodes": 2, "eval_seeds": 2}
         study = Study(**{**vars(study), **few, "steps": _SMOKE_STEPS})
     world_parts.write_configs(study)
     began = time.perf_counter()

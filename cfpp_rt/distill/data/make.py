@@ -12,8 +12,9 @@ from torch import Tensor
 
 from cfpp_rt.distill.causal_cd import Guidance
 from cfpp_rt.distill.causal_ode import KEPT, solve
+from cfpp_rt.distill.data.feed import condition_of
 from cfpp_rt.distill.data.shards import Column, ShardFolder, ShardWriter
-from cfpp_rt.distill.forward import Condition, Denoiser
+from cfpp_rt.distill.forward import Denoiser
 from cfpp_rt.errors import CheckpointError, InputError, MissingExtraError
 
 Encode = Callable[[Sequence[str]], Tensor]  # prompts to embeddings [B, text_len, text_dim]
@@ -162,11 +163,9 @@ def solve_trajectories(
             numbers = range(begin, min(begin + batch, total))
             rows = [source.row(number) for number in numbers]
             noise = np.stack([_row_noise(seed, number, clip) for number in numbers])
-            whole = {name: torch.stack([row[name] for row in rows]).to(device) for name in source.columns}
-            condition = Condition(
-                whole["embeds"] if "embeds" in whole else torch.zeros(len(rows), 0, 1), whole.get("actions")
-            )
-            clean, start = whole["latents"].float(), torch.from_numpy(noise).to(device)
+            whole = {name: torch.stack([row[name] for row in rows]) for name in source.columns}
+            condition = condition_of(whole, len(rows)).to(device)
+            clean, start = whole["latents"].float().to(device), torch.from_numpy(noise).to(device)
             found = solve(teacher, clean, start, condition, timesteps, guidance, kept)
             for number, row, states in zip(numbers, rows, found.cpu(), strict=True):
                 writer.add({**row, "trajectory": states}, source.text(number))
