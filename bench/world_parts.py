@@ -1,5 +1,6 @@
 """The parts of `world_study` that do the work: what a process of it does, and what is read off when all are done."""
 
+import csv
 import json
 import sys
 import tarfile
@@ -98,6 +99,21 @@ def costs(study: Study) -> Iterator[dict[str, Any]]:
                 "network_evaluations": evaluations,
                 "stored_bytes": size,
             }
+
+
+def training(study: Study) -> Iterator[dict[str, Any]]:
+    """How long each training took, while others shared the device: its first step, which compiles, apart."""
+    for path in sorted(study.work.glob("runs/*/log.csv")):
+        with path.open(newline="", encoding="utf-8") as file:
+            seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
+        per_step = (seconds[-1] - seconds[0]) / max(1, len(seconds) - 1)
+        yield {
+            "bench": "world_training",
+            "run": path.parent.name,
+            "steps": len(seconds),
+            "seconds": seconds[-1],
+            "step_ms": 1000 * per_step,
+        }
 
 
 def paces(study: Study, repeats: int = 3) -> Iterator[dict[str, Any]]:

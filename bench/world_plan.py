@@ -78,7 +78,9 @@ class Study:
             found += [self._student(init, layout, seed) for init in ("cd", "ode", "ar") for layout in LAYOUTS]
         for layout in LAYOUTS:
             name = f"{layout}-ar"
-            found.append(Run(f"{name}-eval", (name,), tuple(self._eval(name, steps) for steps in (*FEW, MANY))))
+            # There is one teacher: it is evaluated with as many seeds as there are of a student's training.
+            evaluated = [self._eval(name, steps, max(self.eval_seeds, self.seeds)) for steps in (*FEW, MANY)]
+            found.append(Run(f"{name}-eval", (name,), tuple(evaluated)))
         return found
 
     def _trajectories(self, layout: str) -> Run:
@@ -99,7 +101,7 @@ class Study:
         real = str(self._weights("base"))
         commands += self._train("dmd", layout, seed, "--init", str(self._weights(begin)), "--real", real, name=done)
         students = [done] if init == "ar" else [done, begin]
-        commands += [self._eval(student, steps) for steps in FEW for student in students]
+        commands += [self._eval(student, steps) for steps in (FEW[1], FEW[2], FEW[0]) for student in students]
         return Run(done, tuple(needs), tuple(commands))
 
     def _train(self, stage: str, layout: str, seed: int, *more: str, name: str = "") -> tuple[tuple[str, ...], ...]:
@@ -108,10 +110,10 @@ class Study:
         train = ("distill", "--config", config, "--stage", stage, "--out", out, *more)
         return train, ("pack", config, out, str(self.work / "students" / name), str(self.work / "codec.safetensors"))
 
-    def _eval(self, student: str, steps: tuple[int, ...]) -> tuple[str, ...]:
+    def _eval(self, student: str, steps: tuple[int, ...], seeds: int | None = None) -> tuple[str, ...]:
         words = ["world-eval", "--student", f"{student}={self.work / 'students' / student}", "--no-pace"]
         words += ["--steps", ",".join(map(str, steps)), "--frames", str(self.frames), "--device", self.eval_device]
-        words += ["--episodes", str(self.episodes), "--seeds", str(self.eval_seeds)]
+        words += ["--episodes", str(self.episodes), "--seeds", str(seeds or self.eval_seeds)]
         return *words, "--json", str(self.work / "rows" / f"{student}.jsonl")
 
     @property

@@ -30,7 +30,7 @@ _SMOKE_STEPS = {"ar": 6, "base": 3, "ode": 3, "cd": 3, "dmd": 3}
 
 
 def conduct(study: Study, seconds: float) -> dict[str, str]:
-    """Run what can be run, at most `jobs` processes at once; what happened to each, by name.
+    """Run what can be run, at most `jobs` processes at once; what happened to each, by name: "done" if all went well.
 
     When the time is over, what still runs is ended and nothing else begins. Raises nothing for a run that fails.
     """
@@ -87,10 +87,10 @@ def main() -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--seeds", type=int, default=3, help="of training (default: %(default)s)")
     parser.add_argument("--clips", type=int, default=40_000, help="stored, for all stages (default: %(default)s)")
-    parser.add_argument("--trajectories", type=int, default=4096, help="stored, for stage ode (default: %(default)s)")
+    parser.add_argument("--trajectories", type=int, default=2048, help="stored, for stage ode (default: %(default)s)")
     parser.add_argument("--frames", type=int, default=300, help="of an evaluated episode (default: %(default)s)")
-    parser.add_argument("--episodes", type=int, default=24, help="of an evaluation (default: %(default)s)")
-    parser.add_argument("--eval-seeds", type=int, default=2, help="evaluations of a student (default: %(default)s)")
+    parser.add_argument("--episodes", type=int, default=48, help="of an evaluation (default: %(default)s)")
+    parser.add_argument("--eval-seeds", type=int, default=1, help="evaluations of a student (default: %(default)s)")
     parser.add_argument("--steps", action="append", default=[], metavar="STAGE=N", help="instead of the config's")
     parser.add_argument("--smoke", action="store_true", help="everything once, with a few steps: does it run?")
     arguments = parser.parse_args()
@@ -125,7 +125,10 @@ def _study(arguments: argparse.Namespace) -> None:
     began = time.perf_counter()
     outcomes = conduct(study, 60 * arguments.minutes - _RESERVE_S)
     (study.work / "rows").mkdir(exist_ok=True)
-    rows = [*world_parts.costs(study), *world_parts.paces(study)]
+    trained = list(world_parts.training(study))
+    for row in trained:
+        print(f"{row['run']:<24}{row['steps']:>7} steps {row['seconds']:>7.0f} s {row['step_ms']:>8.1f} ms per step")
+    rows = [*world_parts.costs(study), *trained, *world_parts.paces(study)]
     device = torch.device(study.eval_device)
     facts = harness.environment(device)
     harness.append(rows, str(study.work / "rows" / "study.jsonl"), facts)
