@@ -34,7 +34,7 @@ def conduct(study: Study, seconds: float) -> dict[str, str]:
 
     When the time is over, what still runs is ended and nothing else begins. Raises nothing for a run that fails.
     """
-    began, waiting = time.perf_counter(), study.runs()
+    began, waiting = time.perf_counter(), list(study.runs())
     running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
     outcomes: dict[str, str] = {}
     logs = study.work / "logs"
