@@ -14,6 +14,7 @@ logs.tar. A run that fails takes those with it that wait for it, and no others.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -73,8 +74,9 @@ def conduct(study: Study, seconds: float) -> dict[str, str]:
 
 def _start(run: Run, logs: Path) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "cfpp_rt.bench.world_parts", run.name, json.dumps(run.commands)]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # there are more processes than cores
     with (logs / f"{run.name}.log").open("wb") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
 def main() -> None:
@@ -120,7 +122,7 @@ def _study(arguments: argparse.Namespace) -> None:
     )
     if arguments.smoke:
         few = {"clips": 64, "trajectories": 4, "seeds": 1, "frames": 18, "episodes": 2, "eval_seeds": 2}
-        study = Study(**{**vars(study), **few, "steps": _SMOKE_STEPS})
+        study = Study(**{**vars(study), **few, "steps": {**_SMOKE_STEPS, **study.steps}})
     world_parts.write_configs(study)
     began = time.perf_counter()
     outcomes = conduct(study, 60 * arguments.minutes - _RESERVE_S)
