@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import sys
 import tarfile
 import time
@@ -80,17 +81,19 @@ def costs(study: Study) -> Iterator[dict[str, Any]]:
 
     Student's own passes, forward and backward, are batch * steps clips for both.
     """
+    from cfpp_rt.distill.data.shards import INDEX, ShardFolder
     from cfpp_rt.distill.settings import Settings
 
     for layout in LAYOUTS:
         stages = Settings.read(study.work / "configs" / f"{layout}-s0.yaml").stages
-        folder = study.work / f"{layout}-trajectories"
-        stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         ode, cd = stages["ode"], stages["cd"]
-        for stage, own, evaluations, size in (
-            ("ode", ode, ode.table * study.trajectories, stored),
-            ("cd", cd, 2 * cd.batch * cd.steps, 0),  # the teacher's and the target's
-        ):
+        found = [("cd", cd, 2 * cd.batch * cd.steps, 0)]  # the teacher's and the target's
+        folder = study.work / f"{layout}-trajectories"
+        if (folder / INDEX).is_file():
+            stored = ShardFolder(folder)
+            size = len(stored) * math.prod(stored.columns["trajectory"].shape) * torch.float16.itemsize
+            found.append(("ode", ode, ode.table * len(stored), size))
+        for stage, own, evaluations, size in found:
             yield {
                 "bench": "world_stage2",
                 "layout": layout,
@@ -134,11 +137,16 @@ def paces(study: Study, repeats: int = 3) -> Iterator[dict[str, Any]]:
                 yield {"bench": "world_pace", "layout": layout, "steps": list(steps), "seed": seed, **figures}
 
 
-def archive(study: Study, out: Path) -> None:
-    """Keep the rows, the students in bfloat16 and the logs of training: files of at most 15 MiB or so."""
-    out.mkdir(parents=True, exist_ok=True)
+def keep_rows(study: Study, out: Path) -> None:
+    """All rows that there are, as one file."""
     rows = "".join(path.read_text(encoding="utf-8") for path in sorted((study.work / "rows").glob("*.jsonl")))
     (out / "study.jsonl").write_text(rows, encoding="utf-8")
+
+
+def keep(study: Study, out: Path) -> None:
+    """The rows, the logs of training, and the students in bfloat16: files of at most 15 MiB or so."""
+    out.mkdir(parents=True, exist_ok=True)
+    keep_rows(study, out)
     with tarfile.open(out / "logs.tar.gz", "w:gz") as tar:
         for pattern in ("logs/*.log", "runs/*/log.csv", "configs/*.yaml"):
             for path in sorted(study.work.glob(pattern)):

@@ -127,14 +127,16 @@ def _study(arguments: argparse.Namespace) -> None:
     began = time.perf_counter()
     outcomes = conduct(study, 60 * arguments.minutes - _RESERVE_S)
     (study.work / "rows").mkdir(exist_ok=True)
+    world_parts.keep(study, arguments.out)  # first of all: what follows may fail
     trained = list(world_parts.training(study))
     for row in trained:
         print(f"{row['run']:<24}{row['steps']:>7} steps {row['seconds']:>7.0f} s {row['step_ms']:>8.1f} ms per step")
-    rows = [*world_parts.costs(study), *trained, *world_parts.paces(study)]
-    device = torch.device(study.eval_device)
-    facts = harness.environment(device)
-    harness.append(rows, str(study.work / "rows" / "study.jsonl"), facts)
-    world_parts.archive(study, arguments.out)
+    facts = harness.environment(torch.device(study.eval_device))
+    own = str(study.work / "rows" / "study.jsonl")
+    harness.append([*world_parts.costs(study), *trained], own, facts)
+    world_parts.keep_rows(study, arguments.out)
+    harness.append(list(world_parts.paces(study)), own, facts)
+    world_parts.keep_rows(study, arguments.out)
     lost = [f"{name}: {what}" for name, what in outcomes.items() if what != "done"]
     done = len(outcomes) - len(lost)
     print("\n".join([*lost, f"{done} of {len(outcomes)} runs in {(time.perf_counter() - began) / 60:.1f} minutes"]))
