@@ -99,6 +99,14 @@ def test_triton_runs_where_it_is_installed_and_not_refused(monkeypatch, backend,
     assert _triton.choose.__wrapped__()[0] is runs
 
 
+def test_triton_without_a_compiler_does_not_run(monkeypatch):
+    monkeypatch.setenv("CFPP_BACKEND", "auto")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setenv("PATH", "")
+    assert _triton.choose.__wrapped__() == (False, "Triton lacks a C compiler (gcc, clang or $CC)")
+
+
 def test_a_demand_for_kernels_without_triton_is_refused(monkeypatch):
     monkeypatch.setenv("CFPP_BACKEND", "cuda")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
