@@ -84,6 +84,7 @@ class Subject:
     frames: int
     size: tuple[int, int]
     rollout: RolloutConfig
+    ahead: int
     words: dict[str, Any]
 
     @property
@@ -106,7 +107,8 @@ class Subject:
         """The request put to a contender, its clock running."""
         if contender in ("ours", "ungraphed"):
             options: dict[str, Any] = {"size": self.size, "seed": seed, "rollout": self.rollout}
-            return self.pipeline.stream(self.prompt, frames=self.frames, graphs=contender == "ours", **options)
+            options |= {"ahead": self.ahead, "graphs": contender == "ours"}
+            return self.pipeline.stream(self.prompt, frames=self.frames, **options)
         refresh = "skip" if self.rollout.refresh == "skip" else "separate"
         factor, block = self.pipeline.codec.temporal_factor, self.rollout.frames_per_block
         return eager.EagerStream(
@@ -153,6 +155,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--window", type=int, metavar="N", help="latent frames that attention sees (default: all)")
     source.add_argument("--sinks", type=int, metavar="N", help="first latent frames that stay visible (default: 0)")
     source.add_argument("--refresh", choices=("fused", "separate", "skip"), help="of ours (default: fused)")
+    source.add_argument(
+        "--ahead",
+        type=int,
+        default=0,
+        help="blocks under way while one is looked at; ours only (default: 0)",
+    )
     source.add_argument("--dtype", choices=DTYPES, help="(default: bfloat16 on CUDA, else float32)")
     source.add_argument("--kv-dtype", choices=KV_DTYPES, help="of the cache alone; ours only")
     source.add_argument("--linear-dtype", choices=LINEAR_DTYPES, help="of the blocks' products; ours only")
@@ -217,9 +225,9 @@ def build(arguments: argparse.Namespace) -> Subject:
         "refresh": rollout.refresh,
         "decode": decode,
     }
-    if arguments.linear_dtype is not None:  # rows without it stay comparable with those of before there was any
-        words["linear_dtype"] = arguments.linear_dtype
-    subject = Subject(pipeline, _prompt(arguments, pipeline), frames, size, rollout, words)
+    # Rows without these stay comparable with those of before there were any.
+    words |= {name: getattr(arguments, name) for name in ("linear_dtype", "ahead") if getattr(arguments, name)}
+    subject = Subject(pipeline, _prompt(arguments, pipeline), frames, size, rollout, arguments.ahead, words)
     subject.latents()  # raises where the pictures do not make whole blocks
     return subject
 

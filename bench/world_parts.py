@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import sys
 import tarfile
 import time
@@ -50,6 +51,12 @@ def store_clips(config: str, clips: str, work: str, jobs: str) -> None:
     write(Path(config), int(clips), Path(work) / "clips", int(jobs), codec)
 
 
+def adopt(student: str, work: str, name: str) -> None:
+    """Take over a packed student of an earlier study, as a run and as a student."""
+    for folder in ("students", "runs"):
+        shutil.copytree(student, Path(work) / folder / name)
+
+
 def pack_student(config: str, run: str, out: str, codec: str) -> None:
     from cfpp_rt.world.codec import PatchCodec
     from cfpp_rt.world.pack import pack
@@ -68,6 +75,8 @@ def do(commands: list[list[str]]) -> int:
         torch.set_float32_matmul_precision("highest")  # training lowers it on a GPU
         if name == "clips":
             store_clips(*words)
+        elif name == "adopt":
+            adopt(*words)
         elif name == "pack":
             pack_student(*words)
         elif code := main([name, *words]):

@@ -27,7 +27,8 @@ class Study:
 
     work: folder of data, checkpoints and students. clips, trajectories: how many are stored. seeds: of training;
     teachers have one. frames, episodes, eval_seeds: of an evaluation. jobs: processes at once. steps: of a stage,
-    instead of the config's.
+    instead of the config's. teachers: folder of an earlier study's students, whose teachers and score are taken over
+    instead of trained. only: names of runs, with those that they wait for; none = all.
     """
 
     config: Path
@@ -41,6 +42,8 @@ class Study:
     jobs: int
     device: str
     steps: dict[str, int] = dataclasses.field(default_factory=dict)
+    teachers: Path | None = None
+    only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("clips", "trajectories", "seeds", "frames", "episodes", "eval_seeds", "jobs"):
@@ -68,7 +71,19 @@ class Study:
         }
 
     def runs(self) -> list[Run]:
-        """In the order in which they are to begin where several can."""
+        """In the order in which they are to begin where several can. Raises InputError for a name in `only` of none."""
+        found = {run.name: run for run in self._all_runs()}
+        unknown = [name for name in self.only if name not in found]
+        if unknown:
+            raise InputError(f"only must name runs of {', '.join(found)}, got {', '.join(unknown)}")
+        wanted, reached = list(self.only or found), set()
+        while wanted:
+            name = wanted.pop()
+            reached.add(name)
+            wanted += [needed for needed in found[name].needs if needed not in reached]
+        return [run for name, run in found.items() if name in reached]
+
+    def _all_runs(self) -> list[Run]:
         clips = ("clips", str(self.config), str(self.clips), str(self.work), str(self.jobs))
         found = [Run("clips", (), (clips,))]
         found += [Run(f"{layout}-ar", ("clips",), self._train("ar", layout, 0)) for layout in LAYOUTS]
@@ -106,6 +121,8 @@ class Study:
 
     def _train(self, stage: str, layout: str, seed: int, *more: str, name: str = "") -> tuple[tuple[str, ...], ...]:
         name = name or (stage if stage == "base" else f"{layout}-{stage}")
+        if self.teachers is not None and stage in ("ar", "base"):
+            return (("adopt", str(self.teachers / name), str(self.work), name),)
         config, out = str(self._config(layout, seed)), str(self.work / "runs" / name)
         train = ("distill", "--config", config, "--stage", stage, "--out", out, *more)
         return train, ("pack", config, out, str(self.work / "students" / name), str(self.work / "codec.safetensors"))

@@ -94,6 +94,8 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=48, help="of an evaluation (default: %(default)s)")
     parser.add_argument("--eval-seeds", type=int, default=1, help="evaluations of a student (default: %(default)s)")
     parser.add_argument("--steps", action="append", default=[], metavar="STAGE=N", help="instead of the config's")
+    parser.add_argument("--teachers", type=Path, metavar="DIR", help="of an earlier study (its students), taken over")
+    parser.add_argument("--only", nargs="+", default=[], metavar="RUN", help="these, and what they wait for")
     parser.add_argument("--smoke", action="store_true", help="everything once, with a few steps: does it run?")
     arguments = parser.parse_args()
     try:
@@ -119,7 +121,10 @@ def _study(arguments: argparse.Namespace) -> None:
         jobs=arguments.jobs,
         device=arguments.device,
         steps=dict(map(_steps, arguments.steps)),
+        teachers=None if arguments.teachers is None else arguments.teachers.resolve(),
+        only=tuple(arguments.only),
     )
+    study.runs()  # raises for a name of none
     if arguments.smoke:
         few = {"clips": 64, "trajectories": 4, "seeds": 1, "frames": 18, "episodes": 2, "eval_seeds": 2}
         study = Study(**{**vars(study), **few, "steps": {**_SMOKE_STEPS, **study.steps}})

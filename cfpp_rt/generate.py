@@ -133,7 +133,7 @@ def run(arguments: argparse.Namespace) -> None:
     for i, (output, sheet) in enumerate(zip(outputs, sheets, strict=True)):
         prompt = _prompt(arguments, prompts[i], pipeline)
         stream = pipeline.stream(
-            prompt, frames=frames, size=size, seed=arguments.seed, initial=initial, cameras=cameras
+            prompt, frames=frames, size=size, seed=arguments.seed, initial=initial, cameras=cameras, ahead=1
         )
         _write(stream, stream, output, sheet, frames, DEFAULT_FPS, quiet=arguments.quiet)
         del stream  # its cache is free again before the next begins

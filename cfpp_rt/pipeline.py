@@ -110,6 +110,7 @@ class Pipeline:
         rollout: RolloutConfig | None = None,
         noise: Tensor | None = None,
         renoise: Sequence[Tensor] | None = None,
+        ahead: int = 0,
         graphs: bool = True,
     ) -> Stream:
         """Start a video; iterate over the result for its `Frames`, the first while later ones are still to be made.
@@ -118,8 +119,10 @@ class Pipeline:
         4 * n - 3 for n latent frames; None = without end (needs a window). size: (height, width), multiples of 16.
         initial: float pixels [1 or B, T, 3, height, width] in [-1, 1] with T = 4 * m - 3 that the video continues: one
         picture for image-to-video. cameras: for a model with the camera branch, one per latent frame or a single one.
-        rollout: settings, default those of the student. cameras, seed, noise, renoise: see `Rollout`. graphs: False
-        runs every pass from Python, on CUDA too.
+        rollout: settings, default those of the student. cameras, seed, noise, renoise: see `Rollout`. ahead: blocks,
+        0..8, that are under way while the caller still looks at the one before; no more pile up if the caller is
+        slow. On CUDA a block is then decoded beside the passes of the next. Prompts, actions and cameras given
+        meanwhile come that much later: 0 for interaction. graphs: False runs every pass from Python, on CUDA too.
         """
         if isinstance(prompt, str):
             prompt = [prompt]
@@ -140,6 +143,7 @@ class Pipeline:
             seed=seed,
             noise=noise,
             renoise=renoise,
+            ahead=ahead,
             graphs=self.graphs if graphs else None,
         )
 

@@ -159,7 +159,7 @@ class Rollout:
         return self
 
     def __next__(self) -> Latents:
-        if self._finished:
+        if self.finished:
             raise StopIteration
         with self._whole():
             return self._next_block()
@@ -172,6 +172,11 @@ class Rollout:
         if self.waits_for_refresh:
             with self._whole():
                 self._run_refresh()
+
+    @property
+    def newest_finite(self) -> Tensor | None:
+        """Whether the newest block is finite: bool [], on the device, nobody waits; None where nobody looks."""
+        return torch.stack([finite for _, finite in self._unchecked]).all() if self._unchecked else None
 
     def require_finite(self) -> None:
         """Raise NonFiniteError if the newest block is not finite; to be called before another pass."""
@@ -191,7 +196,7 @@ class Rollout:
             if not recache and self.waits_for_refresh:
                 self._run_refresh()
             self._text = embedded
-            if recache and self.next_frame > 0 and not self._finished:  # graphs may be another's after the last frame
+            if recache and self.next_frame > 0 and not self.finished:  # graphs may be another's after the last frame
                 self._unrefreshed = None
                 self._recache()
 
@@ -230,15 +235,16 @@ class Rollout:
     @property
     def waits_for_refresh(self) -> bool:
         """Whether the newest block's clean pass is still to be run; never after the last block, which needs none."""
-        return self._unrefreshed is not None and not self._finished
+        return self._unrefreshed is not None and not self.finished
 
     @property
     def over(self) -> bool:
         """Whether it runs no more passes: all blocks are made and looked at, or it broke off."""
-        return self._broken or (self._finished and not self._unchecked)
+        return self._broken or (self.finished and not self._unchecked)
 
     @property
-    def _finished(self) -> bool:
+    def finished(self) -> bool:
+        """Whether all frames have been made; never for a rollout without end."""
         return self.frames is not None and self.next_frame >= self.frames
 
     @contextmanager

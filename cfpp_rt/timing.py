@@ -60,11 +60,13 @@ class Timings:
         self.stages.setdefault(name, deque(maxlen=_KEPT)).append(ms)
 
     def deliver(self, pictures: int) -> None:
-        """Note a delivery: pictures are in host memory, so every stage before is done."""
-        for name, started, ended in self._running:
-            ended.synchronize()
-            self._note(name, started.elapsed_time(ended))
-        self._running.clear()
+        """Note a delivery: pictures are in host memory. Stages of blocks made ahead may still run: they come later."""
+        running, self._running = self._running, []
+        for name, started, ended in running:
+            if ended.query():
+                self._note(name, started.elapsed_time(ended))
+            else:
+                self._running.append((name, started, ended))
         now = time.perf_counter() - self.started
         self.deliveries.append((now, pictures))
         self.first_s = now if self.first_s is None else self.first_s

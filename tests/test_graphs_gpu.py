@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from cfpp_rt.camera import Cameras, parse_trajectory
+from cfpp_rt.codec.taehv import TAEHV
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import OutOfMemoryError
 from cfpp_rt.model.transformer import random_model
+from cfpp_rt.pipeline import Pipeline
 from cfpp_rt.rollout import Rollout
 from cfpp_rt.speed.graph import Graphs
 from tests.test_graphs import RING, SETTINGS, TINY, play, start, text
@@ -52,6 +54,14 @@ def test_cuda_graphs_with_cameras(monkeypatch, heads):
     path = Cameras.of(parse_trajectory("w*3,l*8"))
     made = [play(start(model, RING, graphs, cameras=path), model) for graphs in (None, Graphs(model))]
     assert torch.equal(*made)
+
+
+def test_blocks_decoded_beside_the_next_are_the_same_pictures(on_gpu):
+    torch.manual_seed(0)
+    pipeline = Pipeline(on_gpu, TAEHV().to("cuda", torch.bfloat16), None, RolloutConfig(steps=(1000, 500), window=4))
+    made = [list(pipeline.stream(text(on_gpu, 0), frames=41, size=(64, 96), ahead=ahead)) for ahead in (0, 1, 3)]
+    for parts in made[1:]:
+        assert all(torch.equal(part.pixels, same.pixels) for part, same in zip(parts, made[0], strict=True))
 
 
 def test_no_pass_waits_for_the_device(on_gpu):
