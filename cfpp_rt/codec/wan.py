@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cfpp_rt.capture import CudaCapture
 from cfpp_rt.checkpoint import read_sharded, read_tensors, require_exact
 from cfpp_rt.codec.base import require_latents, require_pixels
 from cfpp_rt.codec.wan_decoder import ClipNetwork, ClipNetworks
@@ -27,18 +28,20 @@ class WanVAE:
     """The Wan2.1 VAE as a `Codec`: 16 latent channels, 8 x 8 pixels and 4 pictures to a latent.
 
     vae: an `AutoencoderKLWan`; it is used in its own dtype on its own device, without gradients, and holds no state
-    of a clip. Latents in and out are normalised with the statistics in its config.
+    of a clip. Latents in and out are normalised with the statistics in its config. graphs: on CUDA, decoding replays
+    CUDA graphs.
     """
 
     temporal_factor = 4
     spatial_factor = 8
 
-    def __init__(self, vae: Any):
+    def __init__(self, vae: Any, *, graphs: bool = True):
         self.vae = vae.eval().requires_grad_(False)
         self.latent_channels: int = vae.config.z_dim
         shape = (1, 1, self.latent_channels, 1, 1)
         self._mean = torch.tensor(vae.config.latents_mean, device=self.device).view(shape)
         self._std = torch.tensor(vae.config.latents_std, device=self.device).view(shape)
+        self._graphs = graphs
         self._networks: ClipNetworks | None = None
         # Older diffusers have no such argument: there the empty state alone marks the first latent.
         self.takes_first_chunk = "first_chunk" in inspect.signature(vae.decoder.forward).parameters
@@ -98,7 +101,7 @@ class WanVAE:
     def networks(self) -> ClipNetworks:
         """What decoders run on; made when the first one asks."""
         if self._networks is None:
-            self._networks = ClipNetworks(self.vae)
+            self._networks = ClipNetworks(self.vae, CudaCapture if self._graphs else None)
         return self._networks
 
     def release(self) -> None:

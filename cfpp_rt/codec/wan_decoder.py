@@ -92,8 +92,8 @@ def _fastest_convolutions() -> Iterator[None]:
 class ClipNetworks:
     """The networks of a VAE: one for each clip that is being decoded, and those of clips that are over.
 
-    vae: an `AutoencoderKLWan` whose weights stay as they are. capture: makes the `Capture` for a CUDA device; None = no
-    graphs. Safe to call from several threads.
+    vae: an `AutoencoderKLWan` whose weights stay as they are. capture: makes the `Capture` for a device (CUDA graphs
+    are for CUDA alone); None = no graphs. Safe to call from several threads.
     """
 
     def __init__(self, vae: Any, capture: Callable[[torch.device], Capture] | None = CudaCapture):
@@ -137,7 +137,9 @@ class ClipNetworks:
             torch.cuda.empty_cache()
 
     def _capture(self, network: ClipNetwork) -> None:
-        if self._make_capture is None or self._no_graphs is not None or self._device.type != "cuda":
+        if self._make_capture is None or self._no_graphs is not None:
+            return
+        if self._make_capture is CudaCapture and self._device.type != "cuda":
             return
         try:
             network.capture(self._make_capture(self._device))
@@ -145,7 +147,8 @@ class ClipNetworks:
             first = first_error(error)
             self._no_graphs = f"capture failed: {type(first).__name__}: {str(first).splitlines()[0]}"
             warnings.warn(f"Wan VAE without CUDA graphs: {self._no_graphs}", RuntimeWarning, stacklevel=5)
-        torch.cuda.empty_cache()  # what warming up took, on a stream that is not used again
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # what warming up took, on a stream that is not used again
 
 
 def _is_free(network: ClipNetwork) -> bool:

@@ -27,19 +27,22 @@ class Layout:
     """How activations lie in memory.
 
     channels_last: the channels of a pixel side by side, as cuDNN's tensor core kernels want them. border: zeros round
-    every frame of a buffer, 1 or 0; where there are none the convolution pads.
+    every frame of a buffer, 1 or 0; where there are none the convolution pads. late_bias: the bias of a convolution
+    that a norm follows is added by the norm; cuDNN's convolutions leave it to a pass over memory of its own.
     """
 
     channels_last: bool
     border: int
+    late_bias: bool
 
     @classmethod
     def of(cls, device: torch.device) -> "Layout":
         """CUDA: channels last, padded by the convolution. Else as the library: other layouts give other bits there."""
-        return cls(channels_last=True, border=0) if device.type == "cuda" else cls(channels_last=False, border=1)
+        cuda = device.type == "cuda"
+        return cls(channels_last=cuda, border=0 if cuda else 1, late_bias=cuda)
 
     def place(self, tensor: Tensor) -> Tensor:
-        """The tensor [., C, ...] in this layout; itself where it is."""
+        """The tensor [., C, ...] in this layout; itself where it is, as what cuDNN makes of such tensors always is."""
         if not self.channels_last or tensor.ndim < 4:
             return tensor
         return tensor.contiguous(memory_format=torch.channels_last if tensor.ndim == 4 else torch.channels_last_3d)
@@ -68,27 +71,32 @@ class Layers:
         self.kernels, self.layout = kernels, layout
         self.causal: list[CausalConv] = []
 
-    def causal_conv(self, conv: Any, size: Size) -> "CausalConv":
-        made = CausalConv(self.kernels[conv], size, self.layout)
+    def causal_conv(self, conv: Any, size: Size, *, bias: bool = True) -> "CausalConv":
+        weight, own_bias = self.kernels[conv]
+        made = CausalConv((weight, own_bias if bias else None), size, self.layout)
         self.causal.append(made)
         return made
 
-    def norm_silu_conv(self, norm: Any, conv: Any, size: Size) -> Callable[[Tensor], Tensor]:
-        gamma, causal = norm.gamma.flatten(), self.causal_conv(conv, size)
+    def norm_silu_conv(
+        self, norm: Any, conv: Any, size: Size, *, bias: bool = True, bias_before: Tensor | None = None
+    ) -> Callable[[Tensor], Tensor]:
+        """bias: whether the convolution adds its own. bias_before: what the norm adds to its input first."""
+        gamma, causal = norm.gamma.flatten(), self.causal_conv(conv, size, bias=bias)
 
         def run(x: Tensor) -> Tensor:
-            rms_silu_(causal.slot(x.shape[2]), x, gamma)
+            rms_silu_(causal.slot(x.shape[2]), x, gamma, bias_before)
             return causal(x.shape[2])
 
         return run
 
     def residual_block(self, block: Any, size: Size) -> Callable[[Tensor], Tensor]:
-        first = self.norm_silu_conv(block.norm1, block.conv1, size)
-        second = self.norm_silu_conv(block.norm2, block.conv2, size)
-        shortcut = self.kernels.get(block.conv_shortcut)
+        late = block.conv1.bias if self.layout.late_bias else None
+        first = self.norm_silu_conv(block.norm1, block.conv1, size, bias=late is None)
+        second = self.norm_silu_conv(block.norm2, block.conv2, size, bias_before=late)
+        shortcut, place = self.kernels.get(block.conv_shortcut), self.layout.place
 
         def run(x: Tensor) -> Tensor:
-            along = x if shortcut is None else F.conv3d(x, *shortcut)
+            along = x if shortcut is None else place(F.conv3d(x, *shortcut))
             return second(first(x)).add_(along)
 
         return run
@@ -96,6 +104,7 @@ class Layers:
     def attention_block(self, block: Any) -> Callable[[Tensor], Tensor]:
         """Single-head attention within each frame."""
         norm, to_qkv, proj = block.norm, self.kernels[block.to_qkv], self.kernels[block.proj]
+        place = self.layout.place
 
         def run(x: Tensor) -> Tensor:
             rows, (height, width) = x.transpose(1, 2).flatten(0, 1), x.shape[3:]
@@ -103,7 +112,7 @@ class Layers:
             q, k, v = qkv.chunk(3, dim=-1)
             mixed = F.scaled_dot_product_attention(q, k, v).squeeze(1)
             mixed = mixed.transpose(1, 2).unflatten(2, (height, width))
-            return _frames(F.conv2d(mixed, *proj), x.shape[0]).add_(x)
+            return _frames(place(F.conv2d(mixed, *proj)), x.shape[0]).add_(x)
 
         return run
 
@@ -120,7 +129,7 @@ class CausalConv:
         self._weight, self._bias = kernel
         border = layout.border if self._weight.shape[-1] == 3 else 0  # the one of an upsampler looks at time alone
         pad = self._weight.shape[-1] // 2 - border
-        self._padding, self._border = (0, pad, pad), border
+        self._padding, self._border, self._place = (0, pad, pad), border, layout.place
         planes = (size.batch, self._weight.shape[1], HISTORY + size.frames)
         shape = (*planes, size.height + 2 * border, size.width + 2 * border)
         self.buffer = layout.place(torch.zeros(shape, dtype=self._weight.dtype, device=self._weight.device))
@@ -139,7 +148,7 @@ class CausalConv:
             buffer[:, :, 1].copy_(buffer[:, :, 2])
         else:
             buffer[:, :, :HISTORY].copy_(buffer[:, :, frames : frames + HISTORY])
-        return out
+        return self._place(out)
 
     def reset(self) -> None:
         """To the start of a clip."""
@@ -158,7 +167,7 @@ class Upsampler:
             self._time_conv.slot(x.shape[2]).copy_(x)
             x, groups = self._time_conv(x.shape[2]), 2  # the channels of two frames each
         doubled = _doubled_rows(x, groups) if self._layout.channels_last else _doubled_planes(x, groups)
-        return _frames(F.conv2d(doubled, *self._kernel, padding=1), batch)
+        return _frames(self._layout.place(F.conv2d(doubled, *self._kernel, padding=1)), batch)
 
 
 def _frames(pictures: Tensor, batch: int) -> Tensor:

@@ -11,12 +11,13 @@ from cfpp_rt.reference.rms_silu import rms_silu_ as reference
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def rms_silu_(out: Tensor, x: Tensor, gamma: Tensor) -> None:
-    """Write silu(x / max(|x|, 1e-12) * sqrt(C) * gamma) into out; |x| is the Euclidean norm over the C channels.
+def rms_silu_(out: Tensor, x: Tensor, gamma: Tensor, bias: Tensor | None = None) -> None:
+    """Write silu(y / max(|y|, 1e-12) * sqrt(C) * gamma) into out, where y = x + bias; |y| is the Euclidean norm over
+    the C channels.
 
     out, x: [B, C, T, H, W], float32, bfloat16 or float16 (float64: the reference serves it); they share no memory. On
     CUDA the channels of a pixel lie side by side, and pixels and frames follow one another without gaps
-    (channels_last_3d, or frames cut out of it); elsewhere strides are free. gamma: [C], contiguous.
+    (channels_last_3d, or frames cut out of it); elsewhere strides are free. gamma, bias: [C], contiguous.
 
     On CUDA arithmetic is float32 with one rounding at the end. On the CPU every step rounds to the dtype of x, and the
     bits are those of diffusers' Wan VAE. Has no gradient.
@@ -24,22 +25,25 @@ def rms_silu_(out: Tensor, x: Tensor, gamma: Tensor) -> None:
     Raises InputError naming the argument, what was wanted and what came. Source: WanRMS_norm and SiLU in the residual
     blocks of Wan2.1's VAE.
     """
-    if plain((out, x, gamma)):
-        _run(out, x, gamma)
+    tensors = (out, x, gamma) if bias is None else (out, x, gamma, bias)
+    if plain(tensors):
+        _run(out, x, gamma, bias)
         return
-    if torch.is_grad_enabled() and (x.requires_grad or gamma.requires_grad):
-        raise InputError("rms_silu_: has no gradient, x and gamma must not require one; use torch.no_grad()")
-    _op(out, x, gamma)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise InputError("rms_silu_: has no gradient, no argument may require one; use torch.no_grad()")
+    _op(out, x, gamma, bias)
 
 
-def _check(out: Tensor, x: Tensor, gamma: Tensor) -> None:
+def _check(out: Tensor, x: Tensor, gamma: Tensor, bias: Tensor | None) -> None:
     if x.ndim != 5 or 0 in x.shape:
         raise wrong("rms_silu_", "x", "[B, C, T, H, W]", list(x.shape))
     if x.dtype not in _DTYPES:
         raise wrong("rms_silu_", "x", "torch.float32 or torch.bfloat16 or torch.float16 or torch.float64", x.dtype)
-    for name, tensor, shape in (("out", out, list(x.shape)), ("gamma", gamma, [x.shape[1]])):
-        if list(tensor.shape) != shape:
-            raise wrong("rms_silu_", name, str(shape), list(tensor.shape))
+    for name, tensor, shape in (("out", out, x.shape), ("gamma", gamma, x.shape[1:2]), ("bias", bias, x.shape[1:2])):
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise wrong("rms_silu_", name, str(list(shape)), list(tensor.shape))
         if tensor.dtype != x.dtype:
             raise wrong("rms_silu_", name, f"{x.dtype} like x", tensor.dtype)
         if tensor.device != x.device:
@@ -48,18 +52,19 @@ def _check(out: Tensor, x: Tensor, gamma: Tensor) -> None:
         for name, tensor in (("out", out), ("x", x)):
             if not tensor[:1].is_contiguous(memory_format=torch.channels_last_3d):
                 raise wrong("rms_silu_", name, "channels-last on CUDA", f"strides {list(tensor.stride())}")
-        if not gamma.is_contiguous():
-            raise wrong("rms_silu_", "gamma", "contiguous", f"stride {gamma.stride(0)}")
+        for name, tensor in (("gamma", gamma), ("bias", gamma if bias is None else bias)):
+            if not tensor.is_contiguous():
+                raise wrong("rms_silu_", name, "contiguous", f"stride {tensor.stride(0)}")
 
 
-def _run(out: Tensor, x: Tensor, gamma: Tensor) -> None:
-    _check(out, x, gamma)
+def _run(out: Tensor, x: Tensor, gamma: Tensor, bias: Tensor | None) -> None:
+    _check(out, x, gamma, bias)
     module = triton_kernels("rms_silu") if x.is_cuda and x.dtype != torch.float64 else None
-    (reference if module is None else module.rms_silu_)(out, x, gamma)
+    (reference if module is None else module.rms_silu_)(out, x, gamma, bias)
 
 
-def _fake(out: Tensor, x: Tensor, gamma: Tensor) -> None:
-    _check(out, x, gamma)
+def _fake(out: Tensor, x: Tensor, gamma: Tensor, bias: Tensor | None) -> None:
+    _check(out, x, gamma, bias)
 
 
-_op = register("rms_silu_(Tensor(a!) out, Tensor x, Tensor gamma) -> ()", _run, _fake)
+_op = register("rms_silu_(Tensor(a!) out, Tensor x, Tensor gamma, Tensor? bias) -> ()", _run, _fake)

@@ -20,12 +20,14 @@ def _rms_silu(
     out_ptr,
     x_ptr,
     gamma_ptr,
+    bias_ptr,
     pixels,
     pixels_per_clip,
     channels,
     out_batch,
     x_batch,
     root,
+    HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
@@ -35,6 +37,9 @@ def _rms_silu(
     channel = tl.arange(0, BLOCK)
     inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
     x = tl.load(x_ptr + (batch * x_batch + place)[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
+        x += bias[None, :]
     gamma = tl.load(gamma_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
     norm = tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), 1e-12, propagate_nan=tl.PropagateNan.ALL)
     y = x * (root / norm)[:, None] * gamma[None, :]
@@ -43,12 +48,23 @@ def _rms_silu(
     tl.store(target, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def rms_silu_(out: Tensor, x: Tensor, gamma: Tensor) -> None:
+def rms_silu_(out: Tensor, x: Tensor, gamma: Tensor, bias: Tensor | None = None) -> None:
     """The contract of `cfpp_rt.ops.rms_silu.rms_silu_`; arguments have been checked."""
     batch, channels = x.shape[:2]
     pixels_per_clip = x[0, 0].numel()
     pixels = batch * pixels_per_clip
     shape = launch_shape(channels)
     _rms_silu[(triton.cdiv(pixels, shape["PIXELS"]),)](
-        out, x, gamma, pixels, pixels_per_clip, channels, out.stride(0), x.stride(0), channels**0.5, **shape
+        out,
+        x,
+        gamma,
+        bias,
+        pixels,
+        pixels_per_clip,
+        channels,
+        out.stride(0),
+        x.stride(0),
+        channels**0.5,
+        HAS_BIAS=bias is not None,
+        **shape,
     )

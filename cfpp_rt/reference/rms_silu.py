@@ -5,11 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def rms_silu_(out: Tensor, x: Tensor, gamma: Tensor) -> None:
+def rms_silu_(out: Tensor, x: Tensor, gamma: Tensor, bias: Tensor | None = None) -> None:
     """The contract of `cfpp_rt.ops.rms_silu.rms_silu_`; works on any device, in any layout and in float64 too.
 
     The norm is taken in float32 at least; like the library it rounds to the dtype of x after each step.
     """
+    if bias is not None:
+        x = x + bias.view(-1, 1, 1, 1)
     wide = torch.promote_types(x.dtype, torch.float32)
     normed = F.normalize(x.to(wide), dim=1).to(x.dtype)
     normed.mul_(x.shape[1] ** 0.5).mul_(gamma.view(-1, 1, 1, 1))
