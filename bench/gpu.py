@@ -54,6 +54,7 @@ def steps(out: Path) -> dict[str, tuple[int, list[str]]]:
                 *("--decode", "tiny", "--repeats", "3", "--device", "cuda", "--json", str(unfinished(out, "latency"))),
             ],
         ),
+        "decode": (60, bench("bench_decode")),
         "rollout": (150, bench("bench_rollout", "--model", "wan-1.3b")),
         "graphs": (120, bench("bench_graphs")),
     }

@@ -3,7 +3,7 @@
 // scale, rounded once. What binds: bytes. 6 * H * D elements move per token (3 in, 3 out); about 20 FLOPs per element
 // of q and k are far below the roof. A frame is so few tokens that the chain of waits within one counts, and how many
 // bytes are under way: a token belongs to as few warps as hold its rows in registers (kMostPacks packs of each a lane;
-// one warp for 1536 channels in 16-bit), all that a lane reads of them is asked for before it waits for any, and warps
+// two warps for 1536 channels in 16-bit), all that a lane reads of them is asked for before it waits for any, and warps
 // meet only where a token has several. Wider or unaligned rows are read a second time instead, from L1. Norm weights
 // and rotation tables are shared by all CTAs and stay in L2 and L1. Assumes: D even; a head starts on a pack boundary
 // (D % kWidth == 0); for packs of 16 bytes also that all pointers and strides are multiples of 16 bytes, else the
@@ -21,8 +21,9 @@
 namespace cfpp {
 namespace {
 
-constexpr int kMostPacks = 6;  // of q, k and v that a lane holds: 72 registers
-constexpr int kMostWarps = 8;  // of one token
+constexpr int kMostPacks =
+    3;  // of q, k and v that a lane holds; with 6, too few warps fit on an SM (H200: 1.2 x the time)
+constexpr int kMostWarps = 16;  // of one token
 constexpr int kCtaThreads = 128, kRereadThreads = 256;
 
 template <typename T, int kWidth>
@@ -273,12 +274,10 @@ void launch_for(const KvUpdateParams& p, cudaStream_t stream) {
     const dim3 grid(ceil_div(tokens, block.y), batch);
     const auto packs = static_cast<int>(ceil_div<int64_t>(p.channels(), warps * kLaneChannels));
     const auto launch = [&](auto kernel) { kernel<<<grid, block, 0, stream>>>(p); };
-    if (packs <= 1) {
+    if (packs == 1) {
       launch(kv_update_held_kernel<T, C, kWidth, 1>);
-    } else if (packs <= 3) {
-      launch(kv_update_held_kernel<T, C, kWidth, 3>);
-    } else if (packs <= 5) {
-      launch(kv_update_held_kernel<T, C, kWidth, 5>);
+    } else if (packs == 2) {
+      launch(kv_update_held_kernel<T, C, kWidth, 2>);
     } else {
       launch(kv_update_held_kernel<T, C, kWidth, kMostPacks>);
     }
