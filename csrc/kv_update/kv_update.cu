@@ -21,8 +21,7 @@
 namespace cfpp {
 namespace {
 
-constexpr int kMostPacks =
-    3;  // of q, k and v that a lane holds; with 6, too few warps fit on an SM (H200: 1.2 x the time)
+constexpr int kMostPacks = 3;   // of q, k and v that a lane holds; with 6 (H200: 1.2 x the time) few warps fit on an SM
 constexpr int kMostWarps = 16;  // of one token
 constexpr int kCtaThreads = 128, kRereadThreads = 256;
 
