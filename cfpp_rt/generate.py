@@ -130,10 +130,11 @@ def run(arguments: argparse.Namespace) -> None:
         open_writer(output).abort()
     initial = _initial(arguments, size, rollout)
     pipeline = _pipeline(arguments, device, rollout)
+    ahead = 1 if device.type == "cuda" else 0  # nobody acts meanwhile
     for i, (output, sheet) in enumerate(zip(outputs, sheets, strict=True)):
         prompt = _prompt(arguments, prompts[i], pipeline)
         stream = pipeline.stream(
-            prompt, frames=frames, size=size, seed=arguments.seed, initial=initial, cameras=cameras, ahead=1
+            prompt, frames=frames, size=size, seed=arguments.seed, initial=initial, cameras=cameras, ahead=ahead
         )
         _write(stream, stream, output, sheet, frames, DEFAULT_FPS, quiet=arguments.quiet)
         del stream  # its cache is free again before the next begins
