@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cfpp_rt.cache import CacheShape
 from cfpp_rt.config import RolloutConfig
-from cfpp_rt.errors import InputError
+from cfpp_rt.errors import InputError, NonFiniteError
 from cfpp_rt.memory import allocate
 from cfpp_rt.model.passes import Pass, join_passes, join_text
 from cfpp_rt.model.transformer import CausalWanTransformer, LayerText
@@ -111,12 +111,13 @@ class StreamBatch:
         last.cache.ring = ring
         self._streams[row] = last
 
-    def step(self) -> dict[Rollout, Latents]:
+    def step(self) -> dict[Rollout, Latents | NonFiniteError]:
         """The next block of every stream. One whose last block that is leaves the batch.
 
-        Whatever breaks a pass off, NaN or infinity in one stream included, breaks off all streams.
+        Where the model makes NaN or infinity of a stream, the error that says where stands in place of its block, it
+        leaves the batch, and the others go on. Whatever else breaks a pass off breaks off all streams.
         """
-        made: dict[Rollout, Latents] = {}
+        made: dict[Rollout, Latents | NonFiniteError] = {}
         with ExitStack() as stack:
             blocks = [stack.enter_context(stream.block()) for stream in self._streams]
             asked = {row: next(block) for row, block in enumerate(blocks)}
@@ -129,8 +130,11 @@ class StreamBatch:
                         except StopIteration as done:
                             made[self._streams[row]] = done.value
                             del asked[row]
-        for stream in made:
-            if stream.over:
+                        except NonFiniteError as error:
+                            made[self._streams[row]] = error
+                            del asked[row]
+        for stream, block in made.items():
+            if stream.over or isinstance(block, NonFiniteError):
                 self.leave(stream)
         return made
 
