@@ -314,6 +314,8 @@ class Rollout:
             clean, x = denoise_update(x, velocity, levels[step], noise, again)
             if self._check_finite:
                 self._unchecked.append((groups, clean.isfinite().all()))
+        if self.frames is None or start + n < self.frames:
+            self.noise.prepare(n)
         if self._check_finite is True:
             self._locate_non_finite()
 

@@ -129,7 +129,7 @@ def test_a_buffer_that_is_not_filled_is_seen(stale):
     model = random_model(dataclasses.replace(TINY, camera=True), seed=0, dtype=torch.float32)
     cameras, config = Cameras.of(parse_trajectory("w*3,l*3,w*5")), RING
     graphs = graphs_of(model)
-    rollout = start(model, config, graphs, cameras=cameras)
+    rollout = start(model, config, graphs, cameras=cameras, check_finite=False)  # rows that nobody wrote may be NaN
     for buffers in graphs._sets[0]._inputs.values():
         assert len(buffers) == 9
         buffers[stale] = buffers[stale].clone()  # filled instead of the one that the pass reads

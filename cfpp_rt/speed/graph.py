@@ -233,9 +233,9 @@ class Graphs:
         except OutOfMemoryError:  # not even the cache
             raise
         except RuntimeError as error:  # what CUDA and torch raise
-            first = _first(error)
-            reason = f"capture failed: {type(first).__name__}: {str(first).splitlines()[0]}"
-            if not isinstance(first, torch.OutOfMemoryError):
+            first_line = str(error).partition("\n")[0]
+            reason = f"capture failed: {type(error).__name__}: {first_line}"
+            if not isinstance(error, torch.OutOfMemoryError):
                 self._refused[setting] = reason
             return reason
         self._sets.append(made)
@@ -260,10 +260,3 @@ class Graphs:
 def _is_free(graphs: GraphedPasses) -> bool:
     holder = None if graphs.holder is None else graphs.holder()
     return holder is None or holder.over
-
-
-def _first(error: BaseException) -> BaseException:
-    """The error that came first: ending a capture that has failed fails as well."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return error
