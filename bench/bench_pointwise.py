@@ -3,8 +3,8 @@
 Shapes of 1, 2 and 3 latent frames at 480x832 (1560 tokens each) at the width of the 1.3B and of the 14B model, and of
 the small world (64 tokens, 192 channels). Bytes: every tensor of tokens or latents read or written once, modulation
 rows not counted. The roof is a copy of a large buffer, measured in the same run. Plain PyTorch is what the model would
-run without the op: layer_norm and addcmul, or the schedule's two formulas. What makes float8 is timed on a GPU only, and
-plain there is the formula of its reference after the ordinary norm, if any. Both take turns, from a cold cache: before
+run without the op: layer_norm and addcmul, or the schedule's two formulas. What makes float8 is timed on a GPU only;
+plain is the formula of its reference there, after the ordinary norm if any. Both take turns, from a cold cache: before
 every call a buffer larger than the last-level cache is overwritten.
 
     python -m cfpp_rt.bench.bench_pointwise [--device cpu] [--json PATH]
