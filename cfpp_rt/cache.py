@@ -3,6 +3,7 @@
 What a query may see is a list of token ranges, in any order, since attention does not care about the order of keys.
 """
 
+import copy
 import dataclasses
 
 import torch
@@ -162,6 +163,19 @@ class KVCache:
         """Of all keys and values, and of the room for one layer that float8 has; scales are a few KiB."""
         camera = 0 if self.camera_data is None else self.camera_data.nbytes
         return self.data.nbytes + camera + self.layers[0].wide_nbytes
+
+    def rows(self, first: int, last: int) -> "KVCache":
+        """Rows [first, last) of the batch as a cache over the same memory, with a ring of its own that holds nothing.
+
+        Not of a float8 cache or one for cameras.
+        """
+        if self.layers[0].scales or self.camera_data is not None:
+            raise InputError("rows: the cache must be neither float8 nor for cameras")
+        part = copy.copy(self)
+        part.ring = FrameRing(self.ring.sinks, self.ring.ring, self.ring.block)
+        part.data = self.data[:, :, first:last]
+        part.layers = [LayerCache(data, None, None) for data in part.data]
+        return part
 
     def reuse(self, ring: FrameRing) -> None:
         """Begin another rollout in the same memory; a ring of the same capacity."""

@@ -20,7 +20,7 @@ LAYERS = [
     {"model"},
     {"speed"},
     {"rollout"},
-    {"session"},
+    {"batch", "session"},
     {"pipeline"},
     {"distill"},
     {"untrained"},

@@ -9,9 +9,11 @@ from torch import nn
 
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.weights import build_model
-from cfpp_rt.speed import fuse_gelu, quantize_linears
+from cfpp_rt.rollout import Rollout
+from cfpp_rt.speed import Graphs, fuse_gelu, quantize_linears
 from cfpp_rt.speed.float8 import Float8Linear
 from cfpp_rt.speed.int8 import Int8Linear, quantize
+from cfpp_rt.values import Conditioning
 from tests.closeness import assert_close_max
 from tests.test_rollout import ROLLOUTS, run, settings_of
 from tests.test_rollout_float8 import rms
@@ -165,3 +167,25 @@ def test_latents_of_the_gpu_are_near_the_emulated_ones(weights, config, vectors,
         model = build_model(weights, config, dtype=torch.bfloat16, device="cuda")
         latents = run(quantize_linears(model, "float8_e4m3", emulated=emulated), settings, vectors, name).cpu()
         assert rms(latents - wanted) / rms(wanted) < 0.035
+
+
+@pytest.mark.gpu
+def test_float8_passes_run_as_cuda_graphs(weights, config, vectors, meta):
+    """Near, not equal: graphs take this project's attention kernel, whatever runs otherwise."""
+    name = "framewise_2step_window"
+    model = quantize_linears(build_model(weights, config, dtype=torch.bfloat16, device="cuda"), "float8_e4m3")
+    noise, made = vectors[f"{name}.noise"], []
+    for graphs in (None, Graphs(model)):
+        rollout = Rollout(
+            model,
+            Conditioning(vectors["prompt_embeds"]),
+            settings_of(meta[name], meta["shift"], "fused"),
+            latent_size=tuple(noise.shape[-2:]),
+            frames=noise.shape[1],
+            noise=noise,
+            renoise=list(vectors[f"{name}.renoise"]),
+            graphs=graphs,
+        )
+        assert (rollout.why_not_graphs is None) is (graphs is not None)
+        made.append(torch.cat([block.values for block in rollout], dim=1))
+    assert rms(made[0] - made[1]) / rms(made[0]) < 0.03

@@ -75,7 +75,7 @@ _decided: dict[tuple[object, ...], str] = {}
 
 
 def _backend(q: Tensor, ranges: TokenRanges) -> str:
-    if ranges.host is None:
+    if ranges.host is None and not ranges.by_row:
         if reason := why_not_kernel(q.device, q.dtype, q.shape[-1]):
             raise wrong("block_attention", "ranges", f"known to the host, since {reason}", "those of a buffer")
         return "kernel"

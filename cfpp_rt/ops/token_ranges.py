@@ -13,20 +13,22 @@ from cfpp_rt.transfer import to_device
 
 @dataclasses.dataclass(frozen=True)
 class TokenRanges:
-    """Token ranges [first, last) of a cache, per group of queries; the same for every row of the batch.
+    """Token ranges [first, last) of a cache, per group of queries; the same for every row of the batch, or joined.
 
     host: per group its ranges, for attention that gathers keys; None = only the device knows them, as where one graph
     serves all frames. device: int32 [B, G, R, 2], contiguous, for kernels that read them as they run; a group with
     fewer than R ranges is filled up with (0, 0). most_keys: tokens that the group which sees most of them sees; 0 where
-    host is None.
+    host is None and rows are not joined. by_row: those of each row where they differ, and host is None then.
     """
 
     host: tuple[tuple[Range, ...], ...] | None
     device: Tensor
+    by_row: tuple["TokenRanges", ...] = ()
     most_keys: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         most = max(sum(last - first for first, last in ranges) for ranges in self.host) if self.host else 0
+        most = max([most, *(own.most_keys for own in self.by_row)])
         object.__setattr__(self, "most_keys", most)
 
     @classmethod
@@ -62,6 +64,13 @@ class TokenRanges:
         host = tuple(tuple((int(first), int(last)) for first, last in ranges) for ranges in groups)
         return cls(host, to_device(torch.tensor([padded] * batch, dtype=torch.int32), device))
 
+    @classmethod
+    def join(cls, rows: Sequence["TokenRanges"]) -> "TokenRanges":
+        """Ranges of batches that are joined to one, row after row: as many groups in each, of the same width R."""
+        device = torch.cat([own.device for own in rows])
+        same = all(own.host == rows[0].host for own in rows)
+        return cls(rows[0].host, device) if same else cls(None, device, tuple(rows))
+
     def __len__(self) -> int:
         """Number of groups."""
         return self.device.shape[1]
@@ -71,4 +80,5 @@ class TokenRanges:
         if groups == len(self):
             return self
         host = None if self.host is None else self.host[-groups:]
-        return TokenRanges(host, self.device[:, -groups:].contiguous())
+        by_row = tuple(own.last(groups) for own in self.by_row)
+        return TokenRanges(host, self.device[:, -groups:].contiguous(), by_row)
