@@ -157,11 +157,7 @@ class Rollout:
     def block(self) -> Iterator[Generator[Pass, Any, Latents]]:
         """The passes of the next block, for who runs those of several rollouts together: each is to be answered by its
         velocity, None for one that keeps none; the last answer returns the block. `next()` is all of that.
-
-        Raises StopIteration where no block is left.
         """
-        if self._finished:
-            raise StopIteration
         with self._whole():
             yield self._next_block()
 
