@@ -27,7 +27,7 @@ SANITIZED = ["tests/ops", "-m", "gpu", "-k", "two and groups and not libraries"]
 
 
 def unfinished(out: Path, bench: str) -> Path:
-    return out / "logs" / f"{bench}.jsonl"
+    return out / "logs" / f"{bench.removeprefix('bench_')}.jsonl"
 
 
 def steps(out: Path) -> dict[str, tuple[int, list[str]]]:
