@@ -49,7 +49,7 @@ class ClipNetwork:
 
     def capture(self, capture: Capture) -> None:
         """From now on both kinds of call are replayed. Raises what `capture` raises, and is then as it was."""
-        with _fastest_convolutions():
+        with self._convolutions():
             self._runs = {first: capture(run) for first, run in self._runs.items()}
         self.captured = True
 
@@ -68,25 +68,26 @@ class ClipNetwork:
         self._conv_in.slot(1).copy_(latent)
         if self.captured or not latent.is_cuda:
             return self._runs[first]()
-        with _fastest_convolutions():
+        with self._convolutions():
             return self._runs[first]()
+
+    @contextmanager
+    def _convolutions(self) -> Iterator[None]:
+        """Where cuDNN times its kernels when it meets a shape, two dozen in all, and goes on with the fastest. Not in
+        float32, where the fastest may be less exact.
+        """
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = self._conv_in.buffer.dtype != torch.float32
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = before
 
     def _run(self, first: bool) -> Tensor:
         x = self._conv_in(1)
         for stage in self._stages:
             x = stage(x, first=first) if isinstance(stage, Upsampler) else stage(x)
         return self._head(x)
-
-
-@contextmanager
-def _fastest_convolutions() -> Iterator[None]:
-    """cuDNN times its kernels when it meets a shape, of which there are two dozen, and goes on with the fastest."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 class ClipNetworks:

@@ -14,6 +14,7 @@ from cfpp_rt.ops import _triton
 
 ARCHS = (80, 90, 120)
 WIDTHS = (192, 1536, 5120)  # the small world, the 1.3B and the 14B model
+CHANNELS = (96, 192, 384)  # of the VAE
 
 
 def compile_all() -> None:
@@ -21,7 +22,7 @@ def compile_all() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from cfpp_rt.ops import adaln_modulate_triton, denoise_update_triton, gated_residual_triton
+    from cfpp_rt.ops import adaln_modulate_triton, denoise_update_triton, gated_residual_triton, rms_silu_triton
 
     gated = gated_residual_triton._gated_residual
     norms = [
@@ -36,13 +37,18 @@ def compile_all() -> None:
     span = {"SPAN": denoise_update_triton.SPAN}
     last = {"HAS_NOISE": False, "noise_ptr": None, "next_sigma_ptr": None}
     jobs += [(denoise_update_triton._denoise_update, {**span, **flags}, 4) for flags in ({"HAS_NOISE": True}, last)]
+    for width in CHANNELS:
+        shape = rms_silu_triton.launch_shape(width)
+        constants = {key: shape[key] for key in ("BLOCK", "PIXELS")}
+        for flags in ({"HAS_BIAS": True}, {"HAS_BIAS": False, "bias_ptr": None}):
+            jobs.append((rms_silu_triton._rms_silu, {**constants, **flags}, shape["num_warps"]))
     for kernel, constants, warps in jobs:
         latents = kernel is denoise_update_triton._denoise_update
         signature, divisible = {}, {}
         for index, name in enumerate(kernel.arg_names):
             narrow = name == "velocity_ptr" or not latents
             pointer = "*bf16" if narrow else "*fp32"
-            scalar = "fp32" if name == "eps" else "i32"
+            scalar = "fp32" if name in ("eps", "root") else "i32"
             signature[name] = "constexpr" if name in constants else pointer if name.endswith("_ptr") else scalar
             if signature[name] in ("*bf16", "*fp32", "i32") and "sigma" not in name:
                 divisible[(index,)] = [["tt.divisibility", 16]]  # what a launch finds out about addresses and strides
@@ -62,9 +68,10 @@ def test_compiles_with_vector_accesses(tmp_path):
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     rows = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(rows) == len(ARCHS) * (3 * len(WIDTHS) + 2)
+    assert len(rows) == len(ARCHS) * (3 * len(WIDTHS) + 2 + 2 * len(CHANNELS))
     for kernel, arch, widths in rows:
-        levels = 2 if kernel == "_denoise_update" else 0  # sigma and next_sigma are one value each
+        # One value each: sigma and next_sigma; a few to a program: gamma and bias.
+        levels = 2 if kernel in ("_denoise_update", "_rms_silu") else 0
         assert len([width for width in widths if width != 128]) <= levels, (kernel, arch, widths)
         assert widths.count(128) >= 3, (kernel, arch, widths)
 
