@@ -15,7 +15,7 @@ pytest.importorskip("diffusers")
 from diffusers import AutoencoderKLWan
 
 from cfpp_rt.codec.wan import WanVAE
-from cfpp_rt.codec.wan_decoder import ClipNetworks
+from cfpp_rt.codec.wan_decoder import ClipNetwork, ClipNetworks
 from cfpp_rt.codec.wan_layers import Layers, Layout, Size
 from cfpp_rt.untrained import random_vae
 
@@ -111,6 +111,15 @@ def test_a_clip_keeps_its_size():
     decoder.decode(make_latents(1, 1, 2, 3))
     with pytest.raises(InputError, match=r"latents must keep B, h, w = \(1, 2, 3\) within a clip, got \(1, 3, 2\)"):
         decoder.decode(make_latents(1, 1, 3, 2))
+
+
+def test_the_memory_of_a_clip_at_480x832():
+    """What `WanVAE.decoder` says of the published network in half precision."""
+    with torch.device("meta"):
+        vae = torch.nn.ModuleList([AutoencoderKLWan()]).to(torch.bfloat16)[0]
+        networks = ClipNetworks(vae)
+        network = ClipNetwork(vae.decoder, networks._kernels, (1, 60, 104), CHANNELS_LAST)
+    assert network.num_bytes == pytest.approx(5.3e9, rel=0.01)
 
 
 def test_works_across_inference_mode():

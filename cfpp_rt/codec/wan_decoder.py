@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cfpp_rt.capture import Capture, CudaCapture, first_error
-from cfpp_rt.codec.wan_layers import Kernel, Layers, Layout, Size, Upsampler
+from cfpp_rt.codec.wan_layers import Kernel, Layers, Layout, Size, Upsampler, in_eights
 
 Key = tuple[int, int, int]  # clips side by side, height and width of a latent
 
@@ -44,6 +44,7 @@ class ClipNetwork:
                 self._stages.append(layers.upsampler(upsampler, size))
                 size = size.doubled(frames=upsampler.mode == "upsample3d")
         self._head = layers.norm_silu_conv(decoder.norm_out, decoder.conv_out, size)
+        self._channels = decoder.conv_out.out_channels
         self._runs: dict[bool, Callable[[], Tensor]] = {first: partial(self._run, first) for first in (True, False)}
         self.captured = False
 
@@ -87,7 +88,7 @@ class ClipNetwork:
         x = self._conv_in(1)
         for stage in self._stages:
             x = stage(x, first=first) if isinstance(stage, Upsampler) else stage(x)
-        return self._head(x)
+        return self._head(x)[:, : self._channels]
 
 
 class ClipNetworks:
@@ -107,6 +108,8 @@ class ClipNetworks:
                 for module in vae.decoder.modules()
                 if isinstance(module, (nn.Conv2d, nn.Conv3d))
             }
+            if self.layout.channels_last:
+                self._kernels[vae.decoder.conv_out] = in_eights(self._kernels[vae.decoder.conv_out])
         self._networks: list[ClipNetwork] = []
         self._lock = threading.Lock()
         self._no_graphs: str | None = None  # why
