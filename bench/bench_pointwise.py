@@ -1,10 +1,11 @@
 """How near do the pointwise ops come to the memory roof, and how much faster than separate PyTorch layers are they?
 
 Shapes of 1, 2 and 3 latent frames at 480x832 (1560 tokens each) at the width of the 1.3B and of the 14B model, and of
-the small world (64 tokens, 192 channels). Bytes: every tensor of tokens or latents read or written once, modulation
-rows not counted. The roof is a copy of a large buffer, measured in the same run. Plain PyTorch is what the model would
-run without the op: layer_norm and addcmul, or the schedule's two formulas. Both take turns, from a cold cache: before
-every call a buffer larger than the last-level cache is overwritten.
+the small world (64 tokens, 192 channels). rms_silu_ is the VAE's, on what one latent frame becomes at the decoder's
+last three levels (CUDA; the CPU has plain PyTorch for it). Bytes: every tensor of tokens, latents or pixels read or
+written once, modulation rows not counted. The roof is a copy of a large buffer, measured in the same run. Plain PyTorch
+is what the model would run without the op: layer_norm and addcmul, or the schedule's two formulas. Both take turns,
+from a cold cache: before every call a buffer larger than the last-level cache is overwritten.
 
     python -m cfpp_rt.bench.bench_pointwise [--device cpu] [--json PATH]
 """
@@ -12,6 +13,7 @@ every call a buffer larger than the last-level cache is overwritten.
 import argparse
 import dataclasses
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,10 +25,13 @@ from cfpp_rt.ops import backends
 from cfpp_rt.ops.adaln_modulate import adaln_modulate
 from cfpp_rt.ops.denoise_update import denoise_update
 from cfpp_rt.ops.gated_residual import gated_residual
+from cfpp_rt.ops.rms_silu import rms_silu_
+from cfpp_rt.reference.rms_silu import rms_silu_ as plain_rms_silu_
 from cfpp_rt.schedule import add_noise, to_clean
 
 EPS = 1e-6
 SHAPES = ((64, 1, 192), (1560, 1, 1536), (3120, 2, 1536), (4680, 3, 1536), (1560, 1, 5120))  # tokens, frames, channels
+PICTURES = ((1, 384, 2, 120, 208), (1, 192, 4, 240, 416), (1, 96, 4, 480, 832))  # [B, C, T, H, W]
 LATENTS = ((1, 1, 16, 16, 16), (1, 1, 16, 60, 104), (1, 3, 16, 60, 104))
 
 
@@ -89,6 +94,23 @@ def latent_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
         )
 
 
+def picture_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    if device.type != "cuda":
+        return
+    for shape in PICTURES:
+        x = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=torch.channels_last_3d)
+        gamma, bias = torch.randn(2, shape[1], device=device).to(dtype)
+        out, plain_out = torch.empty_like(x), torch.empty_like(x)
+        yield Case(
+            "rms_silu_",
+            shape,
+            dtype,
+            2 * x.nbytes,
+            lambda args=(out, x, gamma, bias): rms_silu_(*args),
+            lambda args=(plain_out, x, gamma, bias): plain_rms_silu_(*args),
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
@@ -104,7 +126,8 @@ def main() -> None:
     )
     rows: list[dict[str, Any]] = []
     for dtype in (torch.bfloat16, torch.float32):
-        for case in (*token_cases(dtype, device), *latent_cases(dtype, device)):
+        cases = chain(token_cases(dtype, device), latent_cases(dtype, device), picture_cases(dtype, device))
+        for case in cases:
             with torch.inference_mode():
                 times = harness.measure_in_turns({"ours": case.ours, "plain": case.plain}, device, cold_cache=True)
             ours, plain = times["ours"], times["plain"]

@@ -89,7 +89,8 @@ class WanVAE:
 
     def decoder(self) -> "WanDecoder":
         """A decoder at the start of a clip. From its first latent on it has memory of its own, 5.3 GB at 480x832 in
-        half precision and on CUDA what its graphs use, which the next decoder of that size takes over when this one is gone; see `release`.
+        half precision and on CUDA what its graphs use. When it is gone the next decoder of that size takes that over;
+        see `release`.
         """
         return WanDecoder(self)
 
