@@ -1,8 +1,8 @@
 """The baseline of `cfpp bench`: the published loop in plain PyTorch, with the weights of a model of ours.
 
 Shaped as the published code: every denoising step and every clean pass is a forward of its own, time is embedded in
-each of them, diffusers decodes, and where the window has moved on the cache is shifted. No op of this project, no graph;
-attention is `scaled_dot_product_attention`. Cross-attention's keys and values are made once, as there. What the
+each of them, diffusers decodes, and where the window has moved on the cache is shifted. No op of this project and no
+graph; attention is `scaled_dot_product_attention`. Cross-attention's keys and values are made once, as there. What the
 published code does in float64 (rotary angles) and reads back from the device is left out, in its favour. It makes the
 latents of `Rollout`.
 """

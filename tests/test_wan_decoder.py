@@ -1,5 +1,6 @@
 """The streaming decoder of the Wan VAE against diffusers' own: the bits on the CPU, the error elsewhere."""
 
+import importlib.util
 import warnings
 
 import pytest
@@ -145,6 +146,18 @@ def test_the_layout_of_cuda_is_right(monkeypatch, base_dim: int, batch: int):
     wide = random_vae(1, torch.float64, CPU, base_dim=base_dim)
     made = in_layout(codec, latents, CHANNELS_LAST, monkeypatch)
     assert_no_worse_than(made, library(codec, latents), library(wide, latents).double(), floor=1e-6, name="pixels")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the kernel itself")
+def test_the_kernel_of_cuda_writes_where_the_convolutions_read(monkeypatch):
+    from cfpp_rt.ops.rms_silu_triton import rms_silu_ as kernel
+
+    codec = random_vae(1, torch.float32, CPU, base_dim=8)
+    latents = make_latents(2, 2, 2, 3)
+    wanted = in_layout(codec, latents, CHANNELS_LAST, monkeypatch)
+    monkeypatch.setattr("cfpp_rt.codec.wan_layers.rms_silu_", kernel)
+    assert (in_layout(codec, latents, CHANNELS_LAST, monkeypatch) - wanted).abs().max() < 1e-4
 
 
 def test_channels_last_buffers_are_what_the_kernels_need():
