@@ -202,7 +202,8 @@ def test_a_capture_that_fails_is_told_once_and_decoding_goes_on():
     ):
         made = in_parts(refused.decoder(), latents)
     other = refused.decoder()
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         other.decode(make_latents(1, 1, 3, 3))
     assert torch.equal(made, library(codec, latents)) and not other._network.captured
 
