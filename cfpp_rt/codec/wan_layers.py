@@ -51,7 +51,7 @@ class Layout:
 
     def place(self, tensor: Tensor) -> Tensor:
         """The tensor [., C, ...] in this layout; itself where it is, as what cuDNN makes of such tensors always is."""
-        if not self.channels_last or tensor.ndim < 4:
+        if not self.channels_last:
             return tensor
         return tensor.contiguous(memory_format=torch.channels_last if tensor.ndim == 4 else torch.channels_last_3d)
 
