@@ -1,11 +1,12 @@
 """How near do the pointwise ops come to the memory roof, and how much faster than separate PyTorch layers are they?
 
 Shapes of 1, 2 and 3 latent frames at 480x832 (1560 tokens each) at the width of the 1.3B and of the 14B model, and of
-the small world (64 tokens, 192 channels). Bytes: every tensor of tokens or latents read or written once, modulation
-rows not counted. The roof is a copy of a large buffer, measured in the same run. Plain PyTorch is what the model would
-run without the op: layer_norm and addcmul, or the schedule's two formulas. What makes float8 is timed on a GPU only;
-plain is the formula of its reference there, after the ordinary norm if any. Both take turns, from a cold cache: before
-every call a buffer larger than the last-level cache is overwritten.
+the small world (64 tokens, 192 channels). rms_silu_ is the VAE's, on what one latent frame becomes at the decoder's
+last three levels (CUDA; the CPU has plain PyTorch for it). Bytes: every tensor of tokens, latents or pixels read or
+written once, modulation rows not counted. The roof is a copy of a large buffer, measured in the same run. Plain PyTorch
+is what the model would run without the op: layer_norm and addcmul, or the schedule's two formulas. What makes float8 is
+timed on a GPU only; plain is the formula of its reference there, after the ordinary norm if any. Both take turns, from
+a cold cache: before every call a buffer larger than the last-level cache is overwritten.
 
     python -m cfpp_rt.bench.bench_pointwise [--device cpu] [--json PATH]
 """
@@ -14,6 +15,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -26,12 +28,15 @@ from cfpp_rt.ops.adaln_modulate import adaln_modulate, adaln_modulate_quantized
 from cfpp_rt.ops.denoise_update import denoise_update
 from cfpp_rt.ops.gated_residual import gated_residual
 from cfpp_rt.ops.quantize_rows import quantize_rows
+from cfpp_rt.ops.rms_silu import rms_silu_
 from cfpp_rt.reference.quantize_rows import quantize_rows as plain_quantize
+from cfpp_rt.reference.rms_silu import rms_silu_ as plain_rms_silu_
 from cfpp_rt.schedule import add_noise, to_clean
 
 EPS = 1e-6
 FFN = {192: 768, 1536: 8960, 5120: 13824}  # width of the feed-forward, by that of the model
 SHAPES = ((64, 1, 192), (1560, 1, 1536), (3120, 2, 1536), (4680, 3, 1536), (1560, 1, 5120))  # tokens, frames, channels
+PICTURES = ((1, 384, 2, 120, 208), (1, 192, 4, 240, 416), (1, 96, 4, 480, 832))  # [B, C, T, H, W]
 LATENTS = ((1, 1, 16, 16, 16), (1, 1, 16, 60, 104), (1, 3, 16, 60, 104))
 
 
@@ -118,6 +123,23 @@ def latent_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
         )
 
 
+def picture_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    if device.type != "cuda":
+        return
+    for shape in PICTURES:
+        x = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=torch.channels_last_3d)
+        gamma, bias = torch.randn(2, shape[1], device=device).to(dtype)
+        out, plain_out = torch.empty_like(x), torch.empty_like(x)
+        yield Case(
+            "rms_silu_",
+            shape,
+            dtype,
+            2 * x.nbytes,
+            lambda args=(out, x, gamma, bias): rms_silu_(*args),
+            lambda args=(plain_out, x, gamma, bias): plain_rms_silu_(*args),
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
@@ -134,7 +156,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for dtype in (torch.bfloat16, torch.float32):
         float8 = float8_cases(dtype, device) if device.type == "cuda" else ()
-        for case in (*token_cases(dtype, device), *float8, *latent_cases(dtype, device)):
+        others = latent_cases(dtype, device), picture_cases(dtype, device)
+        for case in chain(token_cases(dtype, device), float8, *others):
             with torch.inference_mode():
                 times = harness.measure_in_turns({"ours": case.ours, "plain": case.plain}, device, cold_cache=True)
             ours, plain = times["ours"], times["plain"]

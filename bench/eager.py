@@ -1,9 +1,10 @@
 """The baseline of `cfpp bench`: the published loop in plain PyTorch, with the weights of a model of ours.
 
 Shaped as the published code: every denoising step and every clean pass is a forward of its own, time is embedded in
-each of them, and where the window has moved on the cache is shifted. No op of this project, no graph; attention is
-`scaled_dot_product_attention`. Cross-attention's keys and values are made once, as there. What the published code does
-in float64 (rotary angles) and reads back from the device is left out, in its favour. It makes the latents of `Rollout`.
+each of them, diffusers decodes, and where the window has moved on the cache is shifted. No op of this project and no
+graph; attention is `scaled_dot_product_attention`. Cross-attention's keys and values are made once, as there. What the
+published code does in float64 (rotary angles) and reads back from the device is left out, in its favour. It makes the
+latents of `Rollout`.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cfpp_rt.codec.base import Codec
+from cfpp_rt.codec.wan import WanVAE
 from cfpp_rt.config import ModelConfig, RolloutConfig
 from cfpp_rt.decode import to_uint8
 from cfpp_rt.errors import InputError
@@ -197,7 +199,7 @@ class EagerStream:
         if not isinstance(prompt, Conditioning):
             with self.timings.stage("encode_text"):
                 prompt = encode_text(prompt)
-        self._decoder = codec.decoder()
+        self._decoder = codec.library_decoder() if isinstance(codec, WanVAE) else codec.decoder()
         latent_size = (size[0] // codec.spatial_factor, size[1] // codec.spatial_factor)
         self.rollout = EagerRollout(
             model, prompt, config, latent_size=latent_size, frames=latents, seed=seed, run_layer=run_layer

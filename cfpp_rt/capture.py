@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import torch
-from torch import Tensor
 
-Work = Callable[[], Tensor]
+Work = Callable[[], Any]
 # Takes work over buffers that never move, and gives back what runs it again: its result lies in the same memory every
 # time, and is overwritten by the next run.
 Capture = Callable[[Work], Work]
@@ -39,7 +39,7 @@ class CudaCapture:
                 raise
         current.wait_stream(self._stream)
 
-        def replay() -> Tensor:
+        def replay() -> Any:
             graph.replay()
             return result
 

@@ -85,6 +85,14 @@ def test_one_op_one_room():
         assert not [str(path.relative_to(ROOT)) for path in wanted if not path.exists()]
 
 
+def test_an_op_of_triton_alone_has_its_room_too():
+    for kernel in (ROOT / "cfpp_rt" / "ops").glob("[!_]*_triton.py"):
+        op = f"{kernel.stem.removesuffix('_triton')}.py"
+        wanted = [ROOT / "cfpp_rt" / "ops" / op, ROOT / "cfpp_rt" / "reference" / op]
+        wanted.append(ROOT / "tests" / "ops" / f"test_{op}")
+        assert not [str(path.relative_to(ROOT)) for path in wanted if not path.exists()]
+
+
 def test_csrc_is_free_of_torch():
     for path in (ROOT / "csrc").rglob("*.*"):
         includes = [line for line in path.read_text().splitlines() if line.startswith("#include")]

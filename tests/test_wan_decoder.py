@@ -1,5 +1,6 @@
 """The streaming decoder of the Wan VAE against diffusers' own: the bits on the CPU, the error elsewhere."""
 
+import importlib.util
 import warnings
 
 import pytest
@@ -15,7 +16,7 @@ pytest.importorskip("diffusers")
 from diffusers import AutoencoderKLWan
 
 from cfpp_rt.codec.wan import WanVAE
-from cfpp_rt.codec.wan_decoder import ClipNetworks
+from cfpp_rt.codec.wan_decoder import ClipNetwork, ClipNetworks
 from cfpp_rt.codec.wan_layers import Layers, Layout, Size
 from cfpp_rt.untrained import random_vae
 
@@ -113,6 +114,15 @@ def test_a_clip_keeps_its_size():
         decoder.decode(make_latents(1, 1, 3, 2))
 
 
+def test_the_memory_of_a_clip_at_480x832():
+    """What `WanVAE.decoder` says of the published network in half precision."""
+    with torch.device("meta"):
+        vae = torch.nn.ModuleList([AutoencoderKLWan()]).to(torch.bfloat16)[0]
+        networks = ClipNetworks(vae)
+        network = ClipNetwork(vae.decoder, networks._kernels, (1, 60, 104), CHANNELS_LAST)
+    assert network.num_bytes == pytest.approx(5.3e9, rel=0.01)
+
+
 def test_works_across_inference_mode():
     """Memory made in inference mode serves a clip outside it, and the pictures are ordinary tensors."""
     codec = random_vae(1, torch.float32, CPU, base_dim=8)
@@ -136,6 +146,18 @@ def test_the_layout_of_cuda_is_right(monkeypatch, base_dim: int, batch: int):
     wide = random_vae(1, torch.float64, CPU, base_dim=base_dim)
     made = in_layout(codec, latents, CHANNELS_LAST, monkeypatch)
     assert_no_worse_than(made, library(codec, latents), library(wide, latents).double(), floor=1e-6, name="pixels")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the kernel itself")
+def test_the_kernel_of_cuda_writes_where_the_convolutions_read(monkeypatch):
+    from cfpp_rt.ops.rms_silu_triton import rms_silu_ as kernel
+
+    codec = random_vae(1, torch.float32, CPU, base_dim=8)
+    latents = make_latents(2, 2, 2, 3)
+    wanted = in_layout(codec, latents, CHANNELS_LAST, monkeypatch)
+    monkeypatch.setattr("cfpp_rt.codec.wan_layers.rms_silu_", kernel)
+    assert (in_layout(codec, latents, CHANNELS_LAST, monkeypatch) - wanted).abs().max() < 1e-4
 
 
 def test_channels_last_buffers_are_what_the_kernels_need():
@@ -180,14 +202,16 @@ def test_a_capture_that_fails_is_told_once_and_decoding_goes_on():
     ):
         made = in_parts(refused.decoder(), latents)
     other = refused.decoder()
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         other.decode(make_latents(1, 1, 3, 3))
     assert torch.equal(made, library(codec, latents)) and not other._network.captured
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_on_a_gpu_it_is_as_good_as_the_library(dtype: torch.dtype):
+def test_on_a_gpu_it_is_as_good_as_the_library(dtype: torch.dtype, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # else it depends on the shape who uses it
     codec = random_vae(1, dtype, torch.device("cuda"), base_dim=32)
     wide = random_vae(1, torch.float64, CPU, base_dim=32)
     for parameter, source in zip(wide.vae.parameters(), codec.vae.parameters(), strict=True):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cfpp_rt.capture import Capture, CudaCapture, first_error
-from cfpp_rt.codec.wan_layers import Kernel, Layers, Layout, Size, Upsampler
+from cfpp_rt.codec.wan_layers import Kernel, Layers, Layout, Size, Upsampler, in_eights
 
 Key = tuple[int, int, int]  # clips side by side, height and width of a latent
 
@@ -44,12 +44,13 @@ class ClipNetwork:
                 self._stages.append(layers.upsampler(upsampler, size))
                 size = size.doubled(frames=upsampler.mode == "upsample3d")
         self._head = layers.norm_silu_conv(decoder.norm_out, decoder.conv_out, size)
+        self._channels = decoder.conv_out.out_channels
         self._runs: dict[bool, Callable[[], Tensor]] = {first: partial(self._run, first) for first in (True, False)}
         self.captured = False
 
     def capture(self, capture: Capture) -> None:
         """From now on both kinds of call are replayed. Raises what `capture` raises, and is then as it was."""
-        with _fastest_convolutions():
+        with self._convolutions():
             self._runs = {first: capture(run) for first, run in self._runs.items()}
         self.captured = True
 
@@ -68,25 +69,26 @@ class ClipNetwork:
         self._conv_in.slot(1).copy_(latent)
         if self.captured or not latent.is_cuda:
             return self._runs[first]()
-        with _fastest_convolutions():
+        with self._convolutions():
             return self._runs[first]()
+
+    @contextmanager
+    def _convolutions(self) -> Iterator[None]:
+        """Where cuDNN times its kernels when it meets a shape, two dozen in all, and goes on with the fastest. Not in
+        float32, where the fastest may be less exact.
+        """
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = self._conv_in.buffer.dtype != torch.float32
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = before
 
     def _run(self, first: bool) -> Tensor:
         x = self._conv_in(1)
         for stage in self._stages:
             x = stage(x, first=first) if isinstance(stage, Upsampler) else stage(x)
-        return self._head(x)
-
-
-@contextmanager
-def _fastest_convolutions() -> Iterator[None]:
-    """cuDNN times its kernels when it meets a shape, of which there are two dozen, and goes on with the fastest."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
+        return self._head(x)[:, : self._channels]
 
 
 class ClipNetworks:
@@ -106,6 +108,8 @@ class ClipNetworks:
                 for module in vae.decoder.modules()
                 if isinstance(module, (nn.Conv2d, nn.Conv3d))
             }
+            if self.layout.channels_last:
+                self._kernels[vae.decoder.conv_out] = in_eights(self._kernels[vae.decoder.conv_out])
         self._networks: list[ClipNetwork] = []
         self._lock = threading.Lock()
         self._no_graphs: str | None = None  # why

@@ -22,6 +22,14 @@ _WIDE = torch.complex128
 Kernel = tuple[Tensor, Tensor | None]  # weight and bias
 
 
+def in_eights(kernel: Kernel) -> Kernel:
+    """With output channels of zeros up to a multiple of 8, as tensor core kernels want them."""
+    weight, bias = kernel
+    more = -weight.shape[0] % 8
+    wider = F.pad(weight, (0, 0) * (weight.ndim - 1) + (0, more)).contiguous(memory_format=torch.channels_last_3d)
+    return wider, None if bias is None else F.pad(bias, (0, more))
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """How activations lie in memory.
@@ -43,7 +51,7 @@ class Layout:
 
     def place(self, tensor: Tensor) -> Tensor:
         """The tensor [., C, ...] in this layout; itself where it is, as what cuDNN makes of such tensors always is."""
-        if not self.channels_last or tensor.ndim < 4:
+        if not self.channels_last:
             return tensor
         return tensor.contiguous(memory_format=torch.channels_last if tensor.ndim == 4 else torch.channels_last_3d)
 

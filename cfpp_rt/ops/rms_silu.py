@@ -20,7 +20,7 @@ def rms_silu_(out: Tensor, x: Tensor, gamma: Tensor, bias: Tensor | None = None)
     (channels_last_3d, or frames cut out of it); elsewhere strides are free. gamma, bias: [C], contiguous.
 
     On CUDA arithmetic is float32 with one rounding at the end. On the CPU every step rounds to the dtype of x, and the
-    bits are those of diffusers' Wan VAE. Has no gradient.
+    bits are those of the Wan VAE of diffusers 0.42. Has no gradient.
 
     Raises InputError naming the argument, what was wanted and what came. Source: WanRMS_norm and SiLU in the residual
     blocks of Wan2.1's VAE.

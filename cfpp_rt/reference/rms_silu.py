@@ -1,4 +1,4 @@
-"""rms_silu_ in plain PyTorch: step by step as diffusers' Wan VAE has it, so that the bits are the library's."""
+"""rms_silu_ in plain PyTorch: step by step as the Wan VAE of diffusers 0.42, so that the bits are the library's."""
 
 import torch
 import torch.nn.functional as F

@@ -14,6 +14,7 @@ from cfpp_rt.ops import _triton
 
 ARCHS = (80, 90, 120)
 WIDTHS = (192, 1536, 5120)  # the small world, the 1.3B and the 14B model
+CHANNELS = (96, 192, 384)  # of the VAE
 
 
 def compile_all() -> None:
@@ -26,6 +27,7 @@ def compile_all() -> None:
         denoise_update_triton,
         gated_residual_triton,
         quantize_rows_triton,
+        rms_silu_triton,
     )
 
     gated = gated_residual_triton._gated_residual
@@ -49,6 +51,11 @@ def compile_all() -> None:
     middle = shapes[1]
     jobs += [(kernel, {**flags, "BLOCK": middle["BLOCK"]}, middle["num_warps"]) for kernel, flags in quantizing]
     jobs += [(denoise_update_triton._denoise_update, {**span, **flags}, 4) for flags in ({"HAS_NOISE": True}, last)]
+    for width in CHANNELS:
+        shape = rms_silu_triton.launch_shape(width)
+        constants = {key: shape[key] for key in ("BLOCK", "PIXELS")}
+        for flags in ({"HAS_BIAS": True}, {"HAS_BIAS": False, "bias_ptr": None}):
+            jobs.append((rms_silu_triton._rms_silu, {**constants, **flags}, shape["num_warps"]))
     for kernel, constants, warps in jobs:
         latents = kernel is denoise_update_triton._denoise_update
         quantizes = constants.get("QUANTIZE", "GELU" in constants)
@@ -59,7 +66,7 @@ def compile_all() -> None:
             pointer = "*bf16" if narrow and not name.endswith(("scales_ptr", "codes_scale_ptr")) else "*fp32"
             if quantizes and name == codes:
                 pointer = "*fp8e4nv"
-            scalar = "fp32" if name == "eps" else "i32"
+            scalar = "fp32" if name in ("eps", "root") else "i32"
             signature[name] = "constexpr" if name in constants else pointer if name.endswith("_ptr") else scalar
             if signature[name] in ("*bf16", "*fp32", "*fp8e4nv", "i32") and "sigma" not in name:
                 divisible[(index,)] = [["tt.divisibility", 16]]  # what a launch finds out about addresses and strides
@@ -83,9 +90,10 @@ def test_compiles_with_vector_accesses(tmp_path):
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     rows = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(rows) == len(ARCHS) * (3 * len(WIDTHS) + 2) + len(ARCHS[1:]) * 3
+    assert len(rows) == len(ARCHS) * (3 * len(WIDTHS) + 2 + 2 * len(CHANNELS)) + len(ARCHS[1:]) * 3
     for kernel, quantizes, arch, widths in rows:
-        single = 2 if kernel == "_denoise_update" else int(quantizes)  # sigma and next_sigma; a row's scale
+        # One value each: sigma and next_sigma, a row's scale; a few to a program: gamma and bias.
+        single = 2 if kernel in ("_denoise_update", "_rms_silu") else int(quantizes)
         assert len([width for width in widths if width != 128]) <= single, (kernel, arch, widths)
         assert widths.count(128) >= 3, (kernel, arch, widths)
 
