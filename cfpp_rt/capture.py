@@ -60,10 +60,3 @@ class CudaCapture:
         another.capture_begin(capture_error_mode="thread_local")
         zero.zero_()
         another.capture_end()
-
-
-def first_error(error: BaseException) -> BaseException:
-    """The error that came first: ending a capture that has failed fails as well."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return error

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cfpp_rt.capture import Capture, CudaCapture, first_error
+from cfpp_rt.capture import Capture, CudaCapture
 from cfpp_rt.codec.wan_layers import Kernel, Layers, Layout, Size, Upsampler, in_eights
 
 Key = tuple[int, int, int]  # clips side by side, height and width of a latent
@@ -148,8 +148,7 @@ class ClipNetworks:
         try:
             network.capture(self._make_capture(self._device))
         except RuntimeError as error:  # what CUDA and torch raise
-            first = first_error(error)
-            self._no_graphs = f"capture failed: {type(first).__name__}: {str(first).splitlines()[0]}"
+            self._no_graphs = f"capture failed: {type(error).__name__}: {str(error).splitlines()[0]}"
             warnings.warn(f"Wan VAE without CUDA graphs: {self._no_graphs}", RuntimeWarning, stacklevel=5)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # what warming up took, on a stream that is not used again

@@ -10,7 +10,6 @@ import dataclasses
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Protocol
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from cfpp_rt.cache import CacheShape, KVCache
 from cfpp_rt.camera import Projections
+from cfpp_rt.capture import Capture, CudaCapture, Work
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import OutOfMemoryError
 from cfpp_rt.memory import allocate, give_back
@@ -28,66 +28,11 @@ from cfpp_rt.ops.block_attention import why_not_kernel
 from cfpp_rt.ops.token_ranges import TokenRanges
 from cfpp_rt.ring import FrameRing
 
-Pass = Callable[[], Tensor | None]
-# Takes a pass over buffers that never move, and gives back what runs it again: its result lies in the same memory
-# every time, and is overwritten by the next run.
-Capture = Callable[[Pass], Pass]
-
-_WARM_UPS = 2  # the first pass compiles, loads and allocates what must not be done during capture
-
 
 class Holder(Protocol):
     @property
     def over(self) -> bool:
         """Whether it runs no more passes."""
-
-
-class CudaCapture:
-    """Captures passes on a stream of its own, all in one memory pool: they never run at the same time."""
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, run: Pass) -> Pass:
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
-            try:
-                for _ in range(_WARM_UPS):
-                    run()
-                # Other threads may go on with what capture forbids, such as allocating.
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                result = run()
-                graph.capture_end()
-            except BaseException:
-                self._give_up(graph)
-                raise
-        current.wait_stream(self._stream)
-
-        def replay() -> Tensor | None:
-            graph.replay()
-            return result
-
-        return replay
-
-    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a capture that failed. Where CUDA has made it invalid, torch ends it but goes on as if it had not: its
-        allocator in the pool, which is told here, its random numbers until another capture ends well.
-        """
-        with suppress(RuntimeError):
-            graph.capture_end()
-        self._stream.synchronize()  # what warming up still reads and writes is about to be freed
-        index = torch.cuda.current_device()
-        with suppress(RuntimeError):  # the allocator has left the pool already
-            torch._C._cuda_endAllocateToPool(index, self._pool)
-            torch._C._cuda_releasePool(index, self._pool)
-        zero, another = torch.zeros(1, device=self._device), torch.cuda.CUDAGraph()
-        another.capture_begin(capture_error_mode="thread_local")
-        zero.zero_()
-        another.capture_end()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +75,8 @@ class GraphedPasses:
             for layer in self.cache.layers:
                 layer.waits_for_scales = False  # else setting them would become part of every pass
             self._inputs: dict[tuple[int, int], list[Tensor]] = {}
-            self._runs: dict[tuple[int, int], Pass] = {}  # hold all that graphs read: they keep addresses only
-            self._replays: dict[tuple[int, int], Pass] = {}
+            self._runs: dict[tuple[int, int], Work] = {}  # hold all that graphs read: they keep addresses only
+            self._replays: dict[tuple[int, int], Work] = {}
             for groups, keep in [(1, 1), (1, 0), *([(2, 1)] if setting.fused else [])]:
                 latents, time, cached = self._buffers(groups)
                 self._inputs[groups, keep] = _inputs(latents, time, cached)
