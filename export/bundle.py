@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cfpp_rt.config import ModelConfig, RolloutConfig
@@ -86,6 +86,10 @@ class Card:
             temporal_factor=int(values["temporal_factor"]),
             about=dict(values["about"]),
         )
+        if not all(0 <= step.sigma <= 1 for step in (*card.steps, *card.first_steps)):  # False for NaN
+            raise InputError("sigma of a step must be in 0..1")
+        if card.temporal_factor < 1:
+            raise InputError(f"temporal_factor must be >= 1, got {card.temporal_factor}")
         known = range(len(card.timesteps))
         used = {card.context, card.given, *(step.timestep for step in (*card.steps, *card.first_steps))}
         if card.sizes.timesteps != len(known) or not used <= set(known) or not card.steps or not card.first_steps:
@@ -112,6 +116,20 @@ def open_bundle(folder: str | Path) -> Bundle:
     or changed.
     """
     folder = Path(folder)
+    values = read_card(folder, FORMAT, FORMAT_VERSION)
+    with fits_together(folder):
+        card, files = Card.from_dict(values), dict(values["files"])
+        missing = {WEIGHTS, *(f"{name}.onnx" for name in card.graphs)} - set(files)
+        if missing:
+            raise InputError(f"files must list {', '.join(sorted(missing))}")
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    for name, (size, sha256) in expected.items():
+        require_file(folder, name, size, sha256)
+    return Bundle(folder, card)
+
+
+def read_card(folder: Path, wanted: str, version: int) -> dict[str, Any]:
+    """card.json of a bundle whose format is `wanted` in that version; InputError, one line, for anything else."""
     path = folder / CARD
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -119,22 +137,23 @@ def open_bundle(folder: str | Path) -> Bundle:
         raise InputError(f"{folder}: no bundle, it has no {CARD}") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: truncated or no card ({error})") from error
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise InputError(f"{path}: must be the card of a {FORMAT!r}, got another file")
-    if values.get("format_version") != FORMAT_VERSION:
-        raise InputError(f"{path}: format_version must be {FORMAT_VERSION}, got {values.get('format_version')!r}")
+    found = values.get("format") if isinstance(values, dict) else None
+    if found != wanted:
+        raise InputError(f"{path}: must be the card of a {wanted!r}, got {repr(found) if found else 'another file'}")
+    if values.get("format_version") != version:
+        found = values.get("format_version")
+        raise InputError(f"{path}: format_version must be {version}, got {found!r}: export again with this cfpp-rt")
+    return values
+
+
+@contextlib.contextmanager
+def fits_together(folder: Path) -> Iterator[None]:
+    """Whatever reading a card's values raises becomes one line that names the card."""
     try:
-        card, files = Card.from_dict(values), dict(values["files"])
-        missing = {WEIGHTS, *(f"{name}.onnx" for name in card.graphs)} - set(files)
-        if missing:
-            raise InputError(f"files must list {', '.join(sorted(missing))}")
-        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+        yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # InputError is a ValueError
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"{path}: the card does not fit together: {what}") from error
-    for name, (size, sha256) in expected.items():
-        _require_file(folder, name, size, sha256)
-    return Bundle(folder, card)
+        raise InputError(f"{folder / CARD}: the card does not fit together: {what}") from error
 
 
 def write_card(folder: Path, card: Card) -> None:
@@ -180,8 +199,9 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _require_file(folder: Path, name: str, size: int, sha256: str) -> None:
-    if Path(name).name != name:
+def require_file(folder: Path, name: str, size: int, sha256: str) -> Path:
+    """The path of a bundle's file, which must lie in the folder and be what the card says, byte for byte."""
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise InputError(f"{folder / CARD}: a file must lie in the bundle, got {name!r}")
     path = folder / name
     if not path.is_file():
@@ -190,6 +210,7 @@ def _require_file(folder: Path, name: str, size: int, sha256: str) -> None:
         raise InputError(f"{path}: must have {size} bytes, got {path.stat().st_size}: truncated or replaced")
     if sha256_of(path) != sha256:
         raise InputError(f"{path}: is not what was exported (sha256 differs)")
+    return path
 
 
 def steps_of(timesteps: Sequence[float], sigmas: Sequence[float], known: Sequence[float]) -> tuple[Step, ...]:

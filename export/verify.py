@@ -71,10 +71,15 @@ def verify(
     """
     card = bundle.card
     dtype = str(model.dtype).removeprefix("torch.")
-    if model.config != card.sizes.model or dtype != card.sizes.dtype:
+    ours, theirs = (
+        {**sizes.to_dict(), "dtype": kind}
+        for sizes, kind in ((card.sizes.model, card.sizes.dtype), (model.config, dtype))
+    )
+    differing = [name for name in ours if ours[name] != theirs[name]]
+    if differing:
+        name = differing[0]
         raise InputError(
-            f"{bundle.folder}: exported from another student: sizes or dtype differ (bundle {card.sizes.dtype},"
-            f" model {dtype})"
+            f"{bundle.folder}: exported from another student: {name} is {ours[name]}, that of the model {theirs[name]}"
         )
     for name, spec in card.graphs.items():
         check_graph(bundle.path(name), spec)
@@ -86,15 +91,16 @@ def verify(
     differences = []
     for name in network_graphs(card.sizes):
         found = _graph(bundle, model, oracle, name, tolerance, threads)
-        say(f"{name:<12} {len(found):>4} tensors, worst {_worst(found).tensor} off by {_worst(found).max_error:.2e}")
+        say(f"{name:<12} {len(found):>4} tensors, worst {_said(_worst(found))}")
         differences += found
     if card.codec is not None and codec is not None:
         differences.append(_decoder(bundle, codec, tolerance, threads))
-        say(f"{'decoder':<12} {_DECODED:>4} latent frames, off by {differences[-1].max_error:.2e}")
+        say(f"{'decoder':<12} {_DECODED:>4} latent frames, {_said(differences[-1])}")
     facts: dict[str, Any] | None = None
     if all(difference.good for difference in differences):  # else it would only hide which graph is at fault
         rollout, facts = _rollout(bundle, model, oracle, codec, tolerance, frames, threads)
-        say(f"{'rollout':<12} {facts['frames']:>4} frames, off by {rollout.max_error:.2e}")
+        psnr = f", PSNR {facts['psnr_db']:.1f} dB" if facts.get("psnr_db") else ""
+        say(f"{'rollout':<12} {facts['frames']:>4} latent frames, {_said(rollout)}{psnr}")
         differences.append(rollout)
     worst = _worst(differences)
     return {
@@ -146,6 +152,10 @@ def _compare(graph: str, tensor: TensorSpec, ours: Array, exact: Array, limit: f
     error = np.abs(ours.astype(np.float64) - exact.astype(np.float64))
     largest = float(error.max()) if np.isfinite(error).all() else math.inf
     return Difference(graph, tensor.name, largest, float(error.mean()) if largest < math.inf else math.inf, limit)
+
+
+def _said(difference: Difference) -> str:
+    return f"{difference.tensor}: at most {difference.max_error:.2e} off, {difference.mean_error:.2e} in the mean"
 
 
 def _worst(differences: list[Difference]) -> Difference:

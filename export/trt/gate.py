@@ -35,6 +35,7 @@ def require_parity(
         path = Path(folder, "graphs")
         export_onnx(model, rollout, path, latent_size=latent_size, frames=frames, batch=batch)
         report = verify(open_bundle(path), model, say=say)
-    require_passed(report)
+    height, width = latent_size
+    require_passed({**report, "bundle": f"the graphs at {height * 8}x{width * 8}"})
     wanted = ("dtype", "numerics", "tolerance", "passed", "worst", "rollout")
     return {**{name: report[name] for name in wanted}, "latent_size": list(latent_size)}

@@ -86,6 +86,8 @@ def require_buildable(
         raise InputError(f"targets must be different architectures, got {', '.join(targets) or 'none'}")
     for target in targets:
         loaded.require_target(target)
+    if CURRENT in targets:
+        Device().close()  # raises without a GPU and its driver
     unknown = [name for name in graphs or () if name not in (*EMBEDDINGS, *PASSES)]
     if unknown or graphs == []:
         raise InputError(

@@ -137,6 +137,9 @@ def test_a_wrong_card_is_named(copied, tmp_path):
         (whole.replace('"rollout"', '"rolled"'), "does not fit together: lacks 'rollout'"),
         (whole.replace('"dim": 128', '"dim": 127'), "does not fit together: dim must be"),
         (whole.replace('"context": 2', '"context": 7'), "timesteps must be"),
+        (whole.replace('"sigma": 1.0', '"sigma": NaN'), "sigma of a step must be in 0..1"),
+        (whole.replace('"sigma": 1.0', '"sigma": "1"'), "does not fit together: "),
+        (whole.replace('"temporal_factor": 1', '"temporal_factor": 0'), "temporal_factor must be >= 1, got 0"),
         (whole.replace('"fused.onnx"', '"../fused.onnx"'), "files must list fused.onnx"),
     ):
         assert text != whole, message
