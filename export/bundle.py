@@ -22,8 +22,9 @@ from cfpp_rt.errors import InputError
 from cfpp_rt.export.contract import GraphSpec, Sizes, network_graphs
 from cfpp_rt.ring import FrameRing
 
-FORMAT, FORMAT_VERSION = "cfpp-rt ONNX bundle", 1
+FORMAT, FORMAT_VERSION = "cfpp-rt ONNX bundle", 2
 CARD, WEIGHTS = "card.json", "weights.bin"
+LINEARS = ("float8_e4m3",)  # what linear layers may compute in besides the dtype of all
 _SPACE_MARGIN = 64 << 20
 
 
@@ -41,8 +42,9 @@ class Card:
 
     sizes: all shapes. rollout: settings of the student; frames: latent frames that fit without a window, None with one.
     timesteps: every timestep that the rollout uses. steps, first_steps: of a block, of the first generated block.
-    context, given: index of the timestep of the clean pass, and of the one of given frames. codec: graphs that decode,
-    by name, and `temporal_factor`; None without. about: student, checkpoint, versions: for people.
+    context, given: index of the timestep of the clean pass, and of the one of given frames. linears: what the linear
+    layers of the blocks compute in, one of `LINEARS`; None = as all. codec: graphs that decode, by name, and
+    `temporal_factor`; None without. about: student, checkpoint, versions: for people.
     """
 
     sizes: Sizes
@@ -53,6 +55,7 @@ class Card:
     first_steps: tuple[Step, ...]
     context: int
     given: int
+    linears: str | None
     codec: dict[str, GraphSpec] | None
     temporal_factor: int
     about: dict[str, Any]
@@ -82,6 +85,7 @@ class Card:
             first_steps=tuple(Step(**step) for step in values["first_steps"]),
             context=int(values["context"]),
             given=int(values["given"]),
+            linears=values["linears"],
             codec=None if codec is None else {name: GraphSpec.from_dict(graph) for name, graph in codec.items()},
             temporal_factor=int(values["temporal_factor"]),
             about=dict(values["about"]),
@@ -90,6 +94,8 @@ class Card:
             raise InputError("sigma of a step must be in 0..1")
         if card.temporal_factor < 1:
             raise InputError(f"temporal_factor must be >= 1, got {card.temporal_factor}")
+        if card.linears not in (None, *LINEARS):
+            raise InputError(f"linears must be None or {', '.join(LINEARS)}, got {card.linears!r}")
         known = range(len(card.timesteps))
         used = {card.context, card.given, *(step.timestep for step in (*card.steps, *card.first_steps))}
         if card.sizes.timesteps != len(known) or not used <= set(known) or not card.steps or not card.first_steps:

@@ -11,15 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from cfpp_rt.export.contract import GraphSpec, Sizes, cache_names, text_names, updated
-from cfpp_rt.export.onnx_graph import GraphBuilder, WeightFile
+from cfpp_rt.export.float8 import FILL, FLOAT8, SMALLEST, UNIT, is_float8, quantize_weight
+from cfpp_rt.export.onnx_graph import GraphBuilder, WeightFile, onnx_type
 from cfpp_rt.model.attention import CrossAttention
 from cfpp_rt.model.block import TransformerBlock
 from cfpp_rt.model.transformer import CausalWanTransformer, sinusoid
 
 
-def build_graph(model: CausalWanTransformer, sizes: Sizes, spec: GraphSpec, weights: WeightFile, times: Tensor) -> Any:
-    """The ModelProto of one graph of the contract. times: float64 [sizes.timesteps], what `timestep` points into."""
-    writer = GraphWriter(model, sizes, spec, weights)
+def build_graph(
+    model: CausalWanTransformer,
+    sizes: Sizes,
+    spec: GraphSpec,
+    weights: WeightFile,
+    times: Tensor,
+    linears: str | None = None,
+) -> Any:
+    """The ModelProto of one graph of the contract. times: float64 [sizes.timesteps], what `timestep` points into.
+
+    linears: FLOAT8 for the linear layers of the blocks in 8 bits, None for the dtype of all.
+    """
+    writer = GraphWriter(model, sizes, spec, weights, linears)
     if spec.name == "embed_time":
         writer.embed_time(times)
     elif spec.name == "embed_text":
@@ -38,17 +49,43 @@ class _Rope:
 
 
 class GraphWriter:
-    def __init__(self, model: CausalWanTransformer, sizes: Sizes, spec: GraphSpec, weights: WeightFile):
+    def __init__(
+        self, model: CausalWanTransformer, sizes: Sizes, spec: GraphSpec, weights: WeightFile, linears: str | None
+    ):
         self.graph = GraphBuilder(spec, weights)
         self.net, self.sizes, self.spec = model, sizes, spec
         self.eps = model.config.eps
+        self._linears = linears
         self._made: set[str] = set()  # masks
+        self._codes: dict[str, tuple[str, str]] = {}  # of a linear's input: its codes / 512, and the size of its tokens
 
     # -- pieces ------------------------------------------------------------------------------------------------------
 
     def linear(self, x: str, layer: nn.Linear, name: str) -> str:
-        y = self.graph.op("MatMul", x, self.graph.weight(f"{name}.weight", layer.weight.T))
+        if self._linears == FLOAT8 and is_float8(name):
+            y = self.float8_product(x, layer, name)
+        else:
+            y = self.graph.op("MatMul", x, self.graph.weight(f"{name}.weight", layer.weight.T))
         return self.graph.op("Add", y, self.graph.weight(f"{name}.bias", layer.bias))
+
+    def float8_product(self, x: str, layer: nn.Linear, name: str) -> str:
+        """x times the weights, both in 8 bits: see `cfpp_rt.export.float8`."""
+        graph = self.graph
+        codes, scale = quantize_weight(layer.weight)
+        weight = graph.weight(f"{name}.weight", codes.T, FLOAT8), graph.weight(f"{name}.weight_scale", scale)
+        if x not in self._codes:  # queries, keys and values have one input
+            wide = graph.cast(x, "float32")
+            size = graph.op("ReduceMax", graph.op("Abs", wide), graph.integers([-1]), keepdims=1)
+            size = graph.op("Max", graph.op("Mul", size, self.number(FILL)), self.number(SMALLEST))
+            unit = graph.op("Div", wide, size)
+            unit = graph.op("QuantizeLinear", unit, self.number(UNIT), output_dtype=onnx_type(FLOAT8))
+            self._codes[x] = graph.op("DequantizeLinear", unit, self.number(UNIT, self.sizes.dtype)), size
+        unit, size = self._codes[x]
+        y = graph.op("MatMul", unit, graph.op("DequantizeLinear", *weight, axis=1))
+        return graph.cast(graph.op("Mul", graph.cast(y, "float32"), size), self.sizes.dtype)
+
+    def number(self, value: float, dtype: str = "float32") -> str:
+        return self.graph.weight(f"{dtype}.{value:.9g}", torch.tensor(value, dtype=torch.float64), dtype)
 
     def layer_norm(self, x: str, scale: str, bias: str = "") -> str:
         inputs = (x, scale, bias) if bias else (x, scale)

@@ -9,7 +9,7 @@ PARITY_SIZE = (8, 12)  # latents of 64x96 pictures
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from cfpp_rt.export.source import add_source
+    from cfpp_rt.export.source import add_output, add_source
     from cfpp_rt.export.trt.build import DEFAULT_TIME_LIMIT_S
     from cfpp_rt.export.trt.compile import WEIGHTS
     from cfpp_rt.export.trt.library import LIBRARIES
@@ -17,8 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add_source(parser)
     parser.set_defaults(dtype="bfloat16")
-    parser.add_argument("--batch", type=int, default=1, help="rows made together (default: %(default)s)")
-    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to be made")
+    add_output(parser)
     build = parser.add_argument_group("the engines")
     build.add_argument(
         "--targets",
@@ -68,7 +67,9 @@ def run(arguments: argparse.Namespace) -> None:
         if folder is not None and (Path(folder).exists() or not Path(folder).absolute().parent.is_dir()):
             why = "which exists" if Path(folder).exists() else "in a folder that does not exist"
             raise InputError(f"--{option.replace('_', '-')} must be a new folder, got {folder}, {why}")
-    require_buildable(arguments.library, arguments.targets, arguments.graphs, arguments.timing_cache)
+    require_buildable(
+        arguments.library, arguments.targets, arguments.graphs, arguments.timing_cache, linears=arguments.linears
+    )
     beside = Path(arguments.output).resolve().parent  # on the disk that the engines go to
     with tempfile.TemporaryDirectory(prefix=".cfpp-onnx-", dir=beside) as temporary:
         graphs = arguments.keep_onnx or str(Path(temporary, "graphs"))
@@ -98,15 +99,8 @@ def _export(arguments: argparse.Namespace, graphs: str) -> dict[str, Any]:
     small = None if arguments.parity_size is None else latent_size(arguments.parity_size, "--parity-size")
     source = load_source(arguments)
     small = small or min(source.latent_size, PARITY_SIZE, key=math.prod)
-    frames, batch, about = source.frames, arguments.batch, {"student": source.name}
-    parity = require_parity(source.model, source.rollout, latent_size=small, frames=frames, batch=batch, say=print)
-    export_onnx(
-        source.model,
-        source.rollout,
-        graphs,
-        latent_size=source.latent_size,
-        frames=frames,
-        batch=batch,
-        about=about,
-    )
+    student = source.model, source.rollout
+    options = {"frames": source.frames, "batch": arguments.batch, "linears": arguments.linears}
+    parity = require_parity(*student, latent_size=small, say=print, **options)
+    export_onnx(*student, graphs, latent_size=source.latent_size, about={"student": source.name}, **options)
     return parity

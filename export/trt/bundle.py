@@ -15,7 +15,7 @@ from cfpp_rt.errors import InputError
 from cfpp_rt.export.bundle import CARD, Card, fits_together, read_card, require_file, sha256_of
 from cfpp_rt.export.trt.compile import WEIGHTS
 
-FORMAT, FORMAT_VERSION = "cfpp-rt TensorRT bundle", 1
+FORMAT, FORMAT_VERSION = "cfpp-rt TensorRT bundle", 2
 
 
 @dataclasses.dataclass(frozen=True)

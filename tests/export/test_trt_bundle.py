@@ -71,7 +71,7 @@ def test_a_truncated_tampered_or_missing_engine(folder):
     [
         ({"format": "other"}, "must be the card of a 'cfpp-rt TensorRT bundle', got 'other'"),
         ({"weights": "lost"}, "weights must be embedded, refittable, stripped, got 'lost'"),
-        ({"format_version": 2}, "format_version must be 1, got 2: export again"),
+        ({"format_version": 1}, "format_version must be 2, got 1: export again"),
         ({"engines": None}, "the card does not fit together"),
         ({"student": {}}, "the card does not fit together: lacks 'sizes'"),
         ({"engines": {"sm89": {"leap": {}}}}, "engines must be of the student's graphs, got leap"),
