@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from cfpp_rt.camera import parse_cameras
 from cfpp_rt.errors import InputError
+from cfpp_rt.export.cameras import EngineCameras
 from cfpp_rt.export.runner import Engine, EngineRollout, Floats
 from cfpp_rt.export.stream import EngineStream, encode_first
 from cfpp_rt.session import latent_frames
@@ -20,7 +22,7 @@ from cfpp_rt.world.student import first_picture
 
 # Options of `cfpp generate` that a bundle has settled.
 _SETTLED = ("checkpoint", "key", "config", "tiny_vae", "size", "image", "video", "steps", "window", "sinks", "dtype")
-_SETTLED += ("student", "kv_dtype", "prompts", "trajectory", "intrinsics")
+_SETTLED += ("student", "kv_dtype", "prompts")
 
 
 class EngineFilm:
@@ -64,7 +66,15 @@ def open_film(arguments: argparse.Namespace) -> tuple[EngineFilm, Iterator[Frame
     if arguments.actions is not None and not acts:
         raise InputError(f"{arguments.engine}: --actions is for a student that knows actions")
     actions = parse_actions(arguments.actions or "") if acts else []
+    cameras = parse_cameras(arguments.trajectory, arguments.intrinsics)
+    if (cameras is not None) != card.sizes.model.camera:
+        verb = "needs" if card.sizes.model.camera else "takes no"
+        raise InputError(
+            f"{arguments.engine}: a student {'with' if cameras is None else 'without'} cameras {verb} --trajectory"
+        )
     default = film.whole_blocks(1 + len(actions), block) if acts else 81
+    if cameras is not None:
+        default = 1 + factor * (len(cameras) - 1)
     if not acts and card.frames is not None:
         default = min(default, 1 + factor * (card.frames - 1))
     frames = default if arguments.frames is None else arguments.frames
@@ -79,6 +89,7 @@ def open_film(arguments: argparse.Namespace) -> tuple[EngineFilm, Iterator[Frame
             frames=total,
             seed=arguments.seed,
             initial=initial,
+            cameras=None if cameras is None else EngineCameras.of(cameras.views, cameras.focal),
             refresh=arguments.refresh,
         )
     )

@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from cfpp_rt.model.transformer import CausalWanTransformer
 
 FLOAT8 = "float8_e4m3"
-LINEARS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2")
+LINEARS = (
+    *("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "self_attn.prope_o"),
+    *("cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2"),
+)
 LARGEST = 448.0  # of e4m3
 UNIT = 2.0**-9
 FILL = 512 / LARGEST  # size of a token per max|x|

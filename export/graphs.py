@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cfpp_rt.export.contract import GraphSpec, Sizes, cache_names, text_names, updated
+from cfpp_rt.export.contract import GraphSpec, Sizes, caches_of_layer, text_names, updated
 from cfpp_rt.export.float8 import FILL, FLOAT8, SMALLEST, UNIT, is_float8, quantize_weight
 from cfpp_rt.export.onnx_graph import GraphBuilder, WeightFile, onnx_type
 from cfpp_rt.model.attention import CrossAttention
@@ -41,11 +41,16 @@ def build_graph(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rope:
-    """cos, sin: values float32 [B, S, D / 2] of all frames of a pass; the last group's alone where it stands alone."""
+class _Place:
+    """Where the tokens of a pass are; the last group's alone where it stands alone.
+
+    cos, sin: of the rotation, float32 [B, S, D / 2]. projections: P and P^-1 of each frame, float32 [B, F, 2, 4, 4], ""
+    for a model without the camera branch.
+    """
 
     cos: str
     sin: str
+    projections: str
 
 
 class GraphWriter:
@@ -119,10 +124,22 @@ class GraphWriter:
         x = self.graph.op("Transpose", x, perm=[0, 2, 1, 3])
         return self.graph.reshape(x, self.sizes.batch, frames, self.sizes.tokens, self.net.config.dim)
 
-    def rotated(self, x: str, frames: int, rope: _Rope) -> str:
+    def rotated(self, x: str, frames: int, place: _Place) -> str:
         turned = self.heads(x, frames * self.sizes.tokens)
-        turned = self.graph.op("RotaryEmbedding", turned, rope.cos, rope.sin, interleaved=1)
+        turned = self.graph.op("RotaryEmbedding", turned, place.cos, place.sin, interleaved=1)
         return self.graph.cast(turned, self.sizes.dtype)
+
+    def projected(self, x: str, frames: int, place: _Place, *, inverse: bool, transposed: bool) -> str:
+        """Every group of 4 channels of x [B, F, T, dim], as a row, times P or P^-1 of its frame, or its transpose."""
+        graph, sizes = self.graph, self.sizes
+        matrices = graph.op("Gather", place.projections, graph.integers([int(inverse)]), axis=2)
+        matrices = graph.reshape(matrices, sizes.batch, frames, 4, 4)
+        if transposed:
+            matrices = graph.op("Transpose", matrices, perm=[0, 1, 3, 2])
+        rows = graph.reshape(x, sizes.batch, frames, sizes.tokens * self.net.config.dim // 4, 4)
+        rows = graph.op("MatMul", graph.cast(rows, "float32"), matrices)
+        rows = graph.reshape(rows, sizes.batch, frames, sizes.tokens, self.net.config.dim)
+        return graph.cast(rows, sizes.dtype)
 
     # -- embeddings --------------------------------------------------------------------------------------------------
 
@@ -170,20 +187,21 @@ class GraphWriter:
         fused, refresh, last = self.spec.name == "fused", self.spec.name == "refresh", net.config.num_layers - 1
         frames = sizes.block * (2 if fused else 1)
         rows = graph.split("modulation", sizes.modulation_rows, axis=2)
-        rope = self.rope(frames)
+        place = self.place(frames)
         x = self.patchify(frames)
         for index, layer in enumerate(net.blocks):
             graph.scope = f"blocks.{index}"
             own = rows[6 * index : 6 * index + 6]
             normed = self.modulate(x, own[0], own[1])
-            keys, values = self.write(normed, layer, index, frames, rope)
+            read = self.write(normed, layer, index, frames, place)
             if refresh and index == last:
                 return
             if fused and index == last:  # from here on only the noisy block is wanted
                 frames = sizes.block
                 x, normed, *own = (graph.split(value, 2, axis=1)[1] for value in (x, normed, *own))
-                rope = _Rope(*(graph.split(value, 2, axis=1)[1] for value in (rope.cos, rope.sin)))
-            y = self.attend(normed, layer, frames, rope, keys, values)
+                parts = dataclasses.astuple(place)
+                place = _Place(*(graph.split(value, 2, axis=1)[1] if value else "" for value in parts))
+            y = self.attend(normed, layer, frames, place, read)
             x = self.after_attention(x, y, layer, frames, own, index)
         graph.scope = "head"
         head = rows[-2:] if not fused else [graph.split(row, 2, axis=1)[1] for row in rows[-2:]]
@@ -214,7 +232,7 @@ class GraphWriter:
         x = graph.op("Transpose", x, perm=[0, 5, 1, 3, 2, 4])
         graph.reshape(x, sizes.batch, sizes.block, config.out_dim, height, width, name="velocity")
 
-    def rope(self, frames: int) -> _Rope:
+    def place(self, frames: int) -> _Place:
         """Tables of every token, from those of the frames' times and the constant ones of rows and columns."""
         graph, sizes = self.graph, self.sizes
         grid = self.net.rotary_tables(*sizes.latent_size)
@@ -238,39 +256,47 @@ class GraphWriter:
             if sizes.batch > 1:
                 table = graph.expand(table, sizes.batch, frames * sizes.tokens, sizes.time_pairs + space.shape[1])
             tables.append(table)
-        return _Rope(*tables)
+        return _Place(tables[0], tables[1], "projections" if self.net.config.camera else "")
 
-    def write(self, x: str, layer: TransformerBlock, index: int, frames: int, rope: _Rope) -> tuple[str, str]:
-        """Write keys and values of the block (of a fused pass: of the finished one) into the cache.
+    def write(self, x: str, layer: TransformerBlock, index: int, frames: int, place: _Place) -> list[str]:
+        """Write keys and values of the block (of a fused pass: of the finished one) into the caches of the layer.
 
-        Returns what attention reads: the updated cache, in a fused pass with the noisy block's own keys behind it.
+        Returns what attention reads: the updated caches, in a fused pass with the noisy block's own keys behind them.
         """
         graph, attention, name = self.graph, layer.self_attn, f"blocks.{index}.self_attn"
+        tokens = frames * self.sizes.tokens
         keys = self.normed(self.linear(x, attention.k, f"{name}.k"), attention.norm_k, f"{name}.norm_k")
-        new = [
-            self.rotated(keys, frames, rope),
-            self.heads(self.linear(x, attention.v, f"{name}.v"), frames * self.sizes.tokens),
-        ]
+        values = self.linear(x, attention.v, f"{name}.v")
+        new = [self.rotated(keys, frames, place), self.heads(values, tokens)]
+        if self.net.config.camera:
+            turned = [self.projected(t, frames, place, inverse=True, transposed=True) for t in (keys, values)]
+            new += [self.heads(t, tokens) for t in turned]
         read = []
-        for value, cache in zip(new, cache_names(self.net.config.num_layers)[2 * index :], strict=False):
+        for value, cache in zip(new, caches_of_layer(self.net.config, index), strict=True):
             appended = None
             if self.spec.name == "fused":
                 value, appended = graph.split(value, 2, axis=2)
             value = graph.op("TensorScatter", cache, value, "write_index", name=updated(cache), axis=-2, mode="linear")
             read.append(value if appended is None else graph.op("Concat", value, appended, axis=2))
-        return read[0], read[1]
+        return read
 
-    def attend(self, x: str, layer: TransformerBlock, frames: int, rope: _Rope, keys: str, values: str) -> str:
-        """Self-attention of the tokens x, output projection included."""
-        graph, attention = self.graph, layer.self_attn
-        name = f"{graph.scope}.self_attn"
+    def attend(self, x: str, layer: TransformerBlock, frames: int, place: _Place, read: list[str]) -> str:
+        """Self-attention of the tokens x, with the camera branch where there is one, output projections included."""
+        attention, name = layer.self_attn, f"{self.graph.scope}.self_attn"
         q = self.normed(self.linear(x, attention.q, f"{name}.q"), attention.norm_q, f"{name}.norm_q")
-        q = self.rotated(q, frames, rope)
-        if self.spec.name == "fused":
-            y = graph.op("Attention", q, keys, values, self.mask(frames), name=f"{name}.Attention")
-        else:
-            y = graph.op("Attention", q, keys, values, "", "", "", "valid", name=f"{name}.Attention")
-        return self.linear(self.joined(y, frames), attention.o, f"{name}.o")
+        seen = self.visible_attention(self.rotated(q, frames, place), read[0], read[1], frames, f"{name}.Attention")
+        y = self.linear(seen, attention.o, f"{name}.o")
+        if attention.prope_o is None:
+            return y
+        q = self.heads(self.projected(q, frames, place, inverse=False, transposed=False), frames * self.sizes.tokens)
+        seen = self.visible_attention(q, read[2], read[3], frames, f"{name}.camera.Attention")
+        seen = self.projected(seen, frames, place, inverse=False, transposed=True)
+        return self.graph.op("Add", y, self.linear(seen, attention.prope_o, f"{name}.prope_o"))
+
+    def visible_attention(self, q: str, keys: str, values: str, frames: int, name: str) -> str:
+        """Attention of q [B, H, S, D] to what the pass may see: [B, F, T, dim]."""
+        seen = (self.mask(frames),) if self.spec.name == "fused" else ("", "", "", "valid")
+        return self.joined(self.graph.op("Attention", q, keys, values, *seen, name=name), frames)
 
     def mask(self, frames: int) -> str:
         """What each query of a fused pass sees: `visible`, slot by slot, spread over tokens: [1, 1, Sq, Skv]."""

@@ -49,7 +49,9 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     )
     run = parser.add_argument_group("how it is run")
     run.add_argument("--size", metavar="HxW", help=f"of the pictures (default: 480x832; {WORLD}: {SIZE}x{SIZE})")
-    run.add_argument("--frames", type=int, help="pictures that fit without a window (default: 81)")
+    run.add_argument(
+        "--frames", type=int, help="pictures that fit without a window (default: 81, or the whole blocks of them)"
+    )
     run.add_argument("--steps", metavar="LIST", help="as 1000,500; the first block keeps the student's own")
     run.add_argument("--window", type=int, metavar="N", help="latent frames that attention sees (default: all)")
     run.add_argument("--sinks", type=int, metavar="N", help="first latent frames that stay visible (default: 0)")
@@ -76,7 +78,8 @@ def load_source(arguments: argparse.Namespace) -> Source:
     else:
         rollout = student(arguments.student)
         if arguments.random_weights:
-            model = random_model(SMALL, seed=0, dtype=dtype)
+            camera = arguments.student.startswith("camera-")
+            model = random_model(dataclasses.replace(SMALL, camera=camera), seed=0, dtype=dtype)
         elif arguments.checkpoint is None:
             raise InputError("a checkpoint is needed (or --random-weights)")
         else:
@@ -91,7 +94,10 @@ def load_source(arguments: argparse.Namespace) -> Source:
         changes["steps"] = tuple(int(step) for step in arguments.steps.split(","))
     rollout = rollout.replace(**changes)
     size = latent_size(arguments.size or (f"{SIZE}x{SIZE}" if world else "480x832"), "--size")
-    frames = latent_frames(81 if arguments.frames is None else arguments.frames, factor, rollout.frames_per_block)
+    block = rollout.frames_per_block
+    frames = max(21 // block, 1) * block  # as `cfpp generate` makes by default
+    if arguments.frames is not None:
+        frames = latent_frames(arguments.frames, factor, block)
     name = (
         arguments.student if arguments.checkpoint is None else f"{arguments.student}: {Path(arguments.checkpoint).name}"
     )

@@ -41,8 +41,6 @@ def make_card(
         raise InputError(f"kv_dtype must be None: graphs keep the cache in the model's dtype, got {rollout.kv_dtype!r}")
     if linears not in (None, *LINEARS):
         raise InputError(f"linears must be None or {', '.join(LINEARS)}, got {linears!r}")
-    if model.config.camera:
-        raise InputError("model must be one without the camera branch: the graphs have none")
     block = rollout.frames_per_block
     if rollout.window is not None and (rollout.window - rollout.sinks) % block:
         raise InputError(

@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cfpp_rt.camera import Cameras, walk
 from cfpp_rt.codec.base import Codec
 from cfpp_rt.errors import InputError
 from cfpp_rt.export.bundle import Bundle
+from cfpp_rt.export.cameras import EngineCameras
 from cfpp_rt.export.contract import TensorSpec, network_graphs
 from cfpp_rt.export.float8 import with_float8_linears
 from cfpp_rt.export.passes import fixed_inputs, run_in_torch
@@ -37,6 +39,7 @@ from cfpp_rt.values import Conditioning
 TOLERANCE = 1e-4  # of float32, absolute: latents and activations are of the order of 1
 FACTOR = 2.0  # of float16: how much more than PyTorch's a graph's error may be
 ROLLOUT_FRAMES = 21
+_KEYS = ("w", "l", "u", "a")  # of the camera's path, if there is one: it moves and turns
 _DECODED = 3  # latent frames: the first, the second whose state is new, and one under way
 _HALF_PIXELS = 0.05  # of pixels in [-1, 1] that a decoder in half precision makes, whose exact order of sums is open
 Array = NDArray[Any]
@@ -70,7 +73,8 @@ def verify(
     """Compare; returns the report, ready for JSON, of which `passed` and `worst` are the upshot.
 
     model: what was exported, in the bundle's dtype. codec: to decode both rollouts and give their PSNR. frames: latent
-    frames of the rollout, fewer where the bundle holds fewer. say: is told of every graph.
+    frames of the rollout, fewer where the bundle holds fewer, more where its ring would not wrap. say: is told of every
+    graph.
 
     Raises InputError for a model of other sizes or dtype, and for a graph whose structure is not the contract's.
     """
@@ -184,17 +188,29 @@ def _rollout(
     threads: int | None,
 ) -> tuple[Difference, dict[str, Any]]:
     card, block = bundle.card, bundle.card.sizes.block
+    if card.rollout.window is not None:
+        frames = max(frames, card.sizes.slots + block)  # the ring wraps
     frames = max(min(frames, card.frames or frames) // block * block, block)
     embeds = np.random.default_rng(1).standard_normal(
         (card.sizes.batch, card.sizes.model.text_len, card.sizes.model.text_dim), dtype=np.float32
     )
+    path = None
+    if card.sizes.model.camera:
+        path = Cameras.of(walk([_KEYS[frame % len(_KEYS)] for frame in range(frames)], torch.eye(4)))
     ours = _drive(
-        EngineRollout(Engine(bundle, threads), embeds if card.sizes.model.text_len else None, frames=frames), bundle
+        EngineRollout(
+            Engine(bundle, threads),
+            embeds if card.sizes.model.text_len else None,
+            frames=frames,
+            cameras=None if path is None else EngineCameras.of(path.views, path.focal, card.sizes.batch),
+        ),
+        bundle,
     )
 
     def in_torch(network: CausalWanTransformer) -> Array:
-        text = Conditioning(torch.from_numpy(embeds))
-        return _drive(Rollout(network, text, card.rollout, latent_size=card.sizes.latent_size, frames=frames), bundle)
+        text, size = Conditioning(torch.from_numpy(embeds)), card.sizes.latent_size
+        rollout = Rollout(network, text, card.rollout, latent_size=size, frames=frames, cameras=path)
+        return _drive(rollout, bundle)
 
     theirs = in_torch(model)
     exact = theirs if oracle is None else in_torch(oracle)

@@ -76,7 +76,10 @@ def prove(library: Library, network: Network, spec: GraphSpec) -> NetworkReport:
     read = {cache for site in sites for cache in (site.key_cache, site.value_cache)}
     # The last layer of a refresh stops at its keys and values; every other cache that is written is read.
     caches = list(spec.aliases.values())
-    unread = [cache for cache in (caches[:-2] if spec.name == "refresh" else caches) if cache not in read]
+    if spec.name == "refresh":
+        last = caches[-1].rpartition(".")[2]
+        caches = [cache for cache in caches if cache.rpartition(".")[2] != last]
+    unread = [cache for cache in caches if cache not in read]
     if unread and not site_faults:
         faults.append(f"no attention reads cache {_some(unread)}")
     unused = [name for name in facts.inputs if name not in facts.needed]

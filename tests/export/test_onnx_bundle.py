@@ -1,6 +1,5 @@
 """The exporter and its bundles: valid, deterministic, whole or not at all; damage is found and named in one line."""
 
-import dataclasses
 import json
 import shutil
 import subprocess
@@ -88,12 +87,6 @@ def test_what_the_graphs_do_not_cover_is_refused(tmp_path, run, options, message
     with pytest.raises(InputError, match=message):
         export(tmp_path / "b", run=run, **options)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_camera_model_is_refused(tmp_path):
-    model = random_model(dataclasses.replace(ACTING, camera=True), seed=0, dtype=torch.float32)
-    with pytest.raises(InputError, match="without the camera branch"):
-        export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 4), frames=None)
 
 
 def test_a_bundle_is_never_written_over(copied):
