@@ -21,8 +21,10 @@ from cfpp_rt.world.actions import parse_actions
 from cfpp_rt.world.student import first_picture
 
 # Options of `cfpp generate` that a bundle has settled.
-_SETTLED = ("checkpoint", "key", "config", "tiny_vae", "size", "image", "video", "steps", "window", "sinks", "dtype")
-_SETTLED += ("student", "kv_dtype", "prompts")
+_SETTLED = (
+    *("checkpoint", "key", "config", "tiny_vae", "size", "image", "video", "steps", "window", "sinks", "dtype"),
+    *("student", "kv_dtype", "prompts"),
+)
 
 
 class EngineFilm:

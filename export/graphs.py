@@ -76,8 +76,12 @@ class GraphWriter:
     def float8_product(self, x: str, layer: nn.Linear, name: str) -> str:
         """x times the weights, both in 8 bits: see `cfpp_rt.export.float8`."""
         graph = self.graph
-        codes, scale = quantize_weight(layer.weight)
-        weight = graph.weight(f"{name}.weight", codes.T, FLOAT8), graph.weight(f"{name}.weight_scale", scale)
+        names = f"{name}.weight", f"{name}.weight_scale"
+        if names[0] not in graph.weights.placed:  # by another graph
+            codes, scale = quantize_weight(layer.weight)
+            graph.weights.add(names[0], codes.T, FLOAT8)
+            graph.weights.add(names[1], scale)
+        weight = [graph.kept(name) for name in names]
         if x not in self._codes:  # queries, keys and values have one input
             wide = graph.cast(x, "float32")
             size = graph.op("ReduceMax", graph.op("Abs", wide), graph.integers([-1]), keepdims=1)

@@ -117,6 +117,10 @@ class GraphBuilder:
     def weight(self, name: str, tensor: Tensor, dtype: str | None = None) -> str:
         """A constant kept in the weight file."""
         self.weights.add(name, tensor, dtype)
+        return self.kept(name)
+
+    def kept(self, name: str) -> str:
+        """A constant that is in the weight file already."""
         if name not in self._initializers:
             offset, length, shape, dtype = self.weights.placed[name]
             made = self.onnx.TensorProto(name=name, data_type=onnx_type(dtype), dims=shape)

@@ -89,7 +89,10 @@ def test_a_bundle_in_8_bits_passes(tmp_path, dtype):
     graph = onnx.load(bundle.path("step"), load_external_data=False).graph
     codes = [tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN]
     assert sorted(tensor.name for tensor in codes) == sorted(
-        f"blocks.{layer}.{name}.weight" for layer in range(TINY.num_layers) for name in LINEARS
+        f"blocks.{layer}.{name}.weight"
+        for layer in range(TINY.num_layers)
+        for name in LINEARS
+        if name != "self_attn.prope_o"
     )
     assert sum(np.prod(tensor.dims) for tensor in codes) == WEIGHTS
 
