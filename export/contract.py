@@ -199,7 +199,7 @@ def _pass(sizes: Sizes, name: str) -> GraphSpec:
 
 
 def _modulation(sizes: Sizes, frames: int) -> TensorSpec:
-    return TensorSpec("modulation", (sizes.batch, frames, sizes.modulation_rows, sizes.model.dim), sizes.dtype)
+    return TensorSpec("modulation", (sizes.batch, frames, sizes.modulation_rows, sizes.model.dim), "float32")
 
 
 def _text(sizes: Sizes) -> tuple[TensorSpec, ...]:

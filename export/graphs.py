@@ -1,7 +1,7 @@
 """The transformer as ONNX graphs, written from its weights: the counterpart of `cfpp_rt.model`, op for op.
 
-Tokens are [B, F, T, dim] throughout, so that a frame's modulation rows [B, F, 1, dim] broadcast. Norms of queries and
-keys and their rotation are computed in float32 and rounded once, as in `kv_update_`.
+Tokens are [B, F, T, dim] throughout, so that a frame's modulation rows [B, F, 1, dim] broadcast. Norms, modulation,
+gates and rotation are computed in float32 and rounded once, as the runtime's ops do.
 """
 
 import dataclasses
@@ -96,17 +96,21 @@ class GraphWriter:
     def number(self, value: float, dtype: str = "float32") -> str:
         return self.graph.weight(f"{dtype}.{value:.9g}", torch.tensor(value, dtype=torch.float64), dtype)
 
-    def layer_norm(self, x: str, scale: str, bias: str = "") -> str:
-        inputs = (x, scale, bias) if bias else (x, scale)
-        return self.graph.op("LayerNormalization", *inputs, axis=-1, epsilon=self.eps)
+    def layer_norm(self, x: str, scale: str, *bias: str) -> str:
+        """In float32, not rounded."""
+        wide = self.graph.cast(x, "float32")
+        return self.graph.op("LayerNormalization", wide, scale, *bias, axis=-1, epsilon=self.eps)
 
     def modulate(self, x: str, shift: str, factor: str) -> str:
-        """LayerNorm(x) * factor + shift; `factor` is 1 + scale already."""
-        ones = self.graph.weight("ones", torch.ones(self.net.config.dim))
-        return self.graph.op("Add", self.graph.op("Mul", self.layer_norm(x, ones), factor), shift)
+        """LayerNorm(x) * factor + shift, rounded once; `factor` is 1 + scale already, both float32."""
+        ones = self.graph.weight("ones", torch.ones(self.net.config.dim), "float32")
+        y = self.graph.op("Add", self.graph.op("Mul", self.layer_norm(x, ones), factor), shift)
+        return self.graph.cast(y, self.sizes.dtype)
 
     def add_gated(self, x: str, y: str, gate: str) -> str:
-        return self.graph.op("Add", x, self.graph.op("Mul", y, gate))
+        """x + y * gate, rounded once; gate is float32."""
+        x, y = (self.graph.cast(value, "float32") for value in (x, y))
+        return self.graph.cast(self.graph.op("Add", x, self.graph.op("Mul", y, gate)), self.sizes.dtype)
 
     def silu(self, x: str) -> str:
         return self.graph.op("Mul", x, self.graph.op("Sigmoid", x))
@@ -168,7 +172,7 @@ class GraphWriter:
         rows = graph.reshape(rows, batch, block, 6 * net.config.num_layers, dim)
         head = graph.cast(graph.reshape(e, batch, block, 1, dim), "float32")
         head = graph.op("Add", head, graph.weight("modulation.head", of_head, "float32"))
-        graph.cast(graph.op("Concat", rows, head, axis=2), sizes.dtype, name="modulation")
+        graph.op("Concat", rows, head, axis=2, name="modulation")
 
     def embed_text(self) -> None:
         graph, net = self.graph, self.net
@@ -321,8 +325,11 @@ class GraphWriter:
         x = self.add_gated(x, y, gate1)
         if layer.cross_attn is not None:
             cross, name = layer.cross_attn, f"{graph.scope}.cross_attn"
-            scale = graph.weight(f"{graph.scope}.norm3.weight", layer.norm3.weight)
-            normed = self.layer_norm(x, scale, graph.weight(f"{graph.scope}.norm3.bias", layer.norm3.bias))
+            affine = [
+                graph.weight(f"{graph.scope}.norm3.{part}", getattr(layer.norm3, part), "float32")
+                for part in ("weight", "bias")
+            ]
+            normed = graph.cast(self.layer_norm(x, *affine), self.sizes.dtype)
             q = self.normed(self.linear(normed, cross.q, f"{name}.q"), cross.norm_q, f"{name}.norm_q")
             q = self.heads(graph.cast(q, self.sizes.dtype), frames * self.sizes.tokens)
             text = text_names(self.net.config.num_layers)[2 * index :]

@@ -37,8 +37,8 @@ def fixed_inputs(card: Card, spec: GraphSpec, seed: int = 0) -> dict[str, Array]
             value = random.integers(tensor.low, tensor.high + 1, tensor.shape)
         else:
             value = random.standard_normal(tensor.shape, dtype=np.float32)
-            if tensor.name == "modulation":
-                value = 0.3 * value
+            if tensor.name == "modulation":  # the runtime has rows, without the 1, in the dtype of the model
+                value = (0.3 * value).astype(sizes.dtype).astype(np.float32)
                 value[:, :, _factor_rows(sizes.model.num_layers)] += 1
             value = value.astype(tensor.dtype)
         inputs[tensor.name] = value
@@ -71,7 +71,7 @@ def _modulation(model: CausalWanTransformer, card: Card, inputs: dict[str, Array
     actions = torch.from_numpy(inputs["actions"]) if "actions" in inputs else None
     time = model.embed_time(timestep, actions)
     blocks = time.blocks.expand(-1, sizes.batch, -1, -1, -1).movedim(0, 2).flatten(2, 3)
-    rows = torch.cat([blocks, time.head.expand(sizes.batch, -1, -1, -1)], dim=2)
+    rows = torch.cat([blocks, time.head.expand(sizes.batch, -1, -1, -1)], dim=2).float()
     rows[:, :, _factor_rows(model.config.num_layers)] += 1
     return rows
 
@@ -105,8 +105,9 @@ def _pass(model: CausalWanTransformer, card: Card, spec: GraphSpec, inputs: dict
         rope_columns=space.columns,
         camera=_cameras(inputs, write // sizes.tokens, sizes.block),
     )
-    rows = torch.from_numpy(inputs["modulation"].copy()).to(model.dtype)
+    rows = torch.from_numpy(inputs["modulation"].copy())
     rows[:, :, _factor_rows(layers)] -= 1
+    rows = rows.to(model.dtype)
     blocks = rows[:, :, : 6 * layers].unflatten(2, (layers, 6)).movedim(2, 0).contiguous()
     time = TimeEmbedding(blocks, rows[:, :, 6 * layers :].contiguous())
     velocity = model(

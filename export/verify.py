@@ -2,8 +2,8 @@
 
 Per graph, on the same fixed inputs: every output, caches included. As a rollout: the same seeds, through ring wrap,
 window and sinks where the bundle has them. A float32 bundle must agree to `TOLERANCE`; one in float16 may err at most
-twice as much as PyTorch in float16, both against the same weights in float32. bfloat16 is not run: onnxruntime has none
-on the CPU; such a bundle is checked in structure alone, and the report says so.
+twice as much as plain PyTorch in float16 (`plain`), both against the same weights in float32. bfloat16 is not run:
+onnxruntime has none on the CPU; such a bundle is checked in structure alone, and the report says so.
 
 With linears in 8 bits, PyTorch computes them so, too (`float8`), and the rule is that of float16: at most twice its
 error. One code that falls the other way, where a sum was rounded differently, makes all later codes of its token fall
@@ -28,6 +28,7 @@ from cfpp_rt.export.cameras import EngineCameras
 from cfpp_rt.export.contract import TensorSpec, network_graphs
 from cfpp_rt.export.float8 import with_float8_linears
 from cfpp_rt.export.passes import fixed_inputs, run_in_torch
+from cfpp_rt.export.plain import with_plain_attention
 from cfpp_rt.export.runner import Engine, EngineRollout
 from cfpp_rt.export.session import GraphSession
 from cfpp_rt.export.stream import EngineDecoder
@@ -100,6 +101,8 @@ def verify(
     oracle = None if dtype == "float32" and card.linears is None else copy.deepcopy(model).float()
     if card.linears is not None:
         model = with_float8_linears(model)
+    if dtype != "float32":
+        model = with_plain_attention(model)
     differences = []
     for name in network_graphs(card.sizes):
         found = _graph(bundle, model, oracle, name, tolerance, threads)
