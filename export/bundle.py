@@ -81,8 +81,8 @@ class Card:
             rollout=RolloutConfig(**values["rollout"]),
             frames=values["frames"],
             timesteps=tuple(float(t) for t in values["timesteps"]),
-            steps=tuple(Step(**step) for step in values["steps"]),
-            first_steps=tuple(Step(**step) for step in values["first_steps"]),
+            steps=tuple(Step(int(step["timestep"]), float(step["sigma"])) for step in values["steps"]),
+            first_steps=tuple(Step(int(step["timestep"]), float(step["sigma"])) for step in values["first_steps"]),
             context=int(values["context"]),
             given=int(values["given"]),
             linears=values["linears"],
@@ -186,7 +186,8 @@ def new_folder(target: str | Path, needed_bytes: int) -> Iterator[Path]:
     try:
         free = shutil.disk_usage(temporary).free
         if free < needed_bytes + _SPACE_MARGIN:
-            raise InputError(f"{target}: needs {needed_bytes >> 20} MiB, the disk has {free >> 20} MiB free")
+            needed = needed_bytes + _SPACE_MARGIN >> 20
+            raise InputError(f"{target}: needs {needed} MiB, a margin included, the disk has {free >> 20} MiB free")
         yield temporary
         os.rename(temporary, target)
     except OSError as error:

@@ -6,6 +6,7 @@ import re
 FAULTS: dict[str, str] = {
     r"Only linear mode is supported": "TensorScatter must have mode=linear; a ring of frame slots needs no other",
     r"Attention nodes with one output": "Attention must have one output: write the cache with TensorScatter",
+    r"softmax precision is not supported": "Attention must leave softmax_precision out",
     r"static sequence length": "the capacity of a cache must be a fixed number in the graph",
     r"Sequence dimension must be -2": "a cache must be [B, H, capacity, D], updated along axis -2",
     r"cache tensor must be a network input": "an updated cache must be an input of the graph itself",
