@@ -24,7 +24,7 @@ from cfpp_rt.ring import FrameRing
 
 FORMAT, FORMAT_VERSION = "cfpp-rt ONNX bundle", 2
 CARD, WEIGHTS = "card.json", "weights.bin"
-LINEARS = ("float8_e4m3",)  # what linear layers may compute in besides the dtype of all
+LINEAR_DTYPES = ("float8_e4m3",)  # what linear layers may compute in besides the dtype of all
 _SPACE_MARGIN = 64 << 20
 
 
@@ -42,8 +42,8 @@ class Card:
 
     sizes: all shapes. rollout: settings of the student; frames: latent frames that fit without a window, None with one.
     timesteps: every timestep that the rollout uses. steps, first_steps: of a block, of the first generated block.
-    context, given: index of the timestep of the clean pass, and of the one of given frames. linears: what the linear
-    layers of the blocks compute in, one of `LINEARS`; None = as all. codec: graphs that decode, by name, and
+    context, given: index of the timestep of the clean pass, and of the one of given frames. linear_dtype: what the
+    linear layers of the blocks multiply, one of `LINEAR_DTYPES`; None = as all. codec: graphs that decode, by name, and
     `temporal_factor`; None without. about: student, checkpoint, versions: for people.
     """
 
@@ -55,7 +55,7 @@ class Card:
     first_steps: tuple[Step, ...]
     context: int
     given: int
-    linears: str | None
+    linear_dtype: str | None
     codec: dict[str, GraphSpec] | None
     temporal_factor: int
     about: dict[str, Any]
@@ -85,7 +85,7 @@ class Card:
             first_steps=tuple(Step(int(step["timestep"]), float(step["sigma"])) for step in values["first_steps"]),
             context=int(values["context"]),
             given=int(values["given"]),
-            linears=values["linears"],
+            linear_dtype=values["linear_dtype"],
             codec=None if codec is None else {name: GraphSpec.from_dict(graph) for name, graph in codec.items()},
             temporal_factor=int(values["temporal_factor"]),
             about=dict(values["about"]),
@@ -94,8 +94,8 @@ class Card:
             raise InputError("sigma of a step must be in 0..1")
         if card.temporal_factor < 1:
             raise InputError(f"temporal_factor must be >= 1, got {card.temporal_factor}")
-        if card.linears not in (None, *LINEARS):
-            raise InputError(f"linears must be None or {', '.join(LINEARS)}, got {card.linears!r}")
+        if card.linear_dtype not in (None, *LINEAR_DTYPES):
+            raise InputError(f"linear_dtype must be None or {', '.join(LINEAR_DTYPES)}, got {card.linear_dtype!r}")
         known = range(len(card.timesteps))
         used = {card.context, card.given, *(step.timestep for step in (*card.steps, *card.first_steps))}
         if card.sizes.timesteps != len(known) or not used <= set(known) or not card.steps or not card.first_steps:

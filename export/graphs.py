@@ -24,13 +24,13 @@ def build_graph(
     spec: GraphSpec,
     weights: WeightFile,
     times: Tensor,
-    linears: str | None = None,
+    linear_dtype: str | None = None,
 ) -> Any:
     """The ModelProto of one graph of the contract. times: float64 [sizes.timesteps], what `timestep` points into.
 
-    linears: FLOAT8 for the linear layers of the blocks in 8 bits, None for the dtype of all.
+    linear_dtype: FLOAT8 for the linear layers of the blocks in 8 bits, None for the dtype of all.
     """
-    writer = GraphWriter(model, sizes, spec, weights, linears)
+    writer = GraphWriter(model, sizes, spec, weights, linear_dtype)
     if spec.name == "embed_time":
         writer.embed_time(times)
     elif spec.name == "embed_text":
@@ -55,19 +55,19 @@ class _Place:
 
 class GraphWriter:
     def __init__(
-        self, model: CausalWanTransformer, sizes: Sizes, spec: GraphSpec, weights: WeightFile, linears: str | None
+        self, model: CausalWanTransformer, sizes: Sizes, spec: GraphSpec, weights: WeightFile, linear_dtype: str | None
     ):
         self.graph = GraphBuilder(spec, weights)
         self.net, self.sizes, self.spec = model, sizes, spec
         self.eps = model.config.eps
-        self._linears = linears
+        self._linear_dtype = linear_dtype
         self._made: set[str] = set()  # masks
         self._codes: dict[str, tuple[str, str]] = {}  # of a linear's input: its codes / 512, and the size of its tokens
 
     # -- pieces ------------------------------------------------------------------------------------------------------
 
     def linear(self, x: str, layer: nn.Linear, name: str) -> str:
-        if self._linears == FLOAT8 and is_float8(name):
+        if self._linear_dtype == FLOAT8 and is_float8(name):
             y = self.float8_product(x, layer, name)
         else:
             y = self.graph.op("MatMul", x, self.graph.weight(f"{name}.weight", layer.weight.T))

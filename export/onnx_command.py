@@ -23,11 +23,11 @@ def run(arguments: argparse.Namespace) -> None:
         latent_size=source.latent_size,
         frames=source.frames,
         batch=arguments.batch,
-        linears=arguments.linears,
+        linear_dtype=arguments.linear_dtype,
         codec=source.codec,
         about={"student": source.name},
     )
     size = sum(path.stat().st_size for path in Path(arguments.output).iterdir())
-    dtype = card.sizes.dtype if card.linears is None else f"{card.sizes.dtype}, linears {card.linears}"
+    dtype = card.sizes.dtype if card.linear_dtype is None else f"{card.sizes.dtype}, linears {card.linear_dtype}"
     slots = f"{card.sizes.slots} frame slots of {card.sizes.tokens} tokens"
     print(f"{arguments.output}: {len(card.graphs)} graphs in {dtype}, {slots}, {size / 2**20:.1f} MiB")

@@ -8,7 +8,7 @@ from pathlib import Path
 from cfpp_rt.codec.base import Codec
 from cfpp_rt.config import STUDENTS, ModelConfig, RolloutConfig, student
 from cfpp_rt.errors import InputError
-from cfpp_rt.export.bundle import LINEARS
+from cfpp_rt.export.bundle import LINEAR_DTYPES
 from cfpp_rt.model.transformer import CausalWanTransformer, random_model
 from cfpp_rt.model.weights import load_model
 from cfpp_rt.pipeline import load_codec
@@ -61,7 +61,9 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     """Options of the commands that export: what is made of the student, and where."""
     parser.add_argument("--batch", type=int, default=1, help="rows made together (default: %(default)s)")
     parser.add_argument(
-        "--linears", choices=LINEARS, help="linear layers of the blocks in 8 bits: approximate (default: --dtype)"
+        "--linear-dtype",
+        choices=LINEAR_DTYPES,
+        help="linear layers of the blocks in 8 bits: approximate (default: --dtype)",
     )
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to be made")
 

@@ -9,7 +9,7 @@ from cfpp_rt.export.float8 import FLOAT8, is_float8
 from cfpp_rt.export.onnx_graph import OPSET, require_onnx
 
 
-def check_graph(path: Path, spec: GraphSpec, linears: str | None = None) -> None:
+def check_graph(path: Path, spec: GraphSpec, linear_dtype: str | None = None) -> None:
     """The onnx checker with shape inference; standard operators of the wanted opset only; every input is used, and what
     continues an input is written by a TensorScatter on it, which alone reads it; the linears that are to be in 8 bits
     have both operands in 8 bits, and no others.
@@ -28,7 +28,7 @@ def check_graph(path: Path, spec: GraphSpec, linears: str | None = None) -> None
         raise InputError(f"{path.name}: must be standard operators of opset {OPSET}, got {opsets} and {foreign}")
     _require_used(path, model, spec)
     _require_updates(path, model, spec)
-    _require_float8(path, model, linears)
+    _require_float8(path, model, linear_dtype)
 
 
 def _require_used(path: Path, model: Any, spec: GraphSpec) -> None:
@@ -57,9 +57,9 @@ def _require_updates(path: Path, model: Any, spec: GraphSpec) -> None:
             raise InputError(f"{path.name}: {source} must be read by the TensorScatter that writes {output} alone")
 
 
-def _require_float8(path: Path, model: Any, linears: str | None) -> None:
+def _require_float8(path: Path, model: Any, linear_dtype: str | None) -> None:
     weights = [tensor.name for tensor in model.graph.initializer if tensor.name.endswith(".weight")]
-    wanted = {name for name in weights if linears == FLOAT8 and is_float8(name.removesuffix(".weight"))}
+    wanted = {name for name in weights if linear_dtype == FLOAT8 and is_float8(name.removesuffix(".weight"))}
     source = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
     products = [node.input for node in model.graph.node if node.op_type == "MatMul"]
     found = {source[weight] for x, weight in products if x in source and weight in source}

@@ -68,7 +68,11 @@ def run(arguments: argparse.Namespace) -> None:
             why = "which exists" if Path(folder).exists() else "in a folder that does not exist"
             raise InputError(f"--{option.replace('_', '-')} must be a new folder, got {folder}, {why}")
     require_buildable(
-        arguments.library, arguments.targets, arguments.graphs, arguments.timing_cache, linears=arguments.linears
+        arguments.library,
+        arguments.targets,
+        arguments.graphs,
+        arguments.timing_cache,
+        linear_dtype=arguments.linear_dtype,
     )
     beside = Path(arguments.output).resolve().parent  # on the disk that the engines go to
     with tempfile.TemporaryDirectory(prefix=".cfpp-onnx-", dir=beside) as temporary:
@@ -100,7 +104,7 @@ def _export(arguments: argparse.Namespace, graphs: str) -> dict[str, Any]:
     source = load_source(arguments)
     small = small or min(source.latent_size, PARITY_SIZE, key=math.prod)
     student = source.model, source.rollout
-    options = {"frames": source.frames, "batch": arguments.batch, "linears": arguments.linears}
+    options = {"frames": source.frames, "batch": arguments.batch, "linear_dtype": arguments.linear_dtype}
     parity = require_parity(*student, latent_size=small, say=print, **options)
     export_onnx(*student, graphs, latent_size=source.latent_size, about={"student": source.name}, **options)
     return parity

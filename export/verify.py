@@ -92,14 +92,14 @@ def verify(
             f"{bundle.folder}: exported from another student: {name} is {ours[name]}, that of the model {theirs[name]}"
         )
     for name, spec in card.graphs.items():
-        check_graph(bundle.path(name), spec, card.linears)
-    report: dict[str, Any] = {"bundle": str(bundle.folder), "dtype": dtype, "linears": card.linears}
+        check_graph(bundle.path(name), spec, card.linear_dtype)
+    report: dict[str, Any] = {"bundle": str(bundle.folder), "dtype": dtype, "linear_dtype": card.linear_dtype}
     report["graphs"] = sorted(card.graphs)
     if dtype == "bfloat16":
         say("structure checked; numbers are not: onnxruntime has no bfloat16 on the CPU, verify float32 or float16")
         return {**report, "numerics": "not run", "passed": True, "worst": None, "tensors": []}
-    oracle = None if dtype == "float32" and card.linears is None else copy.deepcopy(model).float()
-    if card.linears is not None:
+    oracle = None if dtype == "float32" and card.linear_dtype is None else copy.deepcopy(model).float()
+    if card.linear_dtype is not None:
         model = with_float8_linears(model)
     if dtype != "float32":
         model = with_plain_attention(model)
@@ -121,7 +121,7 @@ def verify(
     return {
         **report,
         "numerics": "onnxruntime against PyTorch",
-        "tolerance": tolerance if oracle is None else f"{FACTOR} x PyTorch's error in {card.linears or dtype}",
+        "tolerance": tolerance if oracle is None else f"{FACTOR} x PyTorch's error in {card.linear_dtype or dtype}",
         "passed": all(difference.good for difference in differences),
         "worst": dataclasses.asdict(worst),
         "rollout": facts,

@@ -15,7 +15,7 @@ FAULTS: dict[str, str] = {
     r"Quantized data types|must have type Float, Half, or BFloat16": "a cache must be float32, float16 or bfloat16",
     r"is_decomposable\(\)": "attention in this dtype or head size has no fused kernel on the target",
     r"HW-specific datatypes: (fp8|b16)": "the target cannot compute in a dtype of the graph: "
-    "export in float16, without --linears",
+    "export in float16, without --linear-dtype",
     r"graph_jit\.cpp:\d+: CHECK\(status == CUDA_SUCCESS\)": "refittable and stripped weights need a GPU driver on the "
     "machine that builds (TensorRT-RTX 1.7.1): build with --weights embedded, or on a machine with a GPU",
     r"ssa_validation": "two attention outputs go straight into one Concat: put the output projection between",

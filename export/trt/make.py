@@ -42,7 +42,7 @@ def make_bundle(
     Nothing is left behind unless every engine is built. Raises InputError as `build_engine` does, and for a target that
     cannot be built here, a folder that exists or a disk too small.
     """
-    loaded = require_buildable(library, targets, graphs, timing_cache, linears=source.card.linears)
+    loaded = require_buildable(library, targets, graphs, timing_cache, linear_dtype=source.card.linear_dtype)
     known = network_graphs(source.card.sizes)
     names = [name for name in known if graphs is None or name in graphs]
     architectures = [Device().architecture if target == CURRENT else target for target in targets]
@@ -84,7 +84,7 @@ def require_buildable(
     graphs: Sequence[str] | None,
     timing_cache: str | None,
     *,
-    linears: str | None = None,
+    linear_dtype: str | None = None,
 ) -> Library:
     """Load the library; raise InputError for what it cannot build whatever the graphs are."""
     loaded = load_library(library)
@@ -93,8 +93,8 @@ def require_buildable(
     for target in targets:
         loaded.require_target(target)
     wide = [target for target in targets if target in _WITHOUT_FLOAT8]
-    if linears is not None and wide:
-        raise InputError(f"targets must be sm89 or newer for linears in {linears}, got {', '.join(wide)}")
+    if linear_dtype is not None and wide:
+        raise InputError(f"targets must be sm89 or newer for linears in {linear_dtype}, got {', '.join(wide)}")
     if CURRENT in targets:
         Device().close()  # raises without a GPU and its driver
     unknown = [name for name in graphs or () if name not in (*EMBEDDINGS, *PASSES)]

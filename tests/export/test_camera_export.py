@@ -114,10 +114,10 @@ def test_a_camera_that_moves_is_that_of_the_runtime(moving, refresh):
     assert np.abs(next(still).values - found.numpy()).max() > 0.01, "the cameras matter"
 
 
-@pytest.mark.parametrize("dtype,linears", [("float32", None), ("float16", None), ("float32", "float8_e4m3")])
-def test_the_gate_walks_with_the_camera(tmp_path, dtype, linears):
+@pytest.mark.parametrize("dtype,linear_dtype", [("float32", None), ("float16", None), ("float32", "float8_e4m3")])
+def test_the_gate_walks_with_the_camera(tmp_path, dtype, linear_dtype):
     model = random_model(SMALL, seed=0, dtype=getattr(torch, dtype))
-    export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 6), frames=None, linears=linears)
+    export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 6), frames=None, linear_dtype=linear_dtype)
     report = verify(open_bundle(tmp_path / "b"), model, threads=1)
     require_passed(report)
     assert {"camera_keys.1.updated", "camera_values.0.updated"} <= {entry["tensor"] for entry in report["tensors"]}

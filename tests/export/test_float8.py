@@ -34,7 +34,7 @@ WEIGHTS = TINY.num_layers * (6 * TINY.dim**2 + 2 * TINY.dim * TINY.ffn_dim)  # o
 def student(tmp_path_factory):
     model = random_model(TINY, seed=0, dtype=torch.float32)
     folder = tmp_path_factory.mktemp("float8") / "bundle"
-    export_onnx(model, RUN, folder, latent_size=(4, 6), frames=None, linears=FLOAT8)
+    export_onnx(model, RUN, folder, latent_size=(4, 6), frames=None, linear_dtype=FLOAT8)
     return model, open_bundle(folder)
 
 
@@ -81,11 +81,13 @@ def test_graphs_compute_as_pytorch_does_in_8_bits(student):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_bundle_in_8_bits_passes(tmp_path, dtype):
     model = random_model(TINY, seed=0, dtype=dtype)
-    export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 6), frames=None, linears=FLOAT8)
+    export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 6), frames=None, linear_dtype=FLOAT8)
     bundle = open_bundle(tmp_path / "b")
     report = verify(bundle, model, threads=1)
     require_passed(report)
-    assert bundle.card.linears == report["linears"] == FLOAT8 and bool(report["tensors"]) == (dtype != torch.bfloat16)
+    assert bundle.card.linear_dtype == report["linear_dtype"] == FLOAT8 and bool(report["tensors"]) == (
+        dtype != torch.bfloat16
+    )
     graph = onnx.load(bundle.path("step"), load_external_data=False).graph
     codes = [tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN]
     assert sorted(tensor.name for tensor in codes) == sorted(
@@ -99,7 +101,7 @@ def test_a_bundle_in_8_bits_passes(tmp_path, dtype):
 
 def test_the_same_student_gives_the_same_bytes(student, tmp_path):
     model, bundle = student
-    export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 6), frames=None, linears=FLOAT8)
+    export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 6), frames=None, linear_dtype=FLOAT8)
     for path in bundle.folder.iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
@@ -143,9 +145,9 @@ def test_planted_faults_are_found(student, tmp_path, change, message):
 
 
 def test_other_linears_are_refused(tmp_path):
-    with pytest.raises(InputError, match="linears must be None or float8_e4m3, got 'int4'"):
+    with pytest.raises(InputError, match="linear_dtype must be None or float8_e4m3, got 'int4'"):
         model = random_model(TINY, seed=0, dtype=torch.float32)
-        export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 6), frames=None, linears="int4")
+        export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 6), frames=None, linear_dtype="int4")
 
 
 @needs_tensorrt
@@ -156,7 +158,7 @@ def test_an_engine_multiplies_in_8_bits(tmp_path, dtype, target):
     from cfpp_rt.export.trt.compile import Job
 
     model = random_model(TINY, seed=0, dtype=getattr(torch, dtype))
-    export_onnx(model, ROLLING, tmp_path / "b", latent_size=(4, 6), frames=None, linears=FLOAT8)
+    export_onnx(model, ROLLING, tmp_path / "b", latent_size=(4, 6), frames=None, linear_dtype=FLOAT8)
     bundle = open_bundle(tmp_path / "b")
     engine = tmp_path / "step.engine"
     built = build_engine(Job(str(bundle.path("step")), str(engine), "tensorrt-rtx", target, bundle.card.graphs["step"]))
@@ -188,4 +190,4 @@ def test_architectures_without_8_bits_are_refused_before_any_work():
     from cfpp_rt.export.trt.make import require_buildable
 
     with pytest.raises(InputError, match="targets must be sm89 or newer for linears in float8_e4m3, got sm80, sm86"):
-        require_buildable("tensorrt-rtx", ["sm80", "sm86", "sm89"], None, None, linears=FLOAT8)
+        require_buildable("tensorrt-rtx", ["sm80", "sm86", "sm89"], None, None, linear_dtype=FLOAT8)

@@ -127,7 +127,10 @@ def test_a_wrong_card_is_named(copied, tmp_path):
         ("[]", "must be the card of a"),
         (whole.replace("ONNX bundle", "other"), "must be the card of a"),
         (whole.replace('"format_version": 2', '"format_version": 9'), "format_version must be 2, got 9"),
-        (whole.replace('"linears": null', '"linears": "int4"'), "linears must be None or float8_e4m3, got 'int4'"),
+        (
+            whole.replace('"linear_dtype": null', '"linear_dtype": "int4"'),
+            "linear_dtype must be None or float8_e4m3, got 'int4'",
+        ),
         (whole.replace('"rollout"', '"rolled"'), "does not fit together: lacks 'rollout'"),
         (whole.replace('"dim": 128', '"dim": 127'), "does not fit together: dim must be"),
         (whole.replace('"context": 2', '"context": 7'), "timesteps must be"),

@@ -47,12 +47,12 @@ def test_a_sound_bundle_passes(weights, config, meta, tmp_path, dtype, run):
     assert {entry["graph"] for entry in report["tensors"]} == {*report["graphs"], "rollout"}
 
 
-@pytest.mark.parametrize("dtype,linears", [("float16", None), ("float32", "float8_e4m3")])
-def test_the_shipped_student_of_the_world_passes(tmp_path, dtype, linears):
+@pytest.mark.parametrize("dtype,linear_dtype", [("float16", None), ("float32", "float8_e4m3")])
+def test_the_shipped_student_of_the_world_passes(tmp_path, dtype, linear_dtype):
     """Trained weights, whose attention is sharp: float16 has to be measured by an attention that rounds as coarsely."""
     student = load_student(SHIPPED, dtype=getattr(torch, dtype), fuse=False)
     size, codec = (SIZE // 8, SIZE // 8), student.codec
-    options = {"latent_size": size, "frames": None, "codec": codec, "linears": linears}
+    options = {"latent_size": size, "frames": None, "codec": codec, "linear_dtype": linear_dtype}
     export_onnx(student.model, student.rollout, tmp_path / "b", **options)
     report = verify(open_bundle(tmp_path / "b"), student.model, codec=codec, frames=6, threads=1)
     require_passed(report)
