@@ -66,19 +66,19 @@ class GraphWriter:
 
     # -- pieces ------------------------------------------------------------------------------------------------------
 
-    def linear(self, x: str, layer: nn.Linear, name: str) -> str:
+    def linear(self, x: str, layer: nn.Module, name: str) -> str:
         if self._linear_dtype == FLOAT8 and is_float8(name):
             y = self.float8_product(x, layer, name)
         else:
-            y = self.graph.op("MatMul", x, self.graph.weight(f"{name}.weight", layer.weight.T))
-        return self.graph.op("Add", y, self.graph.weight(f"{name}.bias", layer.bias))
+            y = self.graph.op("MatMul", x, self.graph.weight(f"{name}.weight", layer.get_parameter("weight").T))
+        return self.graph.op("Add", y, self.graph.weight(f"{name}.bias", layer.get_parameter("bias")))
 
-    def float8_product(self, x: str, layer: nn.Linear, name: str) -> str:
+    def float8_product(self, x: str, layer: nn.Module, name: str) -> str:
         """x times the weights, both in 8 bits: see `cfpp_rt.export.float8`."""
         graph = self.graph
         names = f"{name}.weight", f"{name}.weight_scale"
         if names[0] not in graph.weights.placed:  # by another graph
-            codes, scale = quantize_weight(layer.weight)
+            codes, scale = quantize_weight(layer.get_parameter("weight"))
             graph.weights.add(names[0], codes.T, FLOAT8)
             graph.weights.add(names[1], scale)
         weight = [graph.kept(name) for name in names]
@@ -230,7 +230,7 @@ class GraphWriter:
             x = graph.reshape(x, sizes.batch, frames, sizes.tokens, config.in_dim * p * q)
         weight = graph.weight("patch_embedding.weight", self.net.patch_embedding.weight.flatten(1).T)
         x = graph.op("MatMul", x, weight)
-        return graph.op("Add", x, graph.weight("patch_embedding.bias", self.net.patch_embedding.bias))
+        return graph.op("Add", x, graph.weight("patch_embedding.bias", self.net.patch_embedding.get_parameter("bias")))
 
     def unpatchify(self, x: str) -> None:
         graph, sizes, config = self.graph, self.sizes, self.net.config

@@ -13,7 +13,7 @@ differently, so no closer agreement can be asked of a deep network; that no line
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -244,11 +244,13 @@ def _decoder(bundle: Bundle, codec: Codec, tolerance: float, threads: int | None
 
 def _drive(rollout: Rollout | EngineRollout, bundle: Bundle) -> Array:
     """All latents, an action of its own for each block where the model knows actions."""
-    actions, made = bundle.card.sizes.model.num_actions, []
+    actions = bundle.card.sizes.model.num_actions
+    made: list[Array] = []
+    blocks: Iterator[Any] = rollout
     while True:
         if actions:
             rollout.act(len(made) % actions)
-        block = next(rollout, None)  # type: ignore[arg-type]
+        block = next(blocks, None)
         if block is None:
             return np.concatenate(made, axis=1)
         made.append(np.asarray(block.values))
