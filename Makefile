@@ -58,6 +58,7 @@ bench: install
 	$(BIN)/python -m cfpp_rt.bench.bench_block_attention
 	$(BIN)/python -m cfpp_rt.bench.bench_call_overhead
 	$(BIN)/python -m cfpp_rt.bench.bench_rollout
+	$(BIN)/python -m cfpp_rt.bench.bench_decode
 	$(BIN)/python -m cfpp_rt.bench.bench_camera --block 1
 	$(BIN)/python -m cfpp_rt.bench.bench_small_pass
 	$(BIN)/python -m cfpp_rt.bench.bench_dtypes

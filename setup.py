@@ -2,6 +2,7 @@
 
 CFPP_BUILD=auto|cuda|cpu|none  auto (default): the CPU module, and the CUDA module where nvcc is found; none: no module.
 CFPP_CUDA_ARCHS="80;90a;120"   GPU architectures; default: those of the GPUs in this machine, else the list shown.
+CFPP_BUILD_JOBS                compilers that run at once; default: one per core.
 CUDA_HOME, CXX                 where to look for nvcc first; the host compiler.
 No torch header is used, so normal build isolation works and the result serves any torch.
 """
@@ -11,13 +12,15 @@ import platform
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 MODES = ("auto", "cuda", "cpu", "none")
+JOBS = "CFPP_BUILD_JOBS"
 DEFAULT_ARCHS = "80;90a;120"
 HEADERS = sorted(str(path) for pattern in ("*.h", "*.cuh") for path in Path("csrc").glob(f"*/{pattern}"))
 
@@ -67,15 +70,16 @@ class BuildExtension(build_ext):
             self.build_temp = outer
 
     def compile_cuda(self) -> list[str]:
-        nvcc, objects = find_nvcc(), []
+        nvcc, compilations = find_nvcc(), []
         flags = ["-std=c++17", "-O3", "-lineinfo", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-        flags += ["-Werror=all-warnings", "-Xptxas=-warn-spills", "--threads=2", *gencode(cuda_archs())]
+        flags += ["-Werror=all-warnings", "-Xptxas=-warn-spills", *gencode(cuda_archs())]
         for source in sorted(Path("csrc").glob("*/*.cu")):
             target = Path(self.build_temp, source).with_suffix(".cu.o")
             target.parent.mkdir(parents=True, exist_ok=True)
-            self.spawn([nvcc, *flags, "-c", str(source), "-o", str(target)])
-            objects.append(str(target))
-        return objects
+            compilations.append([nvcc, *flags, "-c", str(source), "-o", str(target)])
+        with ThreadPoolExecutor(int(os.environ.get(JOBS, 0)) or os.cpu_count()) as pool:
+            list(pool.map(self.spawn, compilations))
+        return [command[-1] for command in compilations]
 
 
 def extension(name: str, sources: list[str], cuda: int, **options) -> Pybind11Extension:
@@ -107,6 +111,7 @@ def extensions() -> list[Pybind11Extension]:
 OUTSIDE = ("export", "bench")  # top-level folders, installed as cfpp_rt.<folder>
 NESTED = [f"cfpp_rt.{top}.{name}" for top in OUTSIDE for name in find_packages(top)]
 
+ParallelCompile(JOBS).install()  # of the host's sources
 setup(
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtension},

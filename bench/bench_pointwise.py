@@ -3,7 +3,8 @@
 Shapes of 1, 2 and 3 latent frames at 480x832 (1560 tokens each) at the width of the 1.3B and of the 14B model, and of
 the small world (64 tokens, 192 channels). Bytes: every tensor of tokens or latents read or written once, modulation
 rows not counted. The roof is a copy of a large buffer, measured in the same run. Plain PyTorch is what the model would
-run without the op: layer_norm and addcmul, or the schedule's two formulas. Both take turns, from a cold cache: before
+run without the op: layer_norm and addcmul, or the schedule's two formulas. What makes float8 is timed on a GPU only;
+plain is the formula of its reference there, after the ordinary norm if any. Both take turns, from a cold cache: before
 every call a buffer larger than the last-level cache is overwritten.
 
     python -m cfpp_rt.bench.bench_pointwise [--device cpu] [--json PATH]
@@ -12,6 +13,7 @@ every call a buffer larger than the last-level cache is overwritten.
 import argparse
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +22,15 @@ from torch import Tensor
 
 from cfpp_rt.bench import harness
 from cfpp_rt.ops import backends
-from cfpp_rt.ops.adaln_modulate import adaln_modulate
+from cfpp_rt.ops.adaln_modulate import adaln_modulate, adaln_modulate_quantized
 from cfpp_rt.ops.denoise_update import denoise_update
 from cfpp_rt.ops.gated_residual import gated_residual
+from cfpp_rt.ops.quantize_rows import quantize_rows
+from cfpp_rt.reference.quantize_rows import quantize_rows as plain_quantize
 from cfpp_rt.schedule import add_noise, to_clean
 
 EPS = 1e-6
+FFN = {192: 768, 1536: 8960, 5120: 13824}  # width of the feed-forward, by that of the model
 SHAPES = ((64, 1, 192), (1560, 1, 1536), (3120, 2, 1536), (4680, 3, 1536), (1560, 1, 5120))  # tokens, frames, channels
 LATENTS = ((1, 1, 16, 16, 16), (1, 1, 16, 60, 104), (1, 3, 16, 60, 104))
 
@@ -74,6 +79,30 @@ def token_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
         )
 
 
+def float8_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    for tokens, frames, dim in SHAPES:
+        x = torch.randn(1, tokens, dim, device=device).to(dtype)
+        shift, scale = torch.randn(1, frames, 2, dim, device=device).to(dtype).unbind(2)
+        hidden = torch.randn(1, tokens, FFN[dim], device=device).to(dtype)
+        yield Case(
+            "adaln_modulate_quantized",
+            (tokens, dim),
+            dtype,
+            x.numel() * (dtype.itemsize + 1),
+            partial(adaln_modulate_quantized, x, shift, scale, EPS),
+            lambda x=x, shift=shift, scale=scale: plain_quantize(plain_modulate(x, shift, scale)),
+        )
+        for name, rows, gelu in (("quantize_rows", x, False), ("quantize_rows of GELU", hidden, True)):
+            yield Case(
+                name,
+                tuple(rows.shape[1:]),
+                dtype,
+                rows.numel() * (dtype.itemsize + 1),
+                partial(quantize_rows, rows, gelu),
+                partial(plain_quantize, rows, gelu),
+            )
+
+
 def latent_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     for shape in LATENTS:
         x, noise = (torch.randn(shape, device=device) for _ in range(2))
@@ -100,18 +129,19 @@ def main() -> None:
     backend, reason = backends()["adaln_modulate"][device.type]
     print(f"backend {backend} ({reason}); memory roof {roof:.1f} GB/s")
     print(
-        f"{'op':>14} {'shape':>12} {'dtype':>8} {'us':>8} {'p10':>8} {'p90':>8} {'GB/s':>7} {'% roof':>6} {'plain':>8}"
+        f"{'op':>24} {'shape':>12} {'dtype':>8} {'us':>8} {'p10':>8} {'p90':>8} {'GB/s':>7} {'% roof':>6} {'plain':>8}"
     )
     rows: list[dict[str, Any]] = []
     for dtype in (torch.bfloat16, torch.float32):
-        for case in (*token_cases(dtype, device), *latent_cases(dtype, device)):
+        float8 = float8_cases(dtype, device) if device.type == "cuda" else ()
+        for case in (*token_cases(dtype, device), *float8, *latent_cases(dtype, device)):
             with torch.inference_mode():
                 times = harness.measure_in_turns({"ours": case.ours, "plain": case.plain}, device, cold_cache=True)
             ours, plain = times["ours"], times["plain"]
             rate = case.num_bytes / ours.median_ms / 1e6
             name, shape = str(dtype).removeprefix("torch."), "x".join(map(str, case.shape[-4:]))
             print(
-                f"{case.op:>14} {shape:>12} {name:>8} {1000 * ours.median_ms:>8.1f} {1000 * ours.p10_ms:>8.1f} "
+                f"{case.op:>24} {shape:>12} {name:>8} {1000 * ours.median_ms:>8.1f} {1000 * ours.p10_ms:>8.1f} "
                 f"{1000 * ours.p90_ms:>8.1f} {rate:>7.1f} {100 * rate / roof:>6.0f} {1000 * plain.median_ms:>8.1f}"
             )
             rows.append(

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--contenders",
         metavar="LIST",
         default="ours,eager,compiled",
-        help="; ".join(f"{name}: {what}" for name, what in subject.CONTENDERS.items()) + " (default: all)",
+        help="; ".join(f"{name}: {what}" for name, what in subject.CONTENDERS.items()) + " (default: %(default)s)",
     )
     how.add_argument("--repeats", type=int, default=5, help="requests to each, in turns (default: 5)")
     how.add_argument("--no-cold-start", action="store_true", help="leave out cold_start_s and peak_memory_mib")
@@ -69,7 +70,10 @@ def _latency(arguments: argparse.Namespace) -> None:
     if not 1 <= arguments.repeats <= 10_000:
         raise InputError(f"--repeats must be in 1..10000, got {arguments.repeats}")
     what = subject.build(arguments)
-    if what.rollout.kv_dtype is not None and contenders != ["ours"]:
+    alone = {"ours", "ungraphed"}.issuperset(contenders)
+    if arguments.linear_dtype is not None and not alone:
+        raise InputError("--linear-dtype is of ours alone: add --contenders ours")
+    if what.rollout.kv_dtype is not None and not alone:
         raise InputError("--kv-dtype is of ours alone: add --contenders ours")
     roof = harness.matrix_roof(what.device, what.pipeline.model.dtype)
     times = latency.in_turns(what, contenders, arguments.repeats, say=_say)
@@ -102,7 +106,7 @@ def _many_clients(arguments: argparse.Namespace) -> None:
     if arguments.arrival_seed < 0:
         raise InputError(f"--arrival-seed must be >= 0, got {arguments.arrival_seed}")
     what = subject.build(arguments)
-    for _ in what.stream("ours", frames=what.block_frames(3)):  # warm-up
+    for _ in islice(what.stream("ours"), 3):  # warm-up
         pass
     moments = requests.arrivals(arguments.clients, arguments.rate, arguments.arrival_seed)
     clients = requests.serve(lambda number: what.stream("ours", number), moments, arguments.serving)

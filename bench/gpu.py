@@ -1,24 +1,28 @@
 """Everything that can be said of this GPU in one run: tests, sanitizer, benchmarks; a short table comes last.
 
-Results go to bench/results/<gpu>/<bench>.jsonl, or below --out. Every step has a time limit and runs whatever happened
-before it; the exit status is 1 if one failed. `make gpu` builds first, then calls this.
+Results go to bench/results/<gpu>/<bench>.jsonl, or below --out. The checks share the GPU; then each benchmark has it
+alone. Every step has a time limit and runs whatever happened before it; the exit status is 1 if one failed. `make gpu`
+builds first, then calls this.
 
     python -m cfpp_rt.bench.gpu [--out DIR] [--only NAME ...]
 """
 
 import argparse
+import importlib.util
 import json
 import re
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-WHAT = ("op", "shape", "dtype", "queries", "tokens", "keys", "visible_frames", "heads")
+WHAT = ("op", "shape", "dtype", "queries", "tokens", "keys", "visible_frames", "heads", "steps")
+CHECKS = ("doctor", "tests", "memcheck", "racecheck")
 SANITIZED = ["tests/ops", "-m", "gpu", "-k", "two and groups and not libraries"]  # small, and every kernel is in it
 
 
@@ -34,9 +38,10 @@ def steps(out: Path) -> dict[str, tuple[int, list[str]]]:
         rows = str(unfinished(out, name))
         return [python, "-m", f"cfpp_rt.bench.{name}", "--device", "cuda", *arguments, "--json", rows]
 
+    workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
     found: dict[str, tuple[int, list[str]]] = {
         "doctor": (60, [str(Path(python).with_name("cfpp")), "doctor"]),
-        "tests": (240, [python, "-m", "pytest", "-q", "-m", "gpu"]),
+        "tests": (240, [python, "-m", "pytest", "-q", "-m", "gpu", *workers]),
         "kv_update": (60, bench("bench_kv_update")),
         "kv_dequantize": (60, bench("bench_kv_dequantize")),
         "pointwise": (90, bench("bench_pointwise")),
@@ -49,7 +54,9 @@ def steps(out: Path) -> dict[str, tuple[int, list[str]]]:
                 *("--decode", "tiny", "--repeats", "3", "--device", "cuda", "--json", str(unfinished(out, "latency"))),
             ],
         ),
+        "decode": (60, bench("bench_decode")),
         "rollout": (150, bench("bench_rollout", "--model", "wan-1.3b")),
+        "graphs": (120, bench("bench_graphs")),
     }
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer:
@@ -79,13 +86,16 @@ def table(out: Path) -> None:
     """The figures that matter, one line each."""
     for path in sorted(out.glob("*.jsonl")):
         for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-            if row.get("contender", "kernel") != "kernel":
+            if row.get("contender") not in (None, "graphed" if row["bench"] == "graphs" else "kernel"):
                 continue
             what = [row.get(key) for key in WHAT]
             figures = [
                 f"{row[key]:.3g} {unit}"
                 for key, unit in (
                     ("ms", "ms"),
+                    ("frame_ms", "ms"),
+                    ("host_ms", "ms of the host"),
+                    ("capture_s", "s to capture"),
                     ("tflops", "TFLOP/s"),
                     ("gb_per_s", "GB/s"),
                     ("percent_of_roof", "% of roof"),
@@ -109,7 +119,11 @@ def main() -> None:
     shutil.rmtree(logs, ignore_errors=True)
     logs.mkdir(parents=True)
     wanted = {name: step for name, step in steps(out).items() if not arguments.only or name in arguments.only}
-    outcomes = {name: run(name, *step, log=logs / f"{name}.log") for name, step in wanted.items()}
+    checks = {name: wanted.pop(name) for name in CHECKS if name in wanted}
+    with ThreadPoolExecutor() as pool:
+        running = {name: pool.submit(run, name, *step, log=logs / f"{name}.log") for name, step in checks.items()}
+        outcomes = {name: future.result() for name, future in running.items()}
+    outcomes |= {name: run(name, *step, log=logs / f"{name}.log") for name, step in wanted.items()}
     for rows in logs.glob("*.jsonl"):  # rows of this run replace older ones
         rows.replace(out / rows.name)
     table(out)

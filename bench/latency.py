@@ -3,6 +3,7 @@
 import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 from cfpp_rt.bench.roofline import block_flops
@@ -44,7 +45,7 @@ def in_turns(subject: Subject, contenders: Sequence[str], repeats: int, say: Cal
     times: dict[str, list[Timings]] = {}
     for contender in contenders:
         try:
-            for _ in subject.stream(contender, frames=subject.block_frames(_STEADY + 1)):
+            for _ in islice(subject.stream(contender), _STEADY + 1):  # of a whole request: graphs are of its cache
                 pass
             times[contender] = []
         except Exception as error:

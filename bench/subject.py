@@ -18,9 +18,9 @@ from cfpp_rt.model.transformer import random_model
 from cfpp_rt.model.weights import load_model
 from cfpp_rt.pipeline import Pipeline, load_codec
 from cfpp_rt.session import Stream, latent_frames
-from cfpp_rt.speed import fuse_gelu, fuse_qkv, has_fused_gelu
+from cfpp_rt.speed import fuse_gelu, fuse_qkv, has_fused_gelu, quantize_linears
 from cfpp_rt.untrained import SMALL, random_text, random_vae
-from cfpp_rt.values import DTYPES, KV_DTYPES, Conditioning
+from cfpp_rt.values import DTYPES, KV_DTYPES, LINEAR_DTYPES, Conditioning
 from cfpp_rt.world.codec import CHANNELS, PatchCodec
 from cfpp_rt.world.sprites import SIZE, TILE
 from cfpp_rt.world.student import load_student
@@ -43,8 +43,9 @@ PICTURES = {"small": "64x96", "world": f"{SIZE}x{SIZE}"}  # height x width, wher
 DECODERS = ("none", "wan", "tiny", "world")
 CONTENDERS = {
     "ours": "this runtime, as a user gets it",
+    "ungraphed": "the same without CUDA graphs",
     "eager": "the published loop in plain PyTorch, same weights",
-    "compiled": "the same with its layers under torch.compile",
+    "compiled": "that loop with its layers under torch.compile",
 }
 
 
@@ -83,6 +84,7 @@ class Subject:
     frames: int
     size: tuple[int, int]
     rollout: RolloutConfig
+    ahead: int
     words: dict[str, Any]
 
     @property
@@ -101,11 +103,12 @@ class Subject:
             self.frames, self.pipeline.codec.temporal_factor, self.rollout.frames_per_block, "--frames"
         )
 
-    def stream(self, contender: str, seed: int = 0, frames: int | None = None) -> "Stream | eager.EagerStream":
-        """The request put to a contender, its clock running. frames: fewer pictures than the request's."""
-        wanted = self.frames if frames is None else min(frames, self.frames)
-        if contender == "ours":
-            return self.pipeline.stream(self.prompt, frames=wanted, size=self.size, seed=seed, rollout=self.rollout)
+    def stream(self, contender: str, seed: int = 0) -> "Stream | eager.EagerStream":
+        """The request put to a contender, its clock running."""
+        if contender in ("ours", "ungraphed"):
+            options: dict[str, Any] = {"size": self.size, "seed": seed, "rollout": self.rollout}
+            options |= {"ahead": self.ahead, "graphs": contender == "ours"}
+            return self.pipeline.stream(self.prompt, frames=self.frames, **options)
         refresh = "skip" if self.rollout.refresh == "skip" else "separate"
         factor, block = self.pipeline.codec.temporal_factor, self.rollout.frames_per_block
         return eager.EagerStream(
@@ -114,15 +117,11 @@ class Subject:
             encode_text=self.pipeline.encode_text,
             prompt=self.prompt,
             config=self.rollout.replace(refresh=refresh),
-            latents=latent_frames(wanted, factor, block),
+            latents=latent_frames(self.frames, factor, block),
             size=self.size,
             seed=seed,
             run_layer=_compiled_layer() if contender == "compiled" else eager.layer,
         )
-
-    def block_frames(self, blocks: int) -> int:
-        """Pictures of a request of that many blocks."""
-        return 1 + self.pipeline.codec.temporal_factor * (blocks * self.rollout.frames_per_block - 1)
 
 
 _compiled: list[Callable[..., Tensor]] = []
@@ -156,8 +155,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--window", type=int, metavar="N", help="latent frames that attention sees (default: all)")
     source.add_argument("--sinks", type=int, metavar="N", help="first latent frames that stay visible (default: 0)")
     source.add_argument("--refresh", choices=("fused", "separate", "skip"), help="of ours (default: fused)")
+    source.add_argument(
+        "--ahead",
+        type=int,
+        default=0,
+        help="blocks under way while one is looked at; ours only (default: 0)",
+    )
     source.add_argument("--dtype", choices=DTYPES, help="(default: bfloat16 on CUDA, else float32)")
     source.add_argument("--kv-dtype", choices=KV_DTYPES, help="of the cache alone; ours only")
+    source.add_argument("--linear-dtype", choices=LINEAR_DTYPES, help="of the blocks' products; ours only")
     source.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     source.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: 1 for the world, else torch's)")
 
@@ -198,6 +204,8 @@ def build(arguments: argparse.Namespace) -> Subject:
     else:
         codec = _codec(arguments, decode, dtype, device)
         pipeline = Pipeline(_model(arguments, dtype, device), codec, arguments.base, settings)
+    if arguments.linear_dtype is not None:
+        quantize_linears(pipeline.model, arguments.linear_dtype)
     rollout = dataclasses.replace(settings, **rollout_changes(arguments))
     size = parse_size(arguments.size or PICTURES.get(arguments.model, "480x832"))
     frames = arguments.frames if arguments.frames is not None else (64 if world else 81)
@@ -217,7 +225,9 @@ def build(arguments: argparse.Namespace) -> Subject:
         "refresh": rollout.refresh,
         "decode": decode,
     }
-    subject = Subject(pipeline, _prompt(arguments, pipeline), frames, size, rollout, words)
+    # Rows without these stay comparable with those of before there were any.
+    words |= {name: getattr(arguments, name) for name in ("linear_dtype", "ahead") if getattr(arguments, name)}
+    subject = Subject(pipeline, _prompt(arguments, pipeline), frames, size, rollout, arguments.ahead, words)
     subject.latents()  # raises where the pictures do not make whole blocks
     return subject
 

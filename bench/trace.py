@@ -19,7 +19,10 @@ from cfpp_rt.errors import InputError
 
 
 def record(subject: Subject, path: str | Path) -> int:
-    """Write the trace of one request to this runtime, as JSON; returns the number of its events."""
+    """Write the trace of one request to this runtime, as JSON; returns the number of its events.
+
+    Passes are run from Python, on CUDA too: a graph has no layers to name.
+    """
     path = Path(path)
     if path.suffix != ".json":
         raise InputError(f"--trace must end in .json, got {path.name}")
@@ -28,10 +31,10 @@ def record(subject: Subject, path: str | Path) -> int:
     if subject.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with write_atomically(path) as temporary:
-        for _ in subject.stream("ours", frames=subject.block_frames(3)):  # what is made once is not to be seen
+        for _ in itertools.islice(subject.stream("ungraphed"), 3):  # what is made once is not to be seen
             pass
         with _named(subject.pipeline.model), torch.profiler.profile(activities=activities) as profile:
-            for _ in itertools.islice(subject.stream("ours"), blocks):
+            for _ in itertools.islice(subject.stream("ungraphed"), blocks):
                 pass
         profile.export_chrome_trace(str(temporary))
     return len(profile.events() or [])

@@ -16,7 +16,7 @@ from cfpp_rt.bench import harness
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import InputError
 from cfpp_rt.pipeline import Pipeline
-from cfpp_rt.world.evaluate import pace, play, score
+from cfpp_rt.world.evaluate import LOOKED_AT, pace, play, score
 from cfpp_rt.world.student import SHIPPED, load_student
 
 _COLUMNS = {  # of the table: figure, heading, digits
@@ -38,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, default=64, help="pictures of an episode (default: %(default)s)")
     parser.add_argument("--episodes", type=int, default=32, help="per seed (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="how often, for the spread (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--no-pace", action="store_true", help="leave out first_ms and fps")
     parser.add_argument("--json", metavar="PATH", help="append the rows as JSON lines")
 
 
@@ -48,16 +50,19 @@ def run(arguments: argparse.Namespace) -> None:
     students = dict(_named(text) for text in arguments.student or [f"shipped={SHIPPED}"])
     steps = [_steps(text) for text in arguments.steps or []]
     rows: list[dict[str, Any]] = []
-    shown = [key for key in _COLUMNS if key != "error_300_px" or arguments.frames >= 300]
+    device = torch.device(arguments.device)
+    hidden = {"first_ms", "fps"} if arguments.no_pace else set()
+    hidden |= {f"error_{n}_px" for n in LOOKED_AT if n > arguments.frames}
+    shown = [key for key in _COLUMNS if key not in hidden]
     print(f"{'student':<16}{'steps':<22}" + "".join(f"{_COLUMNS[key][0]:>10}" for key in shown))
     for name, folder in students.items():
-        pipeline = load_student(folder)
+        pipeline = load_student(folder, device=device)
         for own in steps or [pipeline.rollout.steps]:
             rollout = pipeline.rollout.replace(steps=own)
             made = [_row(name, pipeline, rollout, arguments, seed) for seed in range(arguments.seeds)]
             rows += made
             print(_line(name, own, made, shown))
-    harness.record(rows, arguments.json, torch.device("cpu"))
+    harness.record(rows, arguments.json, device)
 
 
 def _row(
@@ -75,7 +80,7 @@ def _row(
         "episodes": arguments.episodes,
         "seed": seed,
         **score(played),
-        **pace(pipeline, rollout, frames=60, seed=seed),
+        **({} if arguments.no_pace else pace(pipeline, rollout, frames=60, seed=seed)),
     }
 
 

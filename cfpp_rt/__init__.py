@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cfpp_rt.batch import StreamBatch as StreamBatch
     from cfpp_rt.cache import KVCache as KVCache
     from cfpp_rt.camera import Cameras as Cameras
     from cfpp_rt.camera import parse_trajectory as parse_trajectory
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "FrameRing": "ring",
     "KVCache": "cache",
+    "StreamBatch": "batch",
     "Cameras": "camera",
     "parse_trajectory": "camera",
     "walk": "camera",

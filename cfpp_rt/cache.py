@@ -3,6 +3,7 @@
 What a query may see is a list of token ranges, in any order, since attention does not care about the order of keys.
 """
 
+import copy
 import dataclasses
 
 import torch
@@ -15,6 +16,7 @@ from cfpp_rt.ops.token_ranges import TokenRanges
 from cfpp_rt.ring import FrameRing
 
 _FLOAT8_MAX = 448.0
+_MOST_RUNS = 3  # the sinks, the end of the ring and its beginning
 _VALUE_HEADROOM = 16.0  # how far later values may outgrow those of the first pass before they saturate
 
 
@@ -162,6 +164,27 @@ class KVCache:
         camera = 0 if self.camera_data is None else self.camera_data.nbytes
         return self.data.nbytes + camera + self.layers[0].wide_nbytes
 
+    def rows(self, first: int, last: int) -> "KVCache":
+        """Rows [first, last) of the batch as a cache over the same memory, with a ring of its own that holds nothing.
+
+        Not of a float8 cache or one for cameras.
+        """
+        if self.layers[0].scales or self.camera_data is not None:
+            raise InputError("rows: the cache must be neither float8 nor for cameras")
+        part = copy.copy(self)
+        part.ring = FrameRing(self.ring.sinks, self.ring.ring, self.ring.block)
+        part.data = self.data[:, :, first:last]
+        part.layers = [LayerCache(data, None, None) for data in part.data]
+        return part
+
+    def reuse(self, ring: FrameRing) -> None:
+        """Begin another rollout in the same memory; a ring of the same capacity."""
+        if ring.capacity != self.ring.capacity:
+            raise InputError(f"ring must have the capacity of the cache, {self.ring.capacity}, got {ring.capacity}")
+        self.ring = ring
+        for layer in self.layers:
+            layer.waits_for_scales = bool(layer.scales)
+
     def keys(self, layer: int) -> Tensor:
         return self.data[layer, 0]
 
@@ -169,8 +192,11 @@ class KVCache:
         return self.data[layer, 1]
 
     def token_ranges(self, groups: list[list[int]]) -> TokenRanges:
-        """Where the keys lie that each group of queries sees, given as latent frames: maximal runs of slots."""
+        """Where the keys lie that each group of queries sees, given as latent frames: maximal runs of slots.
+
+        Always as wide as sinks and a window that wraps around the ring need, so that one graph serves every frame.
+        """
         t = self.tokens_per_frame
         runs = [[(first * t, last * t) for first, last in self.ring.runs(frames)] for frames in groups]
         _, _, batch, _, capacity, _ = self.data.shape
-        return TokenRanges.of(runs, capacity=capacity, batch=batch, device=self.data.device)
+        return TokenRanges.of(runs, capacity=capacity, batch=batch, device=self.data.device, width=_MOST_RUNS)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cfpp_rt.errors import InputError
+from cfpp_rt.transfer import to_device
 
 # Focal lengths (fx / width, fy / height). The public models were trained with the first, hence the default; their
 # command line runs them with the second: 90 degrees of view from top to bottom, where they have seen 58.
@@ -120,7 +121,29 @@ class Cameras:
         """P = K V and P^-1 = V^-1 K^-1, made in float64."""
         lens = torch.cat([self.focal, torch.ones_like(self.focal)], dim=2)
         matrices, inverses = lens[..., :, None] * self.views, invert(self.views) / lens[..., None, :]
-        return Projections(matrices.to(device, torch.float32), inverses.to(device, torch.float32))
+        return Projections(to_device(matrices.float(), device), to_device(inverses.float(), device))
+
+
+class CameraPath:
+    """Where the cameras of a video stand, frame by frame: those given last, the last of which then stands still.
+
+    All are seen from the world of the video's first camera.
+    """
+
+    def __init__(self, cameras: Cameras):
+        """cameras: of frame 0 and on."""
+        self._world = cameras.views[:, :1]
+        self.follow(cameras, 0)
+
+    def follow(self, cameras: Cameras, start: int) -> None:
+        """From latent frame `start` on."""
+        self._cameras, self._start = cameras, start
+
+    def projections(self, start: int, frames: int, device: torch.device) -> Projections:
+        """Of latent frames `start` and on."""
+        last = len(self._cameras) - 1
+        own = self._cameras.at([min(frame - self._start, last) for frame in range(start, start + frames)])
+        return own.in_world_of(self._world).projections(device)
 
 
 def invert(views: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from cfpp_rt.ops import backends
+    from cfpp_rt.ops.block_attention import why_not_kernel
 
     print(f"cfpp-rt  {version('cfpp-rt')}")
     print(f"python   {platform.python_version()} on {platform.platform()}")
@@ -47,6 +48,13 @@ def run(arguments: argparse.Namespace) -> None:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             backend, reason = _attention(torch.device(name), dtype)
             print(f"  {name:<8} {str(dtype).removeprefix('torch.'):<8} {backend:<8} {reason}")
+    print("CUDA graphs of a rollout's passes, head_dim 128")
+    if not torch.cuda.is_available():
+        print("  none: no CUDA GPU")
+    for index in range(torch.cuda.device_count()):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            why_not = why_not_kernel(torch.device("cuda", index), dtype, 128)
+            print(f"  cuda:{index:<3} {str(dtype).removeprefix('torch.'):<8} {'yes' if why_not is None else why_not}")
     print("extras")
     for extra, modules in EXTRAS.items():
         missing = [name for name in modules if importlib.util.find_spec(name) is None]

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 
-from cfpp_rt.cache import CacheShape
+from cfpp_rt.cache import CacheShape, KVCache
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import OutOfMemoryError
+from cfpp_rt.ring import FrameRing
 from cfpp_rt.values import KV_DTYPES
 
 # Activations of one pass, next to weights and cache; below this much the run would die later with a worse message.
@@ -45,3 +46,17 @@ def require_cache_fits(shape: CacheShape, dtype: torch.dtype, device: torch.devi
         f"the KV cache of {shape.frames} frames x batch {shape.batch} needs {wanted / 2**30:.2f} GiB on {device},"
         f" {available / 2**30:.2f} GiB are free: {remedy}"
     )
+
+
+def allocate(
+    shape: CacheShape, ring: FrameRing, dtype: torch.dtype, device: torch.device, rollout: RolloutConfig
+) -> KVCache:
+    """The cache of a rollout. Raises OutOfMemoryError, if possible before anything is taken."""
+    require_cache_fits(shape, dtype, device, rollout)
+    return KVCache(shape, ring, dtype, device, None if rollout.kv_dtype is None else KV_DTYPES[rollout.kv_dtype])
+
+
+def give_back(device: torch.device) -> None:
+    """Return to the device what torch keeps of freed memory."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cfpp_rt.draws import Draws
 from cfpp_rt.errors import InputError
+from cfpp_rt.transfer import to_device
 
 
 class NoiseSource:
@@ -40,20 +41,29 @@ class NoiseSource:
         self._noise = noise
         self._renoise = None if renoise is None else iter(renoise)
         self._taken = 0
+        self._prepared: Tensor | None = None
 
     def start(self, frames: int) -> Tensor:
         """Noise that the next block of `frames` frames starts from."""
+        if self._prepared is not None:
+            prepared, self._prepared = self._prepared, None
+            return prepared
         if self._noise is None:
-            return torch.from_numpy(self._draws.start(frames)).to(self.device)
+            return to_device(torch.from_numpy(self._draws.start(frames)), self.device)
         first, self._taken = self._taken, self._taken + frames
         if self._taken > self._noise.shape[1]:
             raise InputError(f"noise must cover {self._taken} generated frames, got {self._noise.shape[1]}")
         return self._noise[:, first : self._taken].to(self.device, torch.float32)
 
+    def prepare(self, frames: int) -> None:
+        """Draw what `start` will return next: while a GPU is busy with the block before, it does not wait for it."""
+        if self._noise is None:
+            self._prepared = self.start(frames)
+
     def between_steps(self, frames: int) -> Tensor:
         """Fresh noise for the next step of a block of `frames` frames."""
         if self._renoise is None:
-            return torch.from_numpy(self._draws.between_steps(frames)).to(self.device)
+            return to_device(torch.from_numpy(self._draws.between_steps(frames)), self.device)
         given = next(self._renoise, None)
         if given is None:
             raise InputError("renoise must hold one tensor per step that follows another, got fewer")

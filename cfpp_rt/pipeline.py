@@ -1,6 +1,7 @@
 """The stages joined: prompt, image or video in, a stream of pictures out."""
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from cfpp_rt.errors import InputError
 from cfpp_rt.model.transformer import CausalWanTransformer
 from cfpp_rt.model.weights import load_model
 from cfpp_rt.session import Stream
-from cfpp_rt.speed import fuse_gelu, has_fused_gelu
+from cfpp_rt.speed import Graphs, fuse_gelu, has_fused_gelu, quantize_linears
 from cfpp_rt.text import TextEncoder
 from cfpp_rt.values import Conditioning, Frames
 
@@ -25,6 +26,10 @@ class Pipeline:
     model: the causal transformer. codec: turns latents into pixels and back (`WanVAE`, `TAEHV`).
     text_encoder: a `TextEncoder`, or the path it is loaded from when the first prompt comes (11 GB for umT5-XXL), or
     None where prompts are given as `Conditioning`. rollout: default settings of `stream`.
+
+    On CUDA a stream's passes run as CUDA graphs where they can; `stream.rollout.why_not_graphs` tells where not. They
+    are captured when the first stream of a setting is made, or by `warm_up`, and kept, with its KV cache, for the next
+    one like it: `graphs.release()` lets go of them.
     """
 
     def __init__(
@@ -37,6 +42,7 @@ class Pipeline:
         self.model = model
         self.codec = codec
         self.rollout = rollout or student("framewise-2step")
+        self.graphs = Graphs(model) if model.device.type == "cuda" else None
         self._text_encoder = text_encoder
 
     @classmethod
@@ -51,13 +57,16 @@ class Pipeline:
         device: torch.device | str = "cpu",
         config: ModelConfig | None = None,
         key: str | None = None,
+        linear_dtype: str | None = None,
     ) -> "Pipeline":
         """Load a student.
 
         checkpoint: the transformer, anything `load_model` accepts. base: directory with text encoder, tokenizer and VAE
         (Wan2.1 or diffusers layout); default: `checkpoint`, if it is a directory. student_name: one of `STUDENTS`.
         tiny_codec: path of `taew2_1.pth` to decode with the tiny autoencoder: faster, approximate. The VAE runs in
-        `dtype`, like the model. Raises CheckpointError or MissingExtraError with one line that says what to do.
+        `dtype`, like the model. linear_dtype: "float8_e4m3" (GPU) or "int8" (CPU) computes the blocks' linear layers in
+        8 bits, which is approximate: see `cfpp_rt.speed.quantize_linears`. Raises CheckpointError or MissingExtraError
+        with one line that says what to do.
         """
         rollout = student(student_name)
         if base is None:
@@ -68,6 +77,8 @@ class Pipeline:
         model = load_model(checkpoint, config=config, key=key, dtype=dtype, device=device)
         if model.device.type == "cpu" and has_fused_gelu(model.device, dtype):
             fuse_gelu(model)
+        if linear_dtype is not None:
+            quantize_linears(model, linear_dtype)
         return cls(model, codec, base, rollout)
 
     def load_text_encoder(self) -> TextEncoder:
@@ -99,6 +110,8 @@ class Pipeline:
         rollout: RolloutConfig | None = None,
         noise: Tensor | None = None,
         renoise: Sequence[Tensor] | None = None,
+        ahead: int = 0,
+        graphs: bool = True,
     ) -> Stream:
         """Start a video; iterate over the result for its `Frames`, the first while later ones are still to be made.
 
@@ -106,7 +119,10 @@ class Pipeline:
         4 * n - 3 for n latent frames; None = without end (needs a window). size: (height, width), multiples of 16.
         initial: float pixels [1 or B, T, 3, height, width] in [-1, 1] with T = 4 * m - 3 that the video continues: one
         picture for image-to-video. cameras: for a model with the camera branch, one per latent frame or a single one.
-        rollout: settings, default those of the student. cameras, seed, noise, renoise: see `Rollout`.
+        rollout: settings, default those of the student. cameras, seed, noise, renoise: see `Rollout`. ahead: blocks,
+        0..8, that are under way while the caller still looks at the one before; no more pile up if the caller is
+        slow. On CUDA a block is then decoded beside the passes of the next. Prompts, actions and cameras given
+        meanwhile come that much later: 0 for interaction. graphs: False runs every pass from Python, on CUDA too.
         """
         if isinstance(prompt, str):
             prompt = [prompt]
@@ -127,7 +143,19 @@ class Pipeline:
             seed=seed,
             noise=noise,
             renoise=renoise,
+            ahead=ahead,
+            graphs=self.graphs if graphs else None,
         )
+
+    def warm_up(self, *, batch: int = 1, **options: Any) -> None:
+        """Do beforehand what the first stream with these options would wait for: load kernels, capture CUDA graphs.
+
+        Makes three blocks of a video without text and throws them away. options: of `stream`, for `batch` videos.
+        """
+        sizes = self.model.config
+        text = Conditioning(torch.zeros(batch, sizes.text_len, sizes.text_dim))
+        for _ in islice(self.stream(text, **options), 3):
+            pass
 
     def generate(self, prompt: str | Sequence[str] | Conditioning, **options: Any) -> Frames:
         """The whole video at once: `stream` with its parts joined; needs a number of frames."""

@@ -8,56 +8,31 @@ With `refresh="fused"` that clean pass travels in one forward with the first ste
 window that ends with their own block, the noisy queries the window that ends one block later.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from cfpp_rt.cache import CacheShape, KVCache
-from cfpp_rt.camera import Cameras, Projections
+from cfpp_rt.camera import CameraPath, Cameras, Projections
 from cfpp_rt.config import RolloutConfig
-from cfpp_rt.errors import InputError, NonFiniteError
-from cfpp_rt.memory import require_cache_fits
+from cfpp_rt.errors import InputError, NonFiniteError, OutOfMemoryError
+from cfpp_rt.memory import allocate, give_back
 from cfpp_rt.model.attention import CachePass, CameraPass
-from cfpp_rt.model.transformer import CausalWanTransformer, LayerText, TimeEmbedding
+from cfpp_rt.model.passes import Clean, Group, Pass
+from cfpp_rt.model.times import Actions, TimeRows
+from cfpp_rt.model.transformer import CausalWanTransformer, LayerText
 from cfpp_rt.noise import NoiseSource
 from cfpp_rt.ops.denoise_update import denoise_update
 from cfpp_rt.ring import FrameRing, slots_for
-from cfpp_rt.schedule import FlowMatchSchedule
-from cfpp_rt.values import KV_DTYPES, Conditioning, Latents
+from cfpp_rt.schedule import noise_levels
+from cfpp_rt.speed.graph import Graphs
+from cfpp_rt.transfer import to_device
+from cfpp_rt.values import Conditioning, Latents
 
 PREFILL_TIMESTEP = 0.0  # given frames are clean, whatever context_noise is: as published
-
-
-Actions = tuple[tuple[int, ...], ...]
-_MOST_TIMES = 512  # embedded timesteps and actions kept; a batch may act in more ways than it pays to keep
-
-
-@dataclasses.dataclass(frozen=True)
-class _Group:
-    """One block's part of a pass: latents [B, n, C, h, w], first frame, timestep, and the frames its queries see.
-
-    actions: n of them for each row of the batch; none for a model without actions. cameras: of its n frames, or None.
-    """
-
-    latents: Tensor
-    start: int
-    timestep: float
-    actions: Actions
-    cameras: Projections | None
-    sees: list[int]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Clean:
-    """A finished block: latents [B, n, C, h, w], and the timestep, actions and cameras with which its keys are made."""
-
-    latents: Tensor
-    timestep: float
-    actions: Actions
-    cameras: Projections | None
 
 
 class Rollout:
@@ -68,11 +43,13 @@ class Rollout:
     (needs a window). initial: given clean latents [B, F0, C, h, w] that the video continues (image-to-video, video
     extension); they are not yielded. cameras: for a model with the camera branch, one per latent frame, given ones
     included, or a single one that stands still until `move`; without end, the last one stands still. None: the branch
-    is left out, and no memory is taken for it. seed, noise, renoise: see `NoiseSource`. check_finite: raise
+    is left out, and no memory is taken for it. seed, noise, renoise: see `NoiseSource`. check_finite: True raises
     NonFiniteError, naming frame and layer, when the model produces NaN or infinity (one device synchronisation per
-    block).
+    block); "later" leaves it to `require_finite`. graphs: of this model, to run the passes as CUDA graphs; where that
+    cannot be, `why_not_graphs` says why. cache: memory of this size to use instead of taking some.
 
-    Raises InputError for sizes that do not fit together and OutOfMemoryError if the cache cannot be allocated.
+    Raises InputError for sizes that do not fit together and OutOfMemoryError if the cache cannot be allocated, or if
+    memory runs out later: the rollout is over then, and another may begin.
     """
 
     def __init__(
@@ -88,7 +65,9 @@ class Rollout:
         seed: int | Sequence[int] = 0,
         noise: Tensor | None = None,
         renoise: Iterable[Tensor] | None = None,
-        check_finite: bool = True,
+        check_finite: bool | Literal["later"] = True,
+        graphs: Graphs | None = None,
+        cache: KVCache | None = None,
     ):
         block = config.frames_per_block
         batch = text.embeds.shape[0]
@@ -110,7 +89,7 @@ class Rollout:
             raise InputError("cameras must not be given to a model without the camera branch")
         if cameras is not None and frames is not None and len(cameras) not in (1, frames):
             raise InputError(f"cameras must be one per latent frame, {frames}, or a single one, got {len(cameras)}")
-        self._path, self._path_start = None if cameras is None else cameras.rows(batch), 0  # of that frame and on
+        self._path = None if cameras is None else CameraPath(cameras.rows(batch))
 
         self.model, self.config, self.frames = model, config, frames
         generated = None if frames is None else frames - given
@@ -120,35 +99,71 @@ class Rollout:
         sinks, ring = slots_for(config, frames)
         tokens = model.config.tokens_per_frame(*latent_size)
         shape = CacheShape.of(model.config, batch, sinks + ring, tokens, camera=cameras is not None)
-        require_cache_fits(shape, model.dtype, model.device, config)
-        kv_dtype = None if config.kv_dtype is None else KV_DTYPES[config.kv_dtype]
-        self.cache = KVCache(shape, FrameRing(sinks, ring, block), model.dtype, model.device, kv_dtype)
+        self._broken, self._closed, self._graphs = False, False, graphs
+        self._run: Callable[..., Any]
+        self.why_not_graphs: str | None
+        self._prepare(shape, FrameRing(sinks, ring, block), latent_size, cache)
         self.tables = model.rotary_tables(*latent_size)
         self.next_frame = 0
         self._batch = batch
         self._check_finite = check_finite
         self._levels = {
-            steps: self._noise_levels(steps) for steps in {config.steps, config.first_steps or config.steps}
+            steps: noise_levels(config, steps, model.device)
+            for steps in {config.steps, config.first_steps or config.steps}
         }
-        self._times: dict[tuple[tuple[float, Actions], ...], TimeEmbedding] = {}
+        self._times = TimeRows(model, block)
         self._actions = ((0,) * block,) * batch if model.config.num_actions else ()
         self._text = self._embed(text)
-        self._world = None if self._path is None else self._path.views[:, :1]
-        self._held: dict[int, _Clean] = {}  # finished blocks whose keys are in the cache, by first frame
+        self._held: dict[int, Clean] = {}  # finished blocks whose keys are in the cache, by first frame
         self._unrefreshed: int | None = None  # first frame of the finished block that still waits for its clean pass
         self._generated = False
-        self._broken = False
-        for start in range(0, given, block):
-            self._prefill(initial[:, start : start + block])  # type: ignore[index]
+        self._unchecked: list[tuple[list[Group], Tensor]] = []  # passes of the newest block, and whether all is finite
+        with self._whole():
+            for start in range(0, given, block):
+                self._prefill(initial[:, start : start + block])  # type: ignore[index]
+
+    def _prepare(self, shape: CacheShape, ring: FrameRing, latent_size: tuple[int, int], cache: KVCache | None) -> None:
+        """The cache, and what runs passes over it: graphs, or the model and why."""
+        graphs = self._graphs
+        if cache is not None:
+            self.cache, self._run, self.why_not_graphs = cache, self.model, "the cache was given"
+            cache.reuse(ring)
+            return
+        lent = "none were asked for" if graphs is None else graphs.lend(self, shape, latent_size, self.config)
+        self.why_not_graphs = lent if isinstance(lent, str) else None
+        if isinstance(lent, str):
+            self.cache = allocate(shape, ring, self.model.dtype, self.model.device, self.config)
+            self._run = self.model
+        else:
+            self.cache, self._run = lent.cache, lent
+            self.cache.reuse(ring)
 
     def __iter__(self) -> Iterator[Latents]:
         return self
 
     def __next__(self) -> Latents:
-        if self._finished:
+        if self.finished:
             raise StopIteration
+        with self.block() as passes:
+            asked = next(passes)
+            while True:
+                velocity = self._run_pass(asked)
+                try:
+                    asked = passes.send(velocity)
+                except StopIteration as done:
+                    return done.value
+
+    @contextmanager
+    def block(self) -> Iterator[Generator[Pass, Any, Latents]]:
+        """The passes of the next block, for who runs those of several rollouts together: each is to be answered by its
+        velocity, None for one that keeps none; the last answer returns the block. `next()` is all of that.
+        """
         with self._whole():
-            return self._next_block()
+            yield self._next_block()
+
+    def close(self) -> None:
+        """Make no more blocks: the cache may be another's from now on."""
+        self._broken = self._closed = True
 
     def refresh(self) -> None:
         """Run the clean pass of the newest block now, if it still waits and a block follows; otherwise do nothing.
@@ -158,6 +173,16 @@ class Rollout:
         if self.waits_for_refresh:
             with self._whole():
                 self._run_refresh()
+
+    @property
+    def newest_finite(self) -> Tensor | None:
+        """Whether the newest block is finite: bool [], on the device, nobody waits; None where nobody looks."""
+        return torch.stack([finite for _, finite in self._unchecked]).all() if self._unchecked else None
+
+    def require_finite(self) -> None:
+        """Raise NonFiniteError if the newest block is not finite; to be called before another pass."""
+        with self._whole():
+            self._locate_non_finite()
 
     def switch_prompt(self, text: Conditioning, *, recache: bool = False) -> None:
         """Follow another prompt from the next block on.
@@ -169,10 +194,10 @@ class Rollout:
             raise InputError(f"text must have batch {self._batch}, got {text.embeds.shape[0]}")
         embedded = self._embed(text)  # refuses another shape before anything changes
         with self._whole():
-            if not recache:
+            if not recache and self.waits_for_refresh:
                 self._run_refresh()
             self._text = embedded
-            if recache and self.next_frame > 0:
+            if recache and self.next_frame > 0 and not self.finished:  # graphs may be another's after the last frame
                 self._unrefreshed = None
                 self._recache()
 
@@ -202,39 +227,54 @@ class Rollout:
         """
         if self._path is None:
             raise InputError("cameras must be given when the rollout is made for it to move, got none then")
-        self._path, self._path_start = cameras.rows(self._batch), self.next_frame
+        self._path.follow(cameras.rows(self._batch), self.next_frame)
 
     def _look(self, start: int, frames: int) -> Projections | None:
-        """The cameras of a block as its keys and queries take them, in the world of the video's first one."""
-        if self._path is None or self._world is None:
-            return None
-        last = len(self._path) - 1
-        own = self._path.at([min(frame - self._path_start, last) for frame in range(start, start + frames)])
-        return own.in_world_of(self._world).projections(self.model.device)
+        """The cameras of a block as its keys and queries take them."""
+        return None if self._path is None else self._path.projections(start, frames, self.model.device)
 
     @property
     def waits_for_refresh(self) -> bool:
         """Whether the newest block's clean pass is still to be run; never after the last block, which needs none."""
-        return self._unrefreshed is not None and not self._finished
+        return self._unrefreshed is not None and not self.finished
 
     @property
-    def _finished(self) -> bool:
+    def over(self) -> bool:
+        """Whether it runs no more passes: all blocks are made and looked at, or it broke off."""
+        return self._broken or (self.finished and not self._unchecked)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all frames have been made; never for a rollout without end."""
         return self.frames is not None and self.next_frame >= self.frames
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
         """What happens inside happens wholly, or the rollout refuses to go on with a cache in between."""
         if self._broken:
-            raise InputError(f"the rollout broke off at latent frame {self.next_frame}: start another")
-        self._broken = True
-        with torch.inference_mode():
-            yield
-        self._broken = False
+            end = "was closed" if self._closed else "broke off"
+            raise InputError(f"the rollout {end} at latent frame {self.next_frame}: start another")
+        try:
+            with torch.inference_mode():
+                yield
+        except BaseException as error:
+            self._broken = True
+            if not isinstance(error, torch.OutOfMemoryError):
+                raise
+            error.with_traceback(None)  # its frames keep tensors alive
+            del self.cache, self._run, self._held, self._times, self._text, self._unchecked
+            if self._graphs is not None:
+                self._graphs.release()
+            give_back(self.model.device)
+            raise OutOfMemoryError(
+                f"memory ran out at latent frame {self.next_frame} ({str(error).split('. ')[0]}): a smaller window,"
+                " picture or batch is needed; this rollout is over, its memory is free"
+            ) from error
 
     def _run_refresh(self) -> None:
         start, self._unrefreshed = self._unrefreshed, None
         if start is not None:
-            self._forward([self._clean_group(start)], keep=0)
+            self._run_pass(self._pass([self._clean_group(start)], keep=0))
 
     def _recache(self) -> None:
         visible = self.cache.ring.visible(self.next_frame, self.config.window)
@@ -242,48 +282,44 @@ class Rollout:
             own = range(start, start + held.latents.shape[1])
             if not set(own).isdisjoint(visible):
                 sees = sorted({frame for frame in visible if frame < own.stop} | set(own))
-                self._forward([_Group(held.latents, start, held.timestep, held.actions, held.cameras, sees)], keep=0)
+                group = Group(held.latents, start, held.timestep, held.actions, held.cameras, sees)
+                self._run_pass(self._pass([group], keep=0))
 
     def _embed(self, text: Conditioning) -> list[LayerText]:
         with torch.inference_mode():
             return self.model.embed_text(text.embeds)
 
-    def _noise_levels(self, steps: tuple[int, ...]) -> tuple[list[float], list[Tensor]]:
-        """Timesteps of a step list and their sigmas, [1, n] each."""
-        schedule = FlowMatchSchedule(self.config.shift)
-        timesteps = schedule.warp(steps)
-        sigmas = schedule.sigma(timesteps).to(self.model.device)[:, None, None]
-        return timesteps.tolist(), list(sigmas.expand(-1, 1, self.config.frames_per_block))
-
     def _prefill(self, latents: Tensor) -> None:
-        with torch.inference_mode():
-            start, self.next_frame = self.next_frame, self.next_frame + latents.shape[1]
-            self.cache.ring.write(start)
-            cameras = self._look(start, latents.shape[1])
-            self._hold(latents.to(self.model.device, torch.float32), start, PREFILL_TIMESTEP, cameras)
-            self._forward([self._clean_group(start)], keep=0)
+        start, self.next_frame = self.next_frame, self.next_frame + latents.shape[1]
+        self.cache.ring.write(start)
+        cameras = self._look(start, latents.shape[1])
+        self._hold(latents.to(self.model.device, torch.float32), start, PREFILL_TIMESTEP, cameras)
+        self._run_pass(self._pass([self._clean_group(start)], keep=0))
 
-    def _next_block(self) -> Latents:
+    def _next_block(self) -> Generator[Pass, Any, Latents]:
         config, n, start = self.config, self.config.frames_per_block, self.next_frame
         steps = config.steps if self._generated else config.first_steps or config.steps
         timesteps, levels = self._levels[steps]
-        if config.refresh == "separate":
-            self._run_refresh()
+        if config.refresh == "separate" and self._unrefreshed is not None:
+            waiting, self._unrefreshed = self._unrefreshed, None
+            yield self._pass([self._clean_group(waiting)], keep=0)
 
         x = self.noise.start(n)
         cameras = self._look(start, n)
-        passes = []
+        self._unchecked = []
         for step, timestep in enumerate(timesteps):
             groups = self._open_block(start) if step == 0 else []
             groups.append(self._group(x, start, timestep, self._actions, cameras))
-            velocity = self._forward(groups, keep=1)
+            velocity = yield self._pass(groups, keep=1)
             again = levels[step + 1] if step + 1 < len(levels) else None  # after the last step nothing is noised again
             noise = None if again is None else self.noise.between_steps(n)
             clean, x = denoise_update(x, velocity, levels[step], noise, again)
             if self._check_finite:
-                passes.append((groups, clean.isfinite().all()))
-        if self._check_finite and not bool(torch.stack([finite for _, finite in passes]).all()):
-            self._locate_non_finite(passes)
+                self._unchecked.append((groups, clean.isfinite().all()))
+        if self.frames is None or start + n < self.frames:
+            self.noise.prepare(n)
+        if self._check_finite is True:
+            self._locate_non_finite()
 
         self.next_frame, self._generated = start + n, True
         self._hold(clean, start, float(config.context_noise), cameras)
@@ -291,7 +327,7 @@ class Rollout:
             self._unrefreshed = start
         return Latents(clean, start)
 
-    def _open_block(self, start: int) -> list[_Group]:
+    def _open_block(self, start: int) -> list[Group]:
         """Claim the block's slots; return the waiting clean pass of the block before, to travel with its first step.
 
         The slots are claimed first: every key of a pass is written before any is read, so the frames that the clean
@@ -303,11 +339,11 @@ class Rollout:
 
     def _group(
         self, latents: Tensor, start: int, timestep: float, actions: Actions, cameras: Projections | None
-    ) -> _Group:
+    ) -> Group:
         sees = self.cache.ring.visible(start + latents.shape[1], self.config.window)
-        return _Group(latents, start, timestep, actions, cameras, sees)
+        return Group(latents, start, timestep, actions, cameras, sees)
 
-    def _clean_group(self, start: int) -> _Group:
+    def _clean_group(self, start: int) -> Group:
         """The clean pass of a held block. Its window ends with the block itself."""
         held = self._held[start]
         return self._group(held.latents, start, held.timestep, held.actions, held.cameras)
@@ -315,27 +351,15 @@ class Rollout:
     def _hold(self, latents: Tensor, start: int, timestep: float, cameras: Projections | None) -> None:
         """Keep a copy of a finished block, out of the caller's reach; forget those that the ring has overwritten."""
         ring = self.cache.ring
-        self._held[start] = _Clean(latents.clone(), timestep, self._actions, cameras)
+        self._held[start] = Clean(latents.clone(), timestep, self._actions, cameras)
         self._held = {first: kept for first, kept in self._held.items() if ring.holds[ring.slot(first)] == first}
 
-    def _time(self, groups: list[_Group]) -> TimeEmbedding:
-        """Modulation rows, one per frame; a rollout uses a handful of combinations, each made once."""
-        key = tuple((group.timestep, group.actions) for group in groups)
-        if key not in self._times:
-            if len(self._times) >= _MOST_TIMES:
-                self._times.clear()
-            timesteps = torch.tensor([group.timestep for group in groups])
-            actions = torch.cat([torch.tensor(group.actions) for group in groups], dim=1) if self._actions else None
-            repeated = timesteps.repeat_interleave(self.config.frames_per_block)
-            self._times[key] = self.model.embed_time(repeated, actions)
-        return self._times[key]
-
-    def _place(self, groups: list[_Group]) -> CachePass:
+    def _place(self, groups: list[Group]) -> CachePass:
         cache, device = self.cache, self.model.device
         first_tokens = [cache.ring.slot(group.start) * cache.tokens_per_frame for group in groups]
         frames = [group.start + i for group in groups for i in range(group.latents.shape[1])]
         return CachePass(
-            write_index=torch.tensor([first_tokens] * self._batch, dtype=torch.int32, device=device),
+            write_index=to_device(torch.tensor([first_tokens] * self._batch, dtype=torch.int32), device),
             ranges=cache.token_ranges([group.sees for group in groups]),
             rope_time=self.tables.time(frames).expand(self._batch, -1, -1, -1),
             rope_rows=self.tables.rows,
@@ -343,21 +367,27 @@ class Rollout:
             camera=self._place_cameras(groups, frames),
         )
 
-    def _place_cameras(self, groups: list[_Group], frames: list[int]) -> CameraPass | None:
+    def _place_cameras(self, groups: list[Group], frames: list[int]) -> CameraPass | None:
         seen = [group.cameras for group in groups if group.cameras is not None]
         if not seen:
             return None
-        slots = torch.tensor([self.cache.ring.slot(frame) for frame in frames], device=self.model.device)
-        return CameraPass(Projections.cat(seen), slots)
+        slots = torch.tensor([self.cache.ring.slot(frame) for frame in frames])
+        return CameraPass(Projections.cat(seen), to_device(slots, self.model.device))
 
-    def _forward(self, groups: list[_Group], keep: int, probe: Callable[[int, Tensor], None] | None = None) -> Tensor:
+    def _pass(self, groups: list[Group], keep: int) -> Pass:
         latents = groups[0].latents if len(groups) == 1 else torch.cat([group.latents for group in groups], dim=1)
-        return self.model(
-            latents, self._time(groups), self._text, self.cache, self._place(groups), groups=keep, probe=probe
-        )
+        time = self._times.of(tuple((group.timestep, group.actions) for group in groups))
+        return Pass(latents, time, self._text, self._place(groups), keep)
 
-    def _locate_non_finite(self, passes: list[tuple[list[_Group], Tensor]]) -> None:
-        """Run the first failed pass again (it overwrites the same slots), looking at every layer."""
+    def _run_pass(self, asked: Pass, probe: Callable[[int, Tensor], None] | None = None) -> Tensor | None:
+        place = asked.place
+        return self._run(asked.latents, asked.time, asked.text, self.cache, place, groups=asked.keep, probe=probe)
+
+    def _locate_non_finite(self) -> None:
+        """If there is any, run the first failed pass again (it overwrites the same slots), looking at every layer."""
+        passes, self._unchecked = self._unchecked, []
+        if not passes or bool(torch.stack([finite for _, finite in passes]).all()):
+            return
         step, groups = next((i, groups) for i, (groups, finite) in enumerate(passes) if not bool(finite))
         where = f"latent frame {groups[-1].start}, step {step + 1}"
 
@@ -365,5 +395,5 @@ class Rollout:
             if not bool(tokens.isfinite().all()):
                 raise NonFiniteError(f"the model produced NaN or infinity at {where}, layer {layer}")
 
-        self._forward(groups, keep=1, probe=stop_at_first)
+        self._run_pass(self._pass(groups, keep=1), stop_at_first)
         raise NonFiniteError(f"the model produced NaN or infinity at {where}, output head")

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 
 import torch
 
+from cfpp_rt.config import RolloutConfig
+from cfpp_rt.transfer import to_device
+
 TABLE_SIZE = 1000
 
 
@@ -50,3 +53,13 @@ def to_clean(noisy: torch.Tensor, velocity: torch.Tensor, sigma: float) -> torch
 def add_noise(clean: torch.Tensor, noise: torch.Tensor, sigma: float) -> torch.Tensor:
     """x = (1 - sigma) * x0 + sigma * noise, float32, same shape."""
     return (1 - sigma) * clean.float() + sigma * noise.float()
+
+
+def noise_levels(
+    rollout: RolloutConfig, steps: tuple[int, ...], device: torch.device
+) -> tuple[list[float], list[torch.Tensor]]:
+    """Timesteps of a step list and their sigmas, on the device, [1, frames_per_block] each."""
+    schedule = FlowMatchSchedule(rollout.shift)
+    timesteps = schedule.warp(steps)
+    sigmas = to_device(schedule.sigma(timesteps), device)[:, None, None]
+    return timesteps.tolist(), list(sigmas.expand(-1, 1, rollout.frames_per_block))

@@ -1,5 +1,7 @@
 """One video while it is being made: prompts and seeds in, pictures out, times noted."""
 
+import dataclasses
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -9,9 +11,10 @@ from cfpp_rt.camera import Cameras
 from cfpp_rt.codec.base import Codec
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.decode import to_uint8
-from cfpp_rt.errors import InputError
+from cfpp_rt.errors import InputError, NonFiniteError
 from cfpp_rt.model.transformer import CausalWanTransformer
 from cfpp_rt.rollout import Rollout
+from cfpp_rt.speed import Graphs
 from cfpp_rt.timing import Timings
 from cfpp_rt.values import Conditioning, Frames
 
@@ -32,6 +35,16 @@ def latent_frames(pictures: int, factor: int, block: int, name: str = "frames") 
     return latents
 
 
+@dataclasses.dataclass(frozen=True)
+class _Underway:
+    """A block that the device may still work on. pixels, finite: in host memory, valid once `done` is (None = now)."""
+
+    start: int
+    pixels: Tensor
+    finite: Tensor | None
+    done: torch.cuda.Event | None
+
+
 class Stream:
     """An iterator of `Frames`; made by `Pipeline.stream`. `timings` is filled as it runs."""
 
@@ -50,12 +63,16 @@ class Stream:
         seed: int | Sequence[int],
         noise: Tensor | None,
         renoise: Sequence[Tensor] | None,
+        ahead: int,
+        graphs: Graphs | None,
     ):
         self.timings = Timings(model.device)
         height, width = size
         step = codec.spatial_factor * model.config.patch_size[1]
         if height < step or width < step or height % step or width % step:
             raise InputError(f"size must be (height, width) in multiples of {step}, got {height}x{width}")
+        if not isinstance(ahead, int) or not 0 <= ahead <= 8:
+            raise InputError(f"ahead must be in 0..8, got {ahead!r}")
         total = None if frames is None else latent_frames(frames, codec.temporal_factor, config.frames_per_block)
         self._encode_text = encode_text
         self._decoder = codec.decoder()
@@ -74,27 +91,65 @@ class Stream:
             seed=seed,
             noise=noise,
             renoise=renoise,
+            graphs=graphs,
+            check_finite="later",
         )
         self._initial = given
         self._delivered = 0
+        self._ahead, self._underway = ahead, deque[_Underway]()
+        self._beside = torch.cuda.Stream(model.device) if ahead and model.device.type == "cuda" else None
 
     def __iter__(self) -> Iterator[Frames]:
         return self
 
     def __next__(self) -> Frames:
+        while len(self._underway) <= self._ahead:
+            block = self._start_block()
+            if block is None:
+                break
+            self._underway.append(block)
+        if not self._underway:
+            raise StopIteration
+        block = self._underway.popleft()
+        if block.done is not None:
+            block.done.synchronize()
+        if self._ahead == 0 or (self.rollout.finished and not self._underway):  # no pass has come after this block's
+            self.rollout.require_finite()  # only now, when the host has waited for the device anyway
+        elif block.finite is not None and not bool(block.finite):
+            raise NonFiniteError(
+                f"the model produced NaN or infinity at latent frame {block.start};"
+                " ahead=0 would tell step and layer as well"
+            )
+        frames = Frames(block.pixels, self._delivered)
+        self._delivered += block.pixels.shape[1]
+        self.timings.deliver(block.pixels.shape[1])
+        return frames
+
+    def _start_block(self) -> _Underway | None:
+        """Ask the device for the next block's latents and pictures; None after the last."""
+        finite = None
         if self._initial is not None:  # given frames come back through the codec, as the start of the video
-            latents, self._initial = self._initial, None
+            latents, self._initial, start = self._initial, None, 0
         else:
+            if self.rollout.finished:
+                return None
             if self.rollout.config.refresh == "separate":
                 self.refresh()
             with self.timings.stage("diffuse"):
-                latents = next(self.rollout).values
-        with self.timings.stage("decode"):
-            pixels = to_uint8(self._decoder.decode(latents)).cpu()
-        frames = Frames(pixels, self._delivered)
-        self._delivered += pixels.shape[1]
-        self.timings.deliver(pixels.shape[1])
-        return frames
+                made = next(self.rollout)
+            latents, start, finite = made.values, made.start, self.rollout.newest_finite
+        if self._beside is None:
+            with self.timings.stage("decode"):
+                return _Underway(start, to_uint8(self._decoder.decode(latents)).cpu(), finite, None)
+        self._beside.wait_stream(torch.cuda.current_stream(latents.device))
+        with torch.cuda.stream(self._beside):
+            with self.timings.stage("decode"):
+                pixels = to_uint8(self._decoder.decode(latents)).to("cpu", non_blocking=True)  # to pinned memory
+            if finite is not None:
+                finite.record_stream(self._beside)
+                finite = finite.to("cpu", non_blocking=True)
+            latents.record_stream(self._beside)
+            return _Underway(start, pixels, finite, self._beside.record_event())
 
     def refresh(self) -> None:
         """Run the newest block's clean pass now if it still waits: for idle time before the next input arrives."""
@@ -103,15 +158,15 @@ class Stream:
                 self.rollout.refresh()
 
     def switch_prompt(self, prompt: str | Sequence[str] | Conditioning, *, recache: bool = False) -> None:
-        """Follow another prompt from the next block on; see `Rollout.switch_prompt`."""
+        """Follow another prompt from the next block on that is not made ahead; see `Rollout.switch_prompt`."""
         self.rollout.switch_prompt(self._conditioning([prompt] if isinstance(prompt, str) else prompt), recache=recache)
 
     def act(self, actions: int | Sequence[int] | Tensor) -> None:
-        """Take these actions from the next block on, until others are given; see `Rollout.act`."""
+        """Take these actions from the next block on that is not made ahead, until others come; see `Rollout.act`."""
         self.rollout.act(actions)
 
     def move(self, cameras: Cameras) -> None:
-        """Take these cameras from the next block on, one per latent frame; see `Rollout.move`."""
+        """Take these cameras from the next block on that is not made ahead, one per frame; see `Rollout.move`."""
         self.rollout.move(cameras)
 
     def _conditioning(self, prompt: Sequence[str] | Conditioning) -> Conditioning:

@@ -8,6 +8,8 @@ import torch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KV_DTYPES = {"float8_e4m3": torch.float8_e4m3fn}  # what the cache alone may be held in: approximate
 
+LINEAR_DTYPES = ("float8_e4m3", "int8")  # what the blocks' products alone may be computed in: approximate
+
 
 @dataclasses.dataclass(frozen=True)
 class Conditioning:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from cfpp_rt.codec.base import Codec
 from cfpp_rt.codec.taehv import TAEHV, TAEHVDecoder
-from cfpp_rt.codec.wan import WanDecoder, WanVAE
+from cfpp_rt.codec.wan import LibraryDecoder, WanVAE
 from cfpp_rt.errors import InputError, MissingExtraError
 from cfpp_rt.export.contract import DECODERS, ENCODER, GraphSpec, Sizes, TensorSpec, updated
 from cfpp_rt.export.onnx_graph import OPSET, GraphBuilder, WeightFile, require_onnx
@@ -43,17 +43,22 @@ class _Decode(nn.Module):
         self.weights = codec.vae if isinstance(codec, WanVAE) else codec if isinstance(codec, TAEHV) else None
 
     def forward(self, latents: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        decoder = self.codec.decoder()
+        decoder = _decoder(self.codec)
         if not self.first:
             resume(decoder, state)
         pixels = decoder.decode(latents)
         return (pixels, *held(decoder, self.shapes, pixels))
 
 
+def _decoder(codec: Codec) -> Any:
+    """What is traced: of the Wan VAE the library's decoder, whose state is a list of tensors."""
+    return codec.library_decoder() if isinstance(codec, WanVAE) else codec.decoder()
+
+
 def resume(decoder: Any, state: Sequence[Tensor]) -> None:
     """Put a decoder where the state was taken."""
     decoder.first = False
-    if isinstance(decoder, WanDecoder):
+    if isinstance(decoder, LibraryDecoder):
         decoder.state = [*state, *[None] * (len(decoder.state) - len(state))]  # unused slots come last
     elif isinstance(decoder, TAEHVDecoder):
         decoder.state.update(zip(decoder.stateful_layers, state, strict=True))
@@ -63,7 +68,7 @@ def held(decoder: Any, shapes: Sequence[Sequence[int]], like: Tensor) -> list[Te
     """The state of a decoder as tensors of these shapes, what is not there yet as zeros."""
     if isinstance(decoder, TAEHVDecoder):
         return list(decoder.state.values())
-    if not isinstance(decoder, WanDecoder):
+    if not isinstance(decoder, LibraryDecoder):
         return []
     made = []
     for entry, shape in zip(decoder.state, shapes, strict=False):
@@ -134,12 +139,12 @@ def _patch_graph(codec: PatchCodec, spec: GraphSpec, weights: WeightFile) -> Any
 
 def _state_shapes(codec: Codec, latents: Tensor) -> tuple[list[list[int]], str]:
     """Of a decoder that is under way: by the second latent everything is in place."""
-    decoder = codec.decoder()
+    decoder = _decoder(codec)
     for _ in range(2):
         decoder.decode(latents)
     entries = getattr(decoder, "state", [])
     tensors = [t for t in (entries.values() if isinstance(entries, dict) else entries) if torch.is_tensor(t)]
-    if isinstance(decoder, WanDecoder):
+    if isinstance(decoder, LibraryDecoder):
         shapes = [[*t.shape[:2], _HELD, *t.shape[3:]] for t in tensors]
     else:
         shapes = [list(t.shape) for t in tensors]

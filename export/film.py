@@ -23,7 +23,7 @@ from cfpp_rt.world.student import first_picture
 # Options of `cfpp generate` that a bundle has settled.
 _SETTLED = (
     *("checkpoint", "key", "config", "tiny_vae", "size", "image", "video", "steps", "window", "sinks", "dtype"),
-    *("student", "kv_dtype", "prompts"),
+    *("student", "kv_dtype", "linear_dtype", "prompts"),
 )
 
 

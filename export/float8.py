@@ -1,4 +1,4 @@
-"""Linear layers of the blocks in 8 bits (e4m3): what the graphs compute, and the same in PyTorch.
+"""Linear layers of the blocks in 8 bits (e4m3): what the graphs compute, as `cfpp_rt.speed.quantize_linears` does.
 
 Weights have a scale per output channel, inputs a scale per token that is found as they come, so nothing is calibrated:
 
@@ -9,13 +9,8 @@ the range of float16. In ONNX this is QuantizeLinear and DequantizeLinear with o
 the form that TensorRT computes in 8 bits. Embeddings, the head and the text's keys and values stay as they are.
 """
 
-import copy
-
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from cfpp_rt.model.transformer import CausalWanTransformer
+from torch import Tensor
 
 FLOAT8 = "float8_e4m3"
 LINEARS = (
@@ -34,38 +29,12 @@ def is_float8(name: str) -> bool:
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [out, in] to codes float8_e4m3fn [out, in] and their scales [out], in the dtype of the weights."""
+    """Weights [out, in] to codes float8_e4m3fn [out, in] and their scales [out], in the dtype of the weights.
+
+    The dtype of a scale is that of the product in ONNX; codes are of the scale as it was rounded.
+    """
     wide = weight.detach().float()
     scale = (wide.abs().amax(dim=1) / LARGEST).to(weight.dtype)
     scale = scale.clamp_min(torch.finfo(weight.dtype).tiny)  # a channel of zeros
-    return to_codes(wide / scale.float()[:, None]), scale
-
-
-def to_codes(x: Tensor) -> Tensor:
-    return x.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-
-
-class Float8Linear(nn.Module):
-    """What the graphs compute of a linear layer: x [..., in] to [..., out], in the layer's dtype."""
-
-    def __init__(self, layer: nn.Linear):
-        super().__init__()
-        codes, scale = quantize_weight(layer.weight)
-        self.weight = nn.Parameter(codes.to(scale.dtype) * scale[:, None], requires_grad=False)
-        self.bias = layer.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        size = (wide.abs().amax(dim=-1, keepdim=True) * FILL).clamp_min(SMALLEST)
-        unit = to_codes(wide / size / UNIT).to(x.dtype) * UNIT
-        return (F.linear(unit, self.weight).float() * size).to(x.dtype) + self.bias
-
-
-def with_float8_linears(model: CausalWanTransformer) -> CausalWanTransformer:
-    """A copy of the model whose linear layers compute as the graphs' do."""
-    model = copy.deepcopy(model)
-    for block in model.blocks:
-        for name, layer in list(block.named_modules()):
-            if name in LINEARS and isinstance(layer, nn.Linear):
-                block.set_submodule(name, Float8Linear(layer))
-    return model
+    codes = (wide / scale.float()[:, None]).clamp(-LARGEST, LARGEST)
+    return codes.to(torch.float8_e4m3fn), scale

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,11 @@ from cfpp_rt.config import ModelConfig
 from cfpp_rt.model.weights import build_model
 
 DATA = Path(__file__).parent / "data"
+
+# Without a GPU Triton's interpreter runs the kernels, on CPU tensors. It must be chosen before anything imports Triton,
+# whose own functions are kernels, too; torch.compile is one that does.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items):

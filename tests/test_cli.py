@@ -122,6 +122,15 @@ def test_a_float8_cache_makes_nearly_the_same_video(files, tmp_path):
     assert 0 < np.abs(made[0] - made[1]).mean() < 2
 
 
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="the CPU has no VNNI")
+def test_int8_linears_make_nearly_the_same_video(files, tmp_path):
+    made = []
+    for name, extra in (("plain", ()), ("int8", ("--linear-dtype", "int8"))):
+        assert main(command(files, tmp_path / f"{name}.rgb", "--quiet", *extra)) == 0
+        made.append(np.fromfile(tmp_path / f"{name}.rgb", np.uint8).astype(float))
+    assert 0 < np.abs(made[0] - made[1]).mean() < 2
+
+
 def test_same_seed_same_video_and_prompts_file(files, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert main(command(files, tmp_path / f"{name}.rgb", "--quiet", "--seed", str(seed), frames=5)) == 0
@@ -214,6 +223,7 @@ def fault(capsys, arguments):
         (["--student", "chunkwise-4step", "--image", "x.jpg"], "--image is one latent frame, student chunkwise-4step"),
         (["--sinks", "3"], "sinks need a window"),
         (["--kv-dtype", "int8"], "--kv-dtype.*invalid choice: 'int8'"),
+        (["--linear-dtype", "float8_e4m3"], "float8_e4m3 linears need a bfloat16 model on a GPU.*on cpu"),
         (["--steps", "9" * 5000], "--steps must be integers"),
         (["--fram", "5"], "--fram"),
         (["--embeds", str(DATA / "vectors.safetensors")], "wanted a tensor 'embeds'"),

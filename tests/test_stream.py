@@ -1,5 +1,6 @@
 """A stream is pulled: a slow consumer makes it wait, and nothing piles up meanwhile."""
 
+import dataclasses
 import gc
 import time
 from contextlib import contextmanager
@@ -8,18 +9,27 @@ import pytest
 import torch
 
 from cfpp_rt.config import RolloutConfig
+from cfpp_rt.errors import InputError, NonFiniteError
 from cfpp_rt.pipeline import Pipeline
+from cfpp_rt.session import Stream
 from cfpp_rt.timing import Timings
 from cfpp_rt.values import Conditioning
 from cfpp_rt.world.codec import CHANNELS, PatchCodec
 
 
+def start(model, frames: int | None = None, ahead: int = 0, initial: torch.Tensor | None = None) -> Stream:
+    generator = torch.Generator().manual_seed(5)
+    basis = torch.linalg.qr(torch.randn(192, CHANNELS, generator=generator))[0]
+    codec = PatchCodec(torch.zeros(192), basis, torch.ones(CHANNELS))
+    text = Conditioning(torch.randn(1, model.config.text_len, model.config.text_dim, generator=generator))
+    return Pipeline(model, codec).stream(
+        text, frames=frames, size=(32, 48), rollout=RolloutConfig(window=3), ahead=ahead, initial=initial
+    )
+
+
 @pytest.fixture
 def stream(model):
-    basis = torch.linalg.qr(torch.randn(192, CHANNELS))[0]
-    codec = PatchCodec(torch.zeros(192), basis, torch.ones(CHANNELS))
-    text = Conditioning(torch.randn(1, model.config.text_len, model.config.text_dim))
-    return Pipeline(model, codec).stream(text, frames=None, size=(32, 48), rollout=RolloutConfig(window=3))
+    return start(model)
 
 
 def test_nothing_is_made_before_it_is_asked_for(stream):
@@ -32,6 +42,48 @@ def test_nothing_is_made_before_it_is_asked_for(stream):
         time.sleep(0.05)  # a consumer that is busy
         assert len(passes) == made == 2 * asked and stream.rollout.next_frame == asked
     hook.remove()
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_blocks_made_ahead_are_the_same_and_no_more_than_asked_for(model, ahead: int):
+    given = torch.rand(1, 2, 3, 32, 48) * 2 - 1
+    plain = list(start(model, 8, initial=given))
+    stream = start(model, 8, ahead, initial=given)
+    for number, wanted in enumerate(plain):
+        got = next(stream)
+        assert torch.equal(got.pixels, wanted.pixels) and got.start == wanted.start
+        # The first two parts, the given pictures in one of them, are one block.
+        assert stream.rollout.next_frame == min(8, 2 + number + ahead)
+    assert next(stream, None) is None and stream.rollout.over
+
+
+def test_what_is_given_reaches_the_first_block_that_is_not_made_ahead(model):
+    another = Conditioning(torch.randn(1, model.config.text_len, model.config.text_dim))
+    plain, switched = start(model, 6, ahead=2), start(model, 6, ahead=2)
+    same = []
+    for number in range(6):
+        same.append(torch.equal(next(plain).pixels, next(switched).pixels))
+        if number == 0:
+            switched.switch_prompt(another)
+    assert same == [True, True, True, False, False, False]
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_block_that_is_not_finite_is_not_delivered(model, ahead: int):
+    stream = start(model, 6, ahead)
+    next(stream)
+    stream.rollout._held = {
+        frame: dataclasses.replace(held, latents=held.latents * float("nan"))
+        for frame, held in stream.rollout._held.items()
+    }
+    with pytest.raises(NonFiniteError, match="latent frame 1|latent frame 2"):
+        list(stream)
+
+
+@pytest.mark.parametrize("ahead", [-1, 9, 1.0])
+def test_ahead_is_refused_out_of_range(model, ahead):
+    with pytest.raises(InputError, match=r"ahead must be in 0\.\.8, got"):
+        start(model, 6, ahead)
 
 
 def test_an_endless_stream_holds_no_more_and_no_more(stream):
@@ -47,8 +99,22 @@ def test_an_endless_stream_holds_no_more_and_no_more(stream):
 
 
 def test_stages_are_named_ranges_for_whoever_traces(monkeypatch):
-    """NVTX on a GPU, and where nobody looks, nothing at all."""
+    """NVTX and events on a GPU, and where nobody looks, nothing at all."""
     seen = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def query(self):
+            return True
+
+        def elapsed_time(self, end):
+            return 7.0
+
+    class Queue:
+        def record_event(self, event):
+            return event
 
     @contextmanager
     def named(name):
@@ -56,8 +122,12 @@ def test_stages_are_named_ranges_for_whoever_traces(monkeypatch):
         yield
 
     monkeypatch.setattr(torch.cuda.nvtx, "range", named)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: seen.append("synchronised"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Queue())
     for device in ("cpu", "cuda"):
-        with Timings(torch.device(device)).stage(device):
+        timings = Timings(torch.device(device))
+        with timings.stage(device):
             pass
-    assert seen == ["cuda", "synchronised"], "the range holds the device's queue, too"
+    assert seen == ["cuda"] and not timings.stages, "nothing has waited"
+    timings.deliver(1)
+    assert list(timings.stages["cuda"]) == [7.0]

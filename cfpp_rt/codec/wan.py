@@ -1,7 +1,8 @@
-"""The Wan2.1 VAE, through diffusers' `AutoencoderKLWan`, with the streaming state held by the caller.
+"""The Wan2.1 VAE: weights and encoder of diffusers' `AutoencoderKLWan`, a streaming decoder of our own.
 
 diffusers keeps the state of the causal convolutions inside the model, which allows one clip at a time and forgets it
-after each call. Its decoder takes that state as an argument as well, so the state lives here, in one object per clip.
+after each call. Its networks take that state as an argument as well, so the state lives here, in one object per clip:
+for the encoder, and for its decoder, which is what export traces and what ours is compared with.
 """
 
 import inspect
@@ -12,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cfpp_rt.capture import CudaCapture
 from cfpp_rt.checkpoint import read_sharded, read_tensors, require_exact
 from cfpp_rt.codec.base import require_latents, require_pixels
+from cfpp_rt.codec.wan_decoder import ClipNetwork, ClipNetworks
 from cfpp_rt.codec.wan_names import infer_config, to_diffusers
 from cfpp_rt.errors import CheckpointError, InputError, MissingExtraError
 
@@ -25,18 +28,21 @@ class WanVAE:
     """The Wan2.1 VAE as a `Codec`: 16 latent channels, 8 x 8 pixels and 4 pictures to a latent.
 
     vae: an `AutoencoderKLWan`; it is used in its own dtype on its own device, without gradients, and holds no state
-    of a clip. Latents in and out are normalised with the statistics in its config.
+    of a clip. Latents in and out are normalised with the statistics in its config. graphs: on CUDA, decoding replays
+    CUDA graphs.
     """
 
     temporal_factor = 4
     spatial_factor = 8
 
-    def __init__(self, vae: Any):
+    def __init__(self, vae: Any, *, graphs: bool = True):
         self.vae = vae.eval().requires_grad_(False)
         self.latent_channels: int = vae.config.z_dim
         shape = (1, 1, self.latent_channels, 1, 1)
         self._mean = torch.tensor(vae.config.latents_mean, device=self.device).view(shape)
         self._std = torch.tensor(vae.config.latents_std, device=self.device).view(shape)
+        self._graphs = graphs
+        self._networks: ClipNetworks | None = None
         # Older diffusers have no such argument: there the empty state alone marks the first latent.
         self.takes_first_chunk = "first_chunk" in inspect.signature(vae.decoder.forward).parameters
 
@@ -82,8 +88,26 @@ class WanVAE:
         return self.decoder().decode(latents)
 
     def decoder(self) -> "WanDecoder":
-        """A decoder at the start of a clip; its state is about 1.9 GB at 480x832 in half precision."""
+        """A decoder at the start of a clip. From its first latent on it has memory of its own, about 5 GB at 480x832
+        in half precision, which the next decoder of that size takes over when this one is gone; see `release`.
+        """
         return WanDecoder(self)
+
+    def library_decoder(self) -> "LibraryDecoder":
+        """diffusers' decoder at the start of a clip: the same pictures, slower."""
+        return LibraryDecoder(self)
+
+    @property
+    def networks(self) -> ClipNetworks:
+        """What decoders run on; made when the first one asks."""
+        if self._networks is None:
+            self._networks = ClipNetworks(self.vae, CudaCapture if self._graphs else None)
+        return self._networks
+
+    def release(self) -> None:
+        """Free the memory of decoders that are gone."""
+        if self._networks is not None:
+            self._networks.release()
 
     def encode(self, pixels: Tensor) -> Tensor:
         """A whole clip: pixels [B, 1 + 4 * k, 3, height, width] in [-1, 1] to normalised latents [B, 1 + k, 16, h, w].
@@ -113,7 +137,44 @@ def _empty_state(network: nn.Module) -> list[Any]:
 
 
 class WanDecoder:
-    """The decoder of one clip: for each causal convolution it holds the last two frames that came in.
+    """The decoder of one clip."""
+
+    def __init__(self, codec: WanVAE):
+        self._codec = codec
+        self._network: ClipNetwork | None = None
+        self.first = True
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """The next latents [B, n, 16, h, w] to float32 pixels [B, T, 3, 8h, 8w] in [-1, 1].
+
+        T = 4 * n, and 3 fewer at the start of the clip. Raises InputError unless B, h and w stay the same within a
+        clip.
+        """
+        codec = self._codec
+        require_latents(latents, codec.latent_channels)
+        key = (latents.shape[0], latents.shape[3], latents.shape[4])
+        if self._network is None:
+            self._network = codec.networks.lend(self, key)
+        elif self._network.key != key:
+            raise InputError(f"latents must keep B, h, w = {self._network.key} within a clip, got {key}")
+        values = codec.vae.post_quant_conv(codec.denormalise(latents))
+        batch, frames, factor = key[0], latents.shape[1], codec.temporal_factor
+        size = [codec.spatial_factor * side for side in key[1:]]
+        total = factor * frames - (factor - 1 if self.first else 0)
+        pixels = torch.empty(batch, total, 3, *size, device=codec.device)
+        made = 0
+        with torch.inference_mode():
+            for latent in values.split(1, dim=2):
+                pictures = self._network.decode(latent, first=self.first).transpose(1, 2)
+                pixels[:, made : made + pictures.shape[1]].copy_(pictures).clamp_(-1, 1)
+                made += pictures.shape[1]
+                self.first = False
+        return pixels
+
+
+class LibraryDecoder:
+    """diffusers' decoder of one clip: for each causal convolution it holds the last two frames that came in.
 
     state: those, as diffusers keeps them; None where a slot is not used yet. first: nothing has been decoded yet.
     """

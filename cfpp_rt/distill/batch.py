@@ -5,6 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from cfpp_rt.distill.draws import sent
 from cfpp_rt.distill.forward import Condition
 
 
@@ -28,4 +29,4 @@ class Batch:
 
 
 def _moved(device: torch.device, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.to(device, non_blocking=True) for tensor in tensors]
+    return [None if tensor is None else sent(tensor, device) for tensor in tensors]

@@ -27,7 +27,7 @@ def normal_like(like: Tensor, draws: torch.Generator) -> Tensor:
     noise = torch.empty(like.shape, dtype=torch.float32)
     for row, key in zip(noise, keys, strict=True):
         np.random.Generator(np.random.Philox(key=key)).standard_normal(dtype=np.float32, out=row.numpy())
-    return noise.to(like.device)
+    return sent(noise, like.device)
 
 
 def block_indices(count: int, batch: int, frames: int, block: int, draws: torch.Generator) -> Tensor:
@@ -39,3 +39,10 @@ def block_indices(count: int, batch: int, frames: int, block: int, draws: torch.
 def index(count: int, draws: torch.Generator) -> int:
     """One index 0..count - 1, the same in every process."""
     return int(torch.randint(count, (), generator=draws))
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device; a GPU's queue takes the copy and the host goes on at once."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

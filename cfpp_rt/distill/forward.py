@@ -44,10 +44,13 @@ class Condition:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How the frames of a training clip depend on each other. block: frames made together; window: as the rollout's."""
+    """How the frames of a training clip depend on each other. block: frames made together; window: as the rollout's.
+    dense: attention under a mask of all pairs of tokens, as `masks.attention`.
+    """
 
     block: int = 1
     window: int | None = None
+    dense: bool = False
 
 
 class Denoiser:
@@ -117,7 +120,7 @@ class Denoiser:
         else:
             visible = getattr(masks, kind)(frames, self.layout.block, self.layout.window)
         rope = self.network.rotary_tables(height, width, device).sequence(positions)
-        return rope, masks.attention(visible, tokens, device)
+        return rope, masks.attention(visible, tokens, device, dense=self.layout.dense)
 
 
 def _same_shape(clean: Tensor, noisy: Tensor) -> int:

@@ -39,13 +39,19 @@ def bidirectional(frames: int) -> Tensor:
     return torch.ones(frames, frames, dtype=torch.bool)
 
 
-def attention(visible: Tensor, tokens: int, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def attention(
+    visible: Tensor, tokens: int, device: torch.device, *, dense: bool = False
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Differentiable attention [B, H, S, D] of S = N * tokens tokens under a mask of frames, bool [N, N].
 
     On CUDA FlexAttention, which skips the blocks that nobody sees; elsewhere each frame's keys are gathered, so that
-    nothing unseen is multiplied there either.
+    nothing unseen is multiplied there either. dense: a mask of all S x S pairs instead, which compiles nothing: for
+    sequences of some hundred tokens.
     """
-    if device.type == "cuda":
+    if dense and not bool(visible.all()):
+        mask = visible.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1).to(device)
+        return functools.partial(F.scaled_dot_product_attention, attn_mask=mask)
+    if device.type == "cuda" and not dense:
         return _flex(visible, tokens, device)
     if bool(visible.all()):
         return F.scaled_dot_product_attention

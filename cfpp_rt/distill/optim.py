@@ -4,8 +4,9 @@ import math
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
+from cfpp_rt.distill.muon import StackedMuon
 from cfpp_rt.distill.settings import StageSettings
 
 _MUON_FACTOR = 10.0  # its updates are orthogonal matrices: the step that suits is larger than AdamW's
@@ -20,7 +21,7 @@ def make_optimizers(network: nn.Module, settings: StageSettings, lr: float) -> l
     rest = [p for p in parameters.values() if all(p is not other for other in hidden)]
     optimizers: list[Optimizer] = [AdamW(rest, lr=lr, betas=settings.betas, weight_decay=settings.weight_decay)]
     if hidden:
-        optimizers.append(Muon(hidden, lr=_MUON_FACTOR * lr, weight_decay=settings.weight_decay))
+        optimizers.append(StackedMuon(hidden, lr=_MUON_FACTOR * lr, weight_decay=settings.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
@@ -39,5 +40,5 @@ def rate(step: int, settings: StageSettings) -> float:
 def update_ema(ema: nn.Module, network: nn.Module, step: int, settings: StageSettings) -> None:
     """ema = decay * ema + (1 - decay) * network; before ema_start a copy of the network."""
     decay = settings.ema if step >= settings.ema_start else 0.0
-    for kept, now in zip(ema.parameters(), network.parameters(), strict=True):
-        kept.lerp_(now, 1 - decay)
+    kept, now = ([p.data for p in module.parameters()] for module in (ema, network))
+    torch._foreach_lerp_(kept, now, 1 - decay)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,12 +112,13 @@ class Trainer:
     def _one_step(self) -> dict[str, float]:
         share = rate(self.step, self.settings)
         row: dict[str, float] = {"lr": share * self.settings.lr}
+        earlier: dict[str, list[Tensor]] = defaultdict(list)
         for _ in range(self.settings.accumulate - 1):
             for network, loss in self.stage.updates(self._next_batch, self.draws, self.step):
-                self._backward(network, loss)
+                earlier[network].append(self._backward(network, loss))
         for network, loss in self.stage.updates(self._next_batch, self.draws, self.step):
-            row[f"{network}_loss"] = self._backward(network, loss)
-            row[f"{network}_norm"] = self._apply(network, share)
+            losses = [*earlier[network], self._backward(network, loss)]
+            row[f"{network}_loss"], row[f"{network}_norm"] = self._apply(network, losses, share)
             if network == "student":
                 processes.release(self.ema.module)  # stage cd has just run it
                 update_ema(self.ema.module, self.masters[network].module, self.step, self.settings)
@@ -128,27 +130,28 @@ class Trainer:
         self.position += 1
         return batch if self.device.type == "cpu" else batch.to(self.device)
 
-    def _backward(self, network: str, loss: Tensor) -> float:
-        value = processes.mean(loss).item()
-        if not math.isfinite(value):
-            raise NonFiniteError(f"stage {self.name}, step {self.step + 1}: the loss of {network} is {value}")
+    def _backward(self, network: str, loss: Tensor) -> Tensor:
         (loss / self.settings.accumulate).backward()
         self.masters[network].take_gradients()
-        return value
+        return processes.mean(loss.detach())
 
-    def _apply(self, network: str, share: float) -> float:
+    def _apply(self, network: str, losses: list[Tensor], share: float) -> tuple[float, float]:
+        """Let the gradients of these losses change the network; returns the last loss and the gradients' norm."""
         master = self.masters[network]
-        found = nn.utils.clip_grad_norm_(master.module.parameters(), self.settings.clip)
-        norm = float(processes.whole_norm(found))
-        if not math.isfinite(norm):
-            raise NonFiniteError(f"stage {self.name}, step {self.step + 1}: the gradient norm of {network} is {norm}")
+        found = processes.whole_norm(nn.utils.clip_grad_norm_(master.module.parameters(), self.settings.clip))
+        # One wait for the device per update: all that must be finite comes to the host together.
+        *values, norm = torch.stack([x.double() for x in (*losses, found)]).tolist()
+        for name, value in (*((f"the loss of {network}", value) for value in values), ("", norm)):
+            if not math.isfinite(value):
+                what = name or f"the gradient norm of {network}"
+                raise NonFiniteError(f"stage {self.name}, step {self.step + 1}: {what} is {value}")
         for optimizer in self.optimizers[network]:
             for group in optimizer.param_groups:
                 group["lr"] = share * group["peak"]
             optimizer.step()
         master.module.zero_grad(set_to_none=True)
         master.publish()
-        return norm
+        return values[-1], norm
 
     def save(self) -> Path:
         """Write a checkpoint of everything that the next step depends on: whole tensors, however many processes."""

@@ -34,7 +34,7 @@ class CachePass:
     """Where one pass writes its keys and values, and what each of its groups of queries sees.
 
     The tokens of a pass are G equal groups (blocks of frames); group g is written to the cache from token
-    `write_index[:, g]` on and attends to `ranges.host[g]`. write_index: int32 [B, G], on the cache's device.
+    `write_index[:, g]` on and attends to the ranges of group g. write_index: int32 [B, G], on the cache's device.
     rope_time: float32 [B, F, n_time, 2]; rope_rows, rope_columns: float32, as in `RotaryTables`. camera: None = the
     camera branch is left out.
     """

@@ -1,5 +1,8 @@
 """One transformer block: modulated self-attention, cross-attention to the text if any, modulated feed-forward."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +36,9 @@ class TransformerBlock(nn.Module):
             nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
         )
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
+        # Of a pass with a cache. `cfpp_rt.speed` puts forms here whose normalised tokens are what its linears take.
+        self.modulate: Callable[..., Any] = adaln_modulate
+        self.add_and_modulate: Callable[..., Any] = gated_residual
 
     def forward(
         self,
@@ -51,7 +57,7 @@ class TransformerBlock(nn.Module):
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = time.unbind(2)
         total = len(cached.ranges)
-        queries = self.self_attn.write(adaln_modulate(x, shift1, scale1, self.eps), cache, cached)
+        queries = self.self_attn.write(self.modulate(x, shift1, scale1, self.eps), cache, cached)
         if groups == 0:
             return x[:, :0]
         y = self.self_attn.read(queries, cache, cached, groups)
@@ -91,8 +97,8 @@ class TransformerBlock(nn.Module):
     ) -> Tensor:
         """The rest of the block, from tokens x and what self-attention made of them, y; rows [B or 1, F, dim]."""
         if self.cross_attn is None or text is None:
-            x, normed = gated_residual(x, y, gate1, shift2, scale2, self.eps)
+            x, normed = self.add_and_modulate(x, y, gate1, shift2, scale2, self.eps)
         else:
-            x, normed = gated_residual(x, y, gate1, self.norm3.bias, self.norm3.weight, self.eps)
-            x, normed = gated_residual(x, self.cross_attn(normed, *text), None, shift2, scale2, self.eps)
+            x, normed = self.add_and_modulate(x, y, gate1, self.norm3.bias, self.norm3.weight, self.eps)
+            x, normed = self.add_and_modulate(x, self.cross_attn(normed, *text), None, shift2, scale2, self.eps)
         return add_gated(x, self.ffn(normed), gate2)

@@ -19,6 +19,7 @@ from cfpp_rt.model.attention import Attend, CachePass, MaskedCamera
 from cfpp_rt.model.block import TransformerBlock
 from cfpp_rt.model.rope import RotaryTables
 from cfpp_rt.ops.adaln_modulate import adaln_modulate
+from cfpp_rt.transfer import to_device
 
 LayerText = tuple[Tensor, Tensor] | None  # None: a model without text
 
@@ -106,12 +107,12 @@ class CausalWanTransformer(nn.Module):
 
     def _time_rows(self, timesteps: Tensor, actions: Tensor | None) -> tuple[Tensor, Tensor]:
         """Rows [B or 1, N, 6, dim], before a block adds its own, and the head's [B or 1, N, 2, dim]."""
-        wave = sinusoid(timesteps.to(self.device).flatten(), self.config.freq_dim).to(self.dtype)
+        wave = sinusoid(to_device(timesteps, self.device).flatten(), self.config.freq_dim).to(self.dtype)
         e = self.time_embedding(wave).unflatten(0, timesteps.shape)
         if self.config.num_actions:
             if actions is None:
                 raise InputError(f"actions must be given, 0..{self.config.num_actions - 1} per frame, got None")
-            e = e + self.action_embedding(actions.to(self.device))
+            e = e + self.action_embedding(to_device(actions, self.device))
         return self.time_projection(e).unflatten(2, (6, -1)), self.head.modulation + e[:, :, None]
 
     def rotary_tables(self, latent_height: int, latent_width: int, device: torch.device | None = None) -> RotaryTables:

@@ -22,8 +22,14 @@ from cfpp_rt.ops import _triton
 
 LIBRARY = torch.library.Library("cfpp_rt", "DEF")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/common/dispatch.h
-OPS = ("kv_update_", "kv_dequantize_", "block_attention", "adaln_modulate", "gated_residual", "denoise_update")
-_TRITON_OPS = {"adaln_modulate", "denoise_update", "gated_residual"}  # those with their CUDA kernel in Triton
+# Those with their CUDA kernel in Triton.
+_TRITON_OPS = ("adaln_modulate", "gated_residual", "denoise_update", "quantize_rows", "rms_silu_")
+OPS = ("kv_update_", "kv_dequantize_", "block_attention", *_TRITON_OPS)
+
+_PLAIN_ON_CPU = {
+    "rms_silu_": "plain PyTorch, so that the bits are the library's",
+    "quantize_rows": "float8 products run on CUDA; the CPU only emulates them",
+}
 
 _CHOICES = ("auto", "reference", "cpu", "cuda")
 _ATTENTION_CHOICES = ("kernel", "sdpa", "cudnn", "flash")  # force block_attention only, see ops/attention_table.py
@@ -136,6 +142,8 @@ def backends() -> dict[str, dict[str, tuple[str, str]]]:
             elif device_type == "cuda" and op in _TRITON_OPS:
                 ours, reason = _triton.choose()
                 rows[op][device_type] = ("triton" if ours else "reference", reason)
+            elif device_type == "cpu" and op in _PLAIN_ON_CPU:
+                rows[op][device_type] = ("reference", _PLAIN_ON_CPU[op])
             else:
                 module, reason = choose(device_type)
                 rows[op][device_type] = (device_type if module is not None else "reference", reason)

@@ -4,7 +4,10 @@ import functools
 import importlib
 import importlib.util
 import os
+import shutil
+import sysconfig
 import warnings
+from pathlib import Path
 from types import ModuleType
 
 from cfpp_rt.errors import InputError
@@ -16,12 +19,22 @@ def choose() -> tuple[bool, str]:
     wanted = os.environ.get("CFPP_BACKEND", "auto")
     if wanted == "reference":
         return False, "CFPP_BACKEND=reference"
-    if importlib.util.find_spec("triton") is not None:
+    installed = importlib.util.find_spec("triton") is not None
+    lacking = _lacking()
+    if installed and not lacking:
         return True, "Triton kernel, compiled at its first call"
-    reason = "triton is not installed (pip install triton)"
+    reason = f"Triton lacks {lacking}" if installed else "triton is not installed (pip install triton)"
     if wanted == "cuda":
         raise InputError(f"CFPP_BACKEND=cuda cannot be met: {reason}")
     return False, reason
+
+
+def _lacking() -> str:
+    """What Triton compiles its launcher with, at the first call of a kernel, and does not find here; "" = nothing."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "a C compiler (gcc, clang or $CC)"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return "" if header.is_file() else f"{header} (python3-dev)"
 
 
 @functools.cache

@@ -6,6 +6,7 @@ from torch import Tensor
 from cfpp_rt.ops._library import kernels, plain, register, wrong
 from cfpp_rt.ops._triton import triton_kernels
 from cfpp_rt.reference.adaln_modulate import adaln_modulate as reference
+from cfpp_rt.reference.quantize_rows import empty_codes, quantize_rows
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -31,6 +32,15 @@ def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tenso
         _check(x, shift, scale)
         return reference(x, shift, scale, eps)
     return _op(x, shift, scale, eps)
+
+
+def adaln_modulate_quantized(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`adaln_modulate` straight to float8, without rounding between: codes [B, S, dim] and scales [B, S, 1] of
+    `quantize_rows`. Arguments as there; has no gradient and no compiled CPU kernel.
+    """
+    if plain((x, shift, scale)):
+        return _run_quantized(x, shift, scale, eps)
+    return _op_quantized(x, shift, scale, eps)
 
 
 def check_tokens(op: str, x: Tensor) -> None:
@@ -87,3 +97,23 @@ def _fake(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 
 _op = register("adaln_modulate(Tensor x, Tensor shift, Tensor scale, float eps) -> Tensor", _run, _fake)
+
+
+def _run_quantized(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    _check(x, shift, scale)
+    module = triton_kernels("adaln_modulate") if x.is_cuda else None
+    if module is None:
+        return quantize_rows(reference(x.float(), shift, scale, eps))
+    return module.adaln_modulate_quantized(x, shift, scale, eps)
+
+
+def _fake_quantized(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    _check(x, shift, scale)
+    return empty_codes(x)
+
+
+_op_quantized = register(
+    "adaln_modulate_quantized(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor)",
+    _run_quantized,
+    _fake_quantized,
+)

@@ -7,11 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
-def launch_shape(dim: int) -> dict[str, int]:
-    """BLOCK covers a row; a warp takes 512 channels of it, 16 bytes per lane and access in 16-bit dtypes."""
-    block = triton.next_power_of_2(dim)
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+from cfpp_rt.ops.quantize_rows_triton import launch_shape, store_codes
+from cfpp_rt.reference.quantize_rows import empty_codes
 
 
 def row_strides(rows: Tensor) -> tuple[int, int]:
@@ -34,6 +31,7 @@ def layer_norm(x, inside, dim, eps):
 @triton.jit
 def _adaln_modulate(
     out_ptr,
+    codes_scale_ptr,
     x_ptr,
     shift_ptr,
     scale_ptr,
@@ -47,6 +45,7 @@ def _adaln_modulate(
     scale_batch,
     scale_frame,
     eps,
+    QUANTIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -58,15 +57,31 @@ def _adaln_modulate(
     shift = tl.load(shift_ptr + batch * shift_batch + frame * shift_frame + channel, mask=inside).to(tl.float32)
     scale = tl.load(scale_ptr + batch * scale_batch + frame * scale_frame + channel, mask=inside).to(tl.float32)
     out = layer_norm(x, inside, dim, eps) * (1 + scale) + shift
-    tl.store(out_ptr + row * dim + channel, out.to(out_ptr.dtype.element_ty), mask=inside)
+    if QUANTIZE:
+        store_codes(out_ptr, codes_scale_ptr, tl.where(inside, out, 0.0), row, dim, channel, inside)
+    else:
+        tl.store(out_ptr + row * dim + channel, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """The contract of `cfpp_rt.ops.adaln_modulate.adaln_modulate`; arguments have been checked."""
-    batch, tokens, dim = x.shape
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _launch(out, None, x, shift, scale, eps)
+    return out
+
+
+def adaln_modulate_quantized(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The contract of `cfpp_rt.ops.adaln_modulate.adaln_modulate_quantized`; arguments have been checked."""
+    codes, codes_scale = empty_codes(x)
+    _launch(codes, codes_scale, x, shift, scale, eps)
+    return codes, codes_scale
+
+
+def _launch(out: Tensor, codes_scale: Tensor | None, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> None:
+    batch, tokens, dim = x.shape
     _adaln_modulate[(batch * tokens,)](
         out,
+        codes_scale,
         x,
         shift,
         scale,
@@ -77,6 +92,6 @@ def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tenso
         *row_strides(shift),
         *row_strides(scale),
         eps,
+        QUANTIZE=codes_scale is not None,
         **launch_shape(dim),
     )
-    return out

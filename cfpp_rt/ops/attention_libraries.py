@@ -51,7 +51,15 @@ def _gather(tensor: Tensor, ranges: tuple[Range, ...]) -> Tensor:
 def attend_gathered(
     dense: Dense, q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: TokenRanges, scale: float
 ) -> Tensor:
-    """block_attention by one dense call per group: [B, S, H * D]."""
+    """block_attention by one dense call per group, and per row where ranges differ: [B, S, H * D].
+
+    ranges: known to the host.
+    """
+    if ranges.by_row:
+        sizes = [len(own.device) for own in ranges.by_row]
+        parts = zip(q.split(sizes), k_cache.split(sizes), v_cache.split(sizes), ranges.by_row, strict=True)
+        return torch.cat([attend_gathered(dense, *own, scale) for own in parts])
+    assert ranges.host is not None
     outputs = [
         dense(part, _gather(k_cache, visible), _gather(v_cache, visible), scale).transpose(1, 2)
         for part, visible in zip(q.chunk(len(ranges), dim=2), ranges.host, strict=True)

@@ -35,6 +35,6 @@ def choose_attention(problem: Problem) -> tuple[str, str]:
     if not kernel_takes(problem):
         what = f"{str(problem.dtype).removeprefix('torch.')}, head_dim {problem.head_dim}"
         return "sdpa", f"the kernel does not take {what} on {problem.device_type}"
-    if problem.device_type == "cuda":
-        return "sdpa", "the kernel has not been timed on a GPU yet; CFPP_BACKEND=cuda runs it"
+    if problem.device_type == "cuda" and problem.capability[0] != 9:
+        return "sdpa", "the kernel has not been timed on such a GPU yet; CFPP_BACKEND=cuda runs it"
     return "kernel", "faster than sdpa wherever it was timed"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cfpp_rt.errors import InputError
-from cfpp_rt.ops._library import expect, kernels, plain, register, wrong
+from cfpp_rt.ops._library import choose, expect, kernels, plain, register, wrong
 from cfpp_rt.ops.attention_libraries import LIBRARIES, attend_gathered, flash_version
 from cfpp_rt.ops.attention_table import BACKENDS, Problem, choose_attention, kernel_takes
 from cfpp_rt.ops.token_ranges import TokenRanges
@@ -25,7 +25,8 @@ def block_attention(
     None = 1 / sqrt(D). Cache rows outside a group's ranges never reach its output, whatever they hold.
 
     Which implementation runs is told by `choose_attention` and forced by CFPP_BACKEND. The compiled kernels read
-    ranges.device as they run and are bit-reproducible; the libraries get the keys gathered by ranges.host.
+    ranges.device as they run and are bit-reproducible; the libraries get the keys gathered by ranges.host. Where that
+    is None the kernel runs, whatever the table says; see `why_not_kernel`.
     Raises InputError naming the argument, what was wanted and what came; refuses gradients, which it does not have.
     """
     if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad):
@@ -54,8 +55,19 @@ def _forced() -> str:
 
 
 def _problem(q: Tensor, ranges: TokenRanges) -> Problem:
-    groups = len(ranges.host)
-    return Problem(q.device.type, _capability(q.device), q.dtype, q.shape[-1], q.shape[2] // groups, ranges.most_keys)
+    queries = q.shape[2] // len(ranges)
+    return Problem(q.device.type, _capability(q.device), q.dtype, q.shape[-1], queries, ranges.most_keys)
+
+
+def why_not_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why ranges that only the device knows cannot be attended to there; None = they can."""
+    forced = _forced()
+    if forced in LIBRARIES:
+        return f"CFPP_BACKEND={forced} gathers keys by ranges that the host knows"
+    if kernels(device.type) is None:
+        return f"no attention kernel: {choose(device.type)[1]}"
+    problem = Problem(device.type, _capability(device), dtype, head_dim, 1, 1)
+    return None if kernel_takes(problem) else choose_attention(problem)[1]
 
 
 # The table is asked once per kind of call: asking costs as much as the kernel of a small call.
@@ -63,12 +75,16 @@ _decided: dict[tuple[object, ...], str] = {}
 
 
 def _backend(q: Tensor, ranges: TokenRanges) -> str:
+    if ranges.host is None and not ranges.by_row:
+        if reason := why_not_kernel(q.device, q.dtype, q.shape[-1]):
+            raise wrong("block_attention", "ranges", f"known to the host, since {reason}", "those of a buffer")
+        return "kernel"
     forced = _forced()
     if forced in BACKENDS:
         return forced
     if torch.compiler.is_compiling():  # the op reads the ranges as it runs: no graph per frame
         return "kernel" if kernel_takes(_problem(q, ranges)) else "sdpa"
-    key = (q.device, q.dtype, q.shape, len(ranges.host), ranges.most_keys)
+    key = (q.device, q.dtype, q.shape, len(ranges), ranges.most_keys)
     if (backend := _decided.get(key)) is None:
         device = q.device.type
         # Where the op is asked for by name or has no kernel, the op itself sees to its reference.

@@ -7,6 +7,7 @@ from cfpp_rt.ops._library import kernels, plain, register, wrong
 from cfpp_rt.ops._triton import triton_kernels
 from cfpp_rt.ops.adaln_modulate import check_like, check_rows, check_tokens
 from cfpp_rt.reference.gated_residual import gated_residual as reference
+from cfpp_rt.reference.quantize_rows import empty_codes, quantize_rows
 
 
 def gated_residual(
@@ -33,6 +34,19 @@ def gated_residual(
         _check(x, y, gate, shift, scale)
         return reference(x, y, gate, shift, scale, eps)
     return _op(x, y, gate, shift, scale, eps)
+
+
+def gated_residual_quantized(
+    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """`gated_residual` with the norm straight to float8, without rounding between: the sum [B, S, dim], and codes
+    [B, S, dim] and scales [B, S, 1] of `quantize_rows`. Arguments as there; has no gradient and no compiled CPU
+    kernel.
+    """
+    tensors = (x, y, shift, scale) if gate is None else (x, y, gate, shift, scale)
+    run = _run_quantized if plain(tensors) else _op_quantized
+    total, codes, codes_scale = run(x, y, gate, shift, scale, eps)
+    return total, (codes, codes_scale)
 
 
 def _check(x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor) -> None:
@@ -80,4 +94,30 @@ _op = register(
     "gated_residual(Tensor x, Tensor y, Tensor? gate, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor)",
     _run,
     _fake,
+)
+
+
+def _run_quantized(
+    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, y, gate, shift, scale)
+    module = triton_kernels("gated_residual") if x.is_cuda else None
+    if module is not None:
+        return module.gated_residual_quantized(x, y, gate, shift, scale, eps)
+    total, normed = reference(x.float(), y, gate, shift, scale, eps)
+    return total.to(x.dtype), *quantize_rows(normed)
+
+
+def _fake_quantized(
+    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, y, gate, shift, scale)
+    return _empty(x)[0], *empty_codes(x)
+
+
+_op_quantized = register(
+    "gated_residual_quantized(Tensor x, Tensor y, Tensor? gate, Tensor shift, Tensor scale, float eps)"
+    " -> (Tensor, Tensor, Tensor)",
+    _run_quantized,
+    _fake_quantized,
 )

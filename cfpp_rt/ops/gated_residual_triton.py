@@ -7,13 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cfpp_rt.ops.adaln_modulate_triton import launch_shape, layer_norm, row_strides
+from cfpp_rt.ops.adaln_modulate_triton import layer_norm, row_strides
+from cfpp_rt.ops.quantize_rows_triton import launch_shape, store_codes
+from cfpp_rt.reference.quantize_rows import empty_codes
 
 
 @triton.jit
 def _gated_residual(
     sum_ptr,
     normed_ptr,
+    codes_scale_ptr,
     x_ptr,
     y_ptr,
     gate_ptr,
@@ -35,6 +38,7 @@ def _gated_residual(
     eps,
     HAS_GATE: tl.constexpr,
     SCALE_OFFSET: tl.constexpr,
+    QUANTIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -52,21 +56,50 @@ def _gated_residual(
     total = x + y
     tl.store(sum_ptr + row * dim + channel, total.to(sum_ptr.dtype.element_ty), mask=inside)
     normed = layer_norm(total, inside, dim, eps) * (SCALE_OFFSET + scale) + shift
-    tl.store(normed_ptr + row * dim + channel, normed.to(normed_ptr.dtype.element_ty), mask=inside)
+    if QUANTIZE:
+        store_codes(normed_ptr, codes_scale_ptr, tl.where(inside, normed, 0.0), row, dim, channel, inside)
+    else:
+        tl.store(normed_ptr + row * dim + channel, normed.to(normed_ptr.dtype.element_ty), mask=inside)
 
 
 def gated_residual(
     x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """The contract of `cfpp_rt.ops.gated_residual.gated_residual`; arguments have been checked."""
+    total = torch.empty_like(x, memory_format=torch.contiguous_format)
+    normed = torch.empty_like(total)
+    _launch(total, normed, None, x, y, gate, shift, scale, eps)
+    return total, normed
+
+
+def gated_residual_quantized(
+    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The contract of the op `cfpp_rt::gated_residual_quantized`; arguments have been checked."""
+    total = torch.empty_like(x, memory_format=torch.contiguous_format)
+    codes, codes_scale = empty_codes(x)
+    _launch(total, codes, codes_scale, x, y, gate, shift, scale, eps)
+    return total, codes, codes_scale
+
+
+def _launch(
+    total: Tensor,
+    normed: Tensor,
+    codes_scale: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+) -> None:
     batch, tokens, dim = x.shape
     rows = shift if gate is None else gate
     frames = 1 if rows.ndim == 1 else rows.shape[1]
-    total = torch.empty_like(x, memory_format=torch.contiguous_format)
-    normed = torch.empty_like(total)
     _gated_residual[(batch * tokens,)](
         total,
         normed,
+        codes_scale,
         x,
         y,
         gate,
@@ -83,6 +116,6 @@ def gated_residual(
         eps,
         HAS_GATE=gate is not None,
         SCALE_OFFSET=0.0 if scale.ndim == 1 else 1.0,
+        QUANTIZE=codes_scale is not None,
         **launch_shape(dim),
     )
-    return total, normed

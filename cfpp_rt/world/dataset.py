@@ -4,48 +4,73 @@ python -m cfpp_rt.world.dataset --config configs/world.yaml --clips 1000 --out o
 """
 
 import argparse
+import multiprocessing
 from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
 
 from cfpp_rt.distill.data.shards import Column, ShardWriter
 from cfpp_rt.distill.settings import Settings
 from cfpp_rt.errors import InputError
-from cfpp_rt.world.feed import open_feed
+from cfpp_rt.world.codec import PatchCodec, fit_codec
+from cfpp_rt.world.feed import WorldFeed
 
 _BATCH = 4
+_Rows = dict[str, NDArray[Any]]
+_feeds: list[WorldFeed] = []  # of a process of the pool: its one feed
 
 
-def write(config: Path, clips: int, out: Path) -> None:
-    """The first clips that training of this config is fed with: latents, actions and cell weights.
+def write(config: Path, clips: int, out: Path, jobs: int = 1, codec: PatchCodec | None = None) -> None:
+    """The first clips that training of this config is fed with, at 4 a batch: latents, actions and cell weights.
 
-    clips: a multiple of 4. Raises InputError for another number, or a config whose data is not the world's.
+    clips: a multiple of 4. jobs: processes that make them. codec: None = the config's is fitted, which takes seconds.
+    Raises InputError for another number, or a config whose data is not the world's.
     """
     if clips < _BATCH or clips % _BATCH:
         raise InputError(f"clips must be a multiple of {_BATCH}, got {clips}")
+    if jobs < 1:
+        raise InputError(f"jobs must be >= 1, got {jobs}")
     data = Settings.read(config).data
     if data["source"] != "cfpp_rt.world.feed:open_feed":
         raise InputError(f"{config}: data.source must be the world's, got {data['source']}")
-    feed = open_feed(batch=_BATCH, **{name: value for name, value in data.items() if name != "source"})
+    codec = codec or fit_codec(data["seed"])
+    feed = WorldFeed(codec, data["seed"], _BATCH, data["frames"])
 
-    def columns(position: int) -> dict:
-        batch = feed(position)
-        return {"latents": batch.latents, "actions": batch.condition.actions, "weights": batch.weights}
-
-    kinds = {name: Column.of(values[0]) for name, values in columns(0).items()}
-    with ShardWriter(out, kinds, rows_per_shard=256) as writer:
-        for position in range(clips // _BATCH):
-            rows = columns(position)
+    kinds = {name: Column.of(torch.from_numpy(values[0])) for name, values in _rows(feed, 0).items()}
+    pool = multiprocessing.get_context("fork").Pool(jobs, _keep, (feed,))
+    with ShardWriter(out, kinds, rows_per_shard=256) as writer, pool:
+        for rows in pool.imap(_kept_rows, range(clips // _BATCH), chunksize=16):
             for i in range(_BATCH):
-                writer.add({name: values[i] for name, values in rows.items()})
+                writer.add({name: torch.from_numpy(values[i]) for name, values in rows.items()})
+
+
+def _keep(feed: WorldFeed) -> None:
+    torch.set_num_threads(1)
+    _feeds.append(feed)
+
+
+def _kept_rows(position: int) -> _Rows:
+    return _rows(_feeds[0], position)
+
+
+def _rows(feed: WorldFeed, position: int) -> _Rows:
+    """A batch as arrays, which travel between processes without a file for each."""
+    batch = feed(position)
+    columns = {"latents": batch.latents, "actions": batch.condition.actions, "weights": batch.weights}
+    return {name: values.numpy() for name, values in columns.items() if values is not None}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, type=Path, metavar="YAML")
     parser.add_argument("--clips", type=int, default=1000, help="default: %(default)s")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that make them (default: %(default)s)")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
     arguments = parser.parse_args()
     try:
-        write(arguments.config, arguments.clips, arguments.out)
+        write(arguments.config, arguments.clips, arguments.out, arguments.jobs)
     except InputError as error:
         parser.error(str(error))
     print(f"{arguments.out}: {arguments.clips} clips")

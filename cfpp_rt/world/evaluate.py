@@ -18,7 +18,7 @@ from cfpp_rt.world.student import first_picture, start
 
 UNSEEN = 2**40  # seeds from here on are never drawn for training
 _FOLLOWED = 1.2  # pixels per axis
-_LOOKED_AT = (16, 64, 128, 300)
+LOOKED_AT = (16, 64, 128, 300)  # frames whose position error is told, counted from 1
 _CLEAN = 30.0  # worst tile's root mean square difference, of 255
 
 
@@ -112,7 +112,7 @@ def score(played: Play) -> dict[str, float]:
         "follow": float(follow.mean()),
         "follow_moving": float(follow[moves].mean()) if moves.any() else float("nan"),
         "error_px": float(error.mean()),
-        **{f"error_{n}_px": float(error[n - 1].mean()) for n in _LOOKED_AT if n <= frames},
+        **{f"error_{n}_px": float(error[n - 1].mean()) for n in LOOKED_AT if n <= frames},
         "clean": float(np.mean(clean)),
         "colour": float((abs(end - begin) / begin).max()),
     }

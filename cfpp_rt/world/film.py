@@ -19,7 +19,7 @@ SCALE = 8  # pixels of a film per pixel of the world, whose pictures are 48 x 48
 # Options of `cfpp generate` that say nothing to this student.
 _UNUSED = (
     *("base", "key", "config", "tiny_vae", "prompt", "prompts", "embeds"),
-    *("image", "video", "size", "trajectory", "intrinsics"),
+    *("image", "video", "size", "trajectory", "intrinsics", "linear_dtype"),
 )
 
 

@@ -14,12 +14,15 @@ from safetensors.torch import save_file
 from cfpp_rt.checkpoint import write_atomically
 from cfpp_rt.distill.settings import Settings
 from cfpp_rt.errors import InputError
-from cfpp_rt.world.codec import fit_codec
+from cfpp_rt.world.codec import PatchCodec, fit_codec
 from cfpp_rt.world.student import load_student
 
 
-def pack(config: Path, run: Path, out: Path, steps: Sequence[int] | None = None) -> None:
-    """Copy a run's student, and fit the codec that it was trained with. steps: of its rollouts, None = the run's own.
+def pack(
+    config: Path, run: Path, out: Path, steps: Sequence[int] | None = None, codec: PatchCodec | None = None
+) -> None:
+    """Copy a run's student, and the codec that it was trained with. steps: of its rollouts, None = the run's own.
+    codec: None = the config's is fitted again, which takes seconds.
 
     Raises InputError for a run that is not done, CheckpointError for one of another kind.
     """
@@ -36,7 +39,7 @@ def pack(config: Path, run: Path, out: Path, steps: Sequence[int] | None = None)
     with write_atomically(out / "student.json") as temporary:
         temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     with write_atomically(out / "codec.safetensors") as temporary:
-        save_file(fit_codec(settings.data["seed"]).state_dict(), temporary)
+        save_file((codec or fit_codec(settings.data["seed"])).state_dict(), temporary)
     load_student(out)
 
 

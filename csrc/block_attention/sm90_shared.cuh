@@ -21,9 +21,7 @@ constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 constexpr int kGroupRows = 64, kRows = kConsumers * kGroupRows, kKeys = 176;
 constexpr int kStages(int head_dim) { return head_dim == 128 ? 2 : 4; }  // what fits in 227 KiB
 
-// Named barriers; 0 is __syncthreads().
-constexpr int kTurnBarrier = 1;  // and 2: one per consumer
-constexpr int kConsumerBarrier = 3;
+constexpr int kConsumerBarrier = 1;  // a named barrier; 0 is __syncthreads()
 
 // full: TMA has delivered. empty: every warp of both consumers is done with it; one arrival a warp, so that nothing is
 // assumed about warps of one warpgroup running in step.

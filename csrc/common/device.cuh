@@ -42,19 +42,23 @@ struct alignas(kVector ? kWidth * sizeof(T) : alignof(T)) Pack {
   T value[kWidth];
 };
 
-// Sum of both components over the CTA, the same in every thread and every run. shared: one float2 per warp.
-__device__ __forceinline__ float2 cta_sum(float2 sum, float2* shared) {
+// Sum of both components over the CTA's threads of one threadIdx.y, the same in each of them and in every run.
+// blockDim.x is a multiple of a warp. shared: one float2 per warp of the CTA.
+__device__ __forceinline__ float2 row_sum(float2 sum, float2* shared) {
 #pragma unroll
   for (int lane = kWarpSize / 2; lane > 0; lane /= 2) {
     sum.x += __shfl_xor_sync(0xffffffffu, sum.x, lane);
     sum.y += __shfl_xor_sync(0xffffffffu, sum.y, lane);
   }
-  if (threadIdx.x % kWarpSize == 0) shared[threadIdx.x / kWarpSize] = sum;
+  const int warps = static_cast<int>(blockDim.x) / kWarpSize;
+  if (warps == 1) return sum;
+  float2* own = shared + threadIdx.y * warps;
+  if (threadIdx.x % kWarpSize == 0) own[threadIdx.x / kWarpSize] = sum;
   __syncthreads();
   float2 total = make_float2(0.f, 0.f);
-  for (int warp = 0; warp < static_cast<int>(blockDim.x) / kWarpSize; ++warp) {
-    total.x += shared[warp].x;
-    total.y += shared[warp].y;
+  for (int warp = 0; warp < warps; ++warp) {
+    total.x += own[warp].x;
+    total.y += own[warp].y;
   }
   return total;
 }

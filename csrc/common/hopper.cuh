@@ -112,11 +112,6 @@ __device__ __forceinline__ void named_barrier_sync() {
   asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
 }
 
-template <int kId, int kThreads>
-__device__ __forceinline__ void named_barrier_arrive() {
-  asm volatile("bar.arrive %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
-}
-
 // The kernel's registers per thread, moved between warpgroups; each executed by a whole warpgroup.
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {

@@ -1,13 +1,15 @@
-// CUDA kernel of kv_update_. One CTA makes one token of one batch row: its q, k and v rows are read in packs (16 bytes
-// a thread and access), q and k are reduced together, rotated and written, v is moved untouched; a float8 cache gets
-// the codes of k and v divided by their head's scale, rounded once. Up to 1024 packs a row (8192 channels in 16-bit,
-// 4096 in float32; 640 with float8) each thread keeps its pack in registers between the two passes; wider or unaligned
-// rows are read a second time, from L1. What binds: bytes. 6 * H * D elements move per token (3 in, 3 out); about 20
-// FLOPs per element of q and k are far below the roof. A frame is only a few waves of CTAs, so the chain of waits
-// within one counts: all that a thread reads is asked for before it waits for any of it. Norm weights and rotation
-// tables are shared by all CTAs and stay in L2 and L1. Assumes: D even; a head starts on a pack boundary (D % kWidth ==
-// 0); for packs of 16 bytes also that all pointers and strides are multiples of 16 bytes, else the launcher takes packs
-// of 2 elements moved one by one. A write_index outside [0, capacity - S / groups] traps: see kv_update.h.
+// CUDA kernel of kv_update_. Rows of q, k and v are read in packs (16 bytes a thread and access), q and k are reduced
+// together, rotated and written, v is moved untouched; a float8 cache gets the codes of k and v divided by their head's
+// scale, rounded once. What binds: bytes. 6 * H * D elements move per token (3 in, 3 out); about 20 FLOPs per element
+// of q and k are far below the roof. A frame is so few tokens that the chain of waits within one counts, and how many
+// bytes are under way: a token belongs to as few warps as hold its rows in registers (kMostPacks packs of each a lane;
+// two warps for 1536 channels in 16-bit), all that a lane reads of them is asked for before it waits for any, and warps
+// meet only where a token has several. Wider or unaligned rows are read a second time instead, from L1. Norm weights
+// and rotation tables are shared by all CTAs and stay in L2 and L1. Assumes: D even; a head starts on a pack boundary
+// (D % kWidth == 0); for packs of 16 bytes also that all pointers and strides are multiples of 16 bytes, else the
+// launcher takes packs of 2 elements moved one by one. A write_index outside [0, capacity - S / groups] traps: see
+// kv_update.h.
+#include <algorithm>
 #include <cstring>
 #include <initializer_list>
 #include <type_traits>
@@ -19,10 +21,9 @@
 namespace cfpp {
 namespace {
 
-constexpr int kMaxThreads = 1024;
-constexpr int kMaxCodeThreads =
-    640;  // where float8 is written: a pack then takes more registers than 1024 threads have
-constexpr int kRereadThreads = 256;
+constexpr int kMostPacks = 3;   // of q, k and v that a lane holds; with 6 (H200: 1.2 x the time) few warps fit on an SM
+constexpr int kMostWarps = 16;  // of one token
+constexpr int kCtaThreads = 128, kRereadThreads = 256;
 
 template <typename T, int kWidth>
 __device__ __forceinline__ float sum_of_squares(const T (&x)[kWidth]) {
@@ -85,57 +86,54 @@ __device__ __forceinline__ void write_pack(T* target, const Pack<T, kWidth, kVec
   }
 }
 
-// What a pack of q and one of k are multiplied with.
-template <typename P, int kWidth>
-struct Factors {
-  P q_weight, k_weight;
-  float2 rotation[kWidth / 2];
-};
-
-// C: what the cache holds, T or uint8_t for float8 codes.
-// kHold: blockDim.x * kWidth >= H * D, so that a thread has one pack per row and keeps it in registers.
-template <typename T, typename C, int kWidth, bool kVector, bool kHold>
-__global__ void __launch_bounds__(!kHold                 ? kRereadThreads
-                                  : std::is_same_v<T, C> ? kMaxThreads
-                                                         : kMaxCodeThreads) kv_update_kernel(const KvUpdateParams p) {
+// One token of one batch row. C: what the cache holds, T or uint8_t for float8 codes.
+template <typename T, typename C, int kWidth, bool kVector>
+struct Token {
   using P = Pack<T, kWidth, kVector>;
-  constexpr bool kCodes = !std::is_same_v<T, C>;
-  __shared__ float2 warp_sums[kMaxThreads / kWarpSize];
-  const int token = static_cast<int>(blockIdx.x), b = static_cast<int>(blockIdx.y);
-  const int head_dim = static_cast<int>(p.head_dim);
-  const int packs = static_cast<int>(p.channels()) / kWidth;
-  const int group_tokens = static_cast<int>(p.tokens_per_group());
-  const int group = token / group_tokens;
-  const int first = p.write_index_ptr[b * p.write_index_stride[0] + group * p.write_index_stride[1]];
-  const int64_t slot = first + token % group_tokens;
+  static constexpr bool kCodes = !std::is_same_v<T, C>;
+  const KvUpdateParams& p;
+  const int b, head_dim, group_tokens, first;  // first: slot of the group's first token
+  const T *q_row, *k_row, *v_row;
+  T* q_out;
+  C *k_out, *v_out;
+  const float *time, *vertical, *horizontal;
 
-  const T* q_row = static_cast<const T*>(p.q_ptr) + b * p.q_stride[0] + token * p.q_stride[1];
-  const T* k_row = static_cast<const T*>(p.k_ptr) + b * p.k_stride[0] + token * p.k_stride[1];
-  const T* v_row = static_cast<const T*>(p.v_ptr) + b * p.v_stride[0] + token * p.v_stride[1];
-  T* q_out = static_cast<T*>(p.q_out_ptr) + (b * p.heads * p.tokens() + token) * head_dim;
-  C* k_out = static_cast<C*>(p.k_cache_ptr) + b * p.k_cache_stride[0] + slot * p.k_cache_stride[2];
-  C* v_out = static_cast<C*>(p.v_cache_ptr) + b * p.v_cache_stride[0] + slot * p.v_cache_stride[2];
+  __device__ __forceinline__ Token(const KvUpdateParams& params, int batch_row, int token)
+      : p(params),
+        b(batch_row),
+        head_dim(static_cast<int>(p.head_dim)),
+        group_tokens(static_cast<int>(p.tokens_per_group())),
+        first(p.write_index_ptr[b * p.write_index_stride[0] + token / group_tokens * p.write_index_stride[1]]) {
+    q_row = static_cast<const T*>(p.q_ptr) + b * p.q_stride[0] + token * p.q_stride[1];
+    k_row = static_cast<const T*>(p.k_ptr) + b * p.k_stride[0] + token * p.k_stride[1];
+    v_row = static_cast<const T*>(p.v_ptr) + b * p.v_stride[0] + token * p.v_stride[1];
+    q_out = static_cast<T*>(p.q_out_ptr) + (b * p.heads * p.tokens() + token) * head_dim;
+    const int64_t slot = first + token % group_tokens;
+    k_out = static_cast<C*>(p.k_cache_ptr) + b * p.k_cache_stride[0] + slot * p.k_cache_stride[2];
+    v_out = static_cast<C*>(p.v_cache_ptr) + b * p.v_cache_stride[0] + slot * p.v_cache_stride[2];
+    const int columns = static_cast<int>(p.columns), rows = static_cast<int>(p.rows);
+    const int column = token % columns, row = token / columns % rows, frame = token / (columns * rows);
+    time = p.rope_t_ptr + b * p.rope_t_stride[0] + frame * p.rope_t_stride[1];
+    vertical = p.rope_h_ptr + row * 2 * p.row_pairs;
+    horizontal = p.rope_w_ptr + column * 2 * p.column_pairs;
+  }
 
-  const int columns = static_cast<int>(p.columns), rows = static_cast<int>(p.rows);
-  const int column = token % columns, row = token / columns % rows, frame = token / (columns * rows);
-  const int time_pairs = static_cast<int>(p.time_pairs), row_pairs = static_cast<int>(p.row_pairs);
-  const float* time = p.rope_t_ptr + b * p.rope_t_stride[0] + frame * p.rope_t_stride[1];
-  const float* vertical = p.rope_h_ptr + row * 2 * p.row_pairs;
-  const float* horizontal = p.rope_w_ptr + column * 2 * p.column_pairs;
-
-  const auto read = [](const void* source, int channel) {
+  // After the rows have been asked for: it waits for the index.
+  __device__ __forceinline__ void check_slot() const {
+    if (first < 0 || first > p.capacity - group_tokens) __trap();
+  }
+  __device__ __forceinline__ static P read(const void* source, int channel) {
     return *reinterpret_cast<const P*>(static_cast<const T*>(source) + channel);
-  };
-  const auto read_factors = [&](int channel) {
-    Factors<P, kWidth> f{read(p.q_norm_ptr, channel), read(p.k_norm_ptr, channel), {}};
+  }
+  __device__ __forceinline__ void read_rotation(int channel, float2 (&turn)[kWidth / 2]) const {
     const int pair = channel % head_dim / 2;
+    const int time_pairs = static_cast<int>(p.time_pairs), row_pairs = static_cast<int>(p.row_pairs);
 #pragma unroll
     for (int i = 0; i < kWidth / 2; ++i) {
-      f.rotation[i] = rotation(pair + i, time_pairs, row_pairs, time, vertical, horizontal);
+      turn[i] = rotation(pair + i, time_pairs, row_pairs, time, vertical, horizontal);
     }
-    return f;
-  };
-  const auto write_v = [&](int channel, const P& v) {
+  }
+  __device__ __forceinline__ void write_v(int channel, const P& v) const {
     const int head = channel / head_dim;
     C* target = v_out + head * p.v_cache_stride[1] + (channel - head * head_dim);
     if constexpr (kCodes) {
@@ -144,65 +142,102 @@ __global__ void __launch_bounds__(!kHold                 ? kRereadThreads
     } else {
       write_pack(target, v);
     }
-  };
-  const auto rotate_pack = [&](const P& x, const P& weight, const Factors<P, kWidth>& f, float scale) {
+  }
+  __device__ __forceinline__ static P rotate_pack(const P& x, const P& weight, const float2 (&turn)[kWidth / 2],
+                                                  float scale) {
     P turned;
 #pragma unroll
     for (int i = 0; i < kWidth; i += 2) {
-      const float2 pair = rotate(x.value + i, weight.value + i, scale, f.rotation[i / 2]);
+      const float2 pair = rotate(x.value + i, weight.value + i, scale, turn[i / 2]);
       turned.value[i] = from_float<T>(pair.x);
       turned.value[i + 1] = from_float<T>(pair.y);
     }
     return turned;
-  };
-  const auto write_q_and_k = [&](int channel, const P& q, const P& k, const Factors<P, kWidth>& f, float q_scale,
-                                 float k_scale) {
+  }
+  // scales: of q and k, from their sums of squares.
+  __device__ __forceinline__ void write_q_and_k(int channel, const P& q, const P& k, const float2 (&turn)[kWidth / 2],
+                                                float2 scales) const {
     const int head = channel / head_dim, within = channel - head * head_dim;
-    write_pack(q_out + head * p.tokens() * head_dim + within, rotate_pack(q, f.q_weight, f, q_scale));
+    const P q_weight = read(p.q_norm_ptr, channel), k_weight = read(p.k_norm_ptr, channel);
+    write_pack(q_out + head * p.tokens() * head_dim + within, rotate_pack(q, q_weight, turn, scales.x));
     C* target = k_out + head * p.k_cache_stride[1] + within;
     if constexpr (kCodes) {
       write_codes<kWidth, kVector>(target, __ldg(p.k_scale_ptr + b * p.heads + head), [&](int i) {
-        return rotate(k.value + i, f.k_weight.value + i, k_scale, f.rotation[i / 2]);
+        return rotate(k.value + i, k_weight.value + i, scales.y, turn[i / 2]);
       });
     } else {
-      write_pack(target, rotate_pack(k, f.k_weight, f, k_scale));
+      write_pack(target, rotate_pack(k, k_weight, turn, scales.y));
     }
-  };
-  const auto check_slot = [&] {
-    if (first < 0 || first > p.capacity - group_tokens) __trap();
-  };
-  const auto scale_of = [&](float sum) { return rsqrtf(fmaf(sum, 1.f / static_cast<float>(p.channels()), p.eps)); };
+  }
+  __device__ __forceinline__ float2 scales_of(float2 sums) const {
+    const float share = 1.f / static_cast<float>(p.channels());
+    return make_float2(rsqrtf(fmaf(sums.x, share, p.eps)), rsqrtf(fmaf(sums.y, share, p.eps)));
+  }
+};
 
-  float2 sum = make_float2(0.f, 0.f);
-  if constexpr (kHold) {
-    const int channel = static_cast<int>(threadIdx.x) * kWidth;
-    const bool active = static_cast<int>(threadIdx.x) < packs;
-    P q{}, k{}, v{};
-    Factors<P, kWidth> factors{};
-    if (active) {
-      q = read(q_row, channel);
-      k = read(k_row, channel);
-      v = read(v_row, channel);
-      factors = read_factors(channel);
-    }
-    check_slot();  // only now: it waits for the index
-    if (active) write_v(channel, v);
-    sum = cta_sum(make_float2(sum_of_squares(q.value), sum_of_squares(k.value)), warp_sums);
-    if (active) write_q_and_k(channel, q, k, factors, scale_of(sum.x), scale_of(sum.y));
-  } else {
-    check_slot();
-    for (int pack = threadIdx.x; pack < packs; pack += blockDim.x) {
-      const P q = read(q_row, pack * kWidth), k = read(k_row, pack * kWidth);
-      write_v(pack * kWidth, read(v_row, pack * kWidth));
-      sum.x += sum_of_squares(q.value);
-      sum.y += sum_of_squares(k.value);
-    }
-    sum = cta_sum(sum, warp_sums);
-    const float q_scale = scale_of(sum.x), k_scale = scale_of(sum.y);
-    for (int pack = threadIdx.x; pack < packs; pack += blockDim.x) {
-      const int channel = pack * kWidth;
-      write_q_and_k(channel, read(q_row, channel), read(k_row, channel), read_factors(channel), q_scale, k_scale);
-    }
+// blockDim.x lanes make a token, blockDim.y tokens a CTA; a lane has kPacks packs of each row, every blockDim.x-th.
+template <typename T, typename C, int kWidth, int kPacks>
+__global__ void __launch_bounds__(kMostWarps* kWarpSize) kv_update_held_kernel(const KvUpdateParams p) {
+  using P = Pack<T, kWidth, true>;
+  __shared__ float2 warp_sums[kCtaThreads / kWarpSize + kMostWarps];
+  const int index = static_cast<int>(blockIdx.x * blockDim.y + threadIdx.y), tokens = static_cast<int>(p.tokens());
+  const Token<T, C, kWidth, true> token(p, static_cast<int>(blockIdx.y), index < tokens ? index : tokens - 1);
+  const int channels = index < tokens ? static_cast<int>(p.channels()) : 0;  // a token too many has none
+  const int lane_channel = static_cast<int>(threadIdx.x) * kWidth, stride = static_cast<int>(blockDim.x) * kWidth;
+
+  P q[kPacks], k[kPacks], v[kPacks];
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+    const int channel = lane_channel + i * stride;
+    const bool inside = channel < channels;
+    q[i] = inside ? token.read(token.q_row, channel) : P{};
+    k[i] = inside ? token.read(token.k_row, channel) : P{};
+    v[i] = inside ? token.read(token.v_row, channel) : P{};
+  }
+  float2 turn[kWidth / 2];
+  token.read_rotation(lane_channel, turn);
+  token.check_slot();
+  float2 sums = make_float2(0.f, 0.f);
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+    const int channel = lane_channel + i * stride;
+    if (channel < channels) token.write_v(channel, v[i]);
+    sums.x += sum_of_squares(q[i].value);
+    sums.y += sum_of_squares(k[i].value);
+  }
+  sums = row_sum(sums, warp_sums);
+  const float2 scales = token.scales_of(sums);
+  const bool turns_alike = stride % token.head_dim == 0;  // all packs of a lane are at the same place of their heads
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+    const int channel = lane_channel + i * stride;
+    if (channel >= channels) break;
+    if (i > 0 && !turns_alike) token.read_rotation(channel, turn);
+    token.write_q_and_k(channel, q[i], k[i], turn, scales);
+  }
+}
+
+// One CTA a token, whose rows are read twice.
+template <typename T, typename C, int kWidth, bool kVector>
+__global__ void __launch_bounds__(kRereadThreads) kv_update_reread_kernel(const KvUpdateParams p) {
+  using P = Pack<T, kWidth, kVector>;
+  __shared__ float2 warp_sums[kRereadThreads / kWarpSize];
+  const Token<T, C, kWidth, kVector> token(p, static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x));
+  const int channels = static_cast<int>(p.channels()), stride = static_cast<int>(blockDim.x) * kWidth;
+  const int lane_channel = static_cast<int>(threadIdx.x) * kWidth;
+  token.check_slot();
+  float2 sums = make_float2(0.f, 0.f);
+  for (int channel = lane_channel; channel < channels; channel += stride) {
+    const P q = token.read(token.q_row, channel), k = token.read(token.k_row, channel);
+    token.write_v(channel, token.read(token.v_row, channel));
+    sums.x += sum_of_squares(q.value);
+    sums.y += sum_of_squares(k.value);
+  }
+  const float2 scales = token.scales_of(row_sum(sums, warp_sums));
+  for (int channel = lane_channel; channel < channels; channel += stride) {
+    float2 turn[kWidth / 2];
+    token.read_rotation(channel, turn);
+    token.write_q_and_k(channel, token.read(token.q_row, channel), token.read(token.k_row, channel), turn, scales);
   }
 }
 
@@ -224,23 +259,27 @@ bool vectors_fit(const KvUpdateParams& p) {
   return fits;
 }
 
-template <typename T, typename C, int kWidth, bool kVector, bool kHold>
-void launch(const KvUpdateParams& p, cudaStream_t stream) {
-  const int64_t full = ceil_div<int64_t>(p.channels() / kWidth, kWarpSize) * kWarpSize;
-  const int64_t threads = kHold || full < kRereadThreads ? full : kRereadThreads;
-  const dim3 grid(static_cast<unsigned>(p.tokens()), static_cast<unsigned>(p.batch));
-  kv_update_kernel<T, C, kWidth, kVector, kHold><<<grid, static_cast<unsigned>(threads), 0, stream>>>(p);
-}
-
 template <typename T, typename C>
 void launch_for(const KvUpdateParams& p, cudaStream_t stream) {
-  constexpr int kWidth = 16 / sizeof(T);
+  constexpr int kWidth = 16 / sizeof(T), kLaneChannels = kWarpSize * kWidth;
+  const auto tokens = static_cast<unsigned>(p.tokens()), batch = static_cast<unsigned>(p.batch);
+  const auto warps = static_cast<int>(ceil_div<int64_t>(p.channels(), kMostPacks * kLaneChannels));
   if (!vectors_fit(p)) {
-    launch<T, C, 2, false, false>(p, stream);
-  } else if (p.channels() <= kWidth * (std::is_same_v<T, C> ? kMaxThreads : kMaxCodeThreads)) {
-    launch<T, C, kWidth, true, true>(p, stream);
+    kv_update_reread_kernel<T, C, 2, false><<<dim3(tokens, batch), kRereadThreads, 0, stream>>>(p);
+  } else if (warps > kMostWarps) {
+    kv_update_reread_kernel<T, C, kWidth, true><<<dim3(tokens, batch), kRereadThreads, 0, stream>>>(p);
   } else {
-    launch<T, C, kWidth, true, false>(p, stream);
+    const dim3 block(warps * kWarpSize, std::max(1, kCtaThreads / (warps * kWarpSize)));
+    const dim3 grid(ceil_div(tokens, block.y), batch);
+    const auto packs = static_cast<int>(ceil_div<int64_t>(p.channels(), warps * kLaneChannels));
+    const auto launch = [&](auto kernel) { kernel<<<grid, block, 0, stream>>>(p); };
+    if (packs == 1) {
+      launch(kv_update_held_kernel<T, C, kWidth, 1>);
+    } else if (packs == 2) {
+      launch(kv_update_held_kernel<T, C, kWidth, 2>);
+    } else {
+      launch(kv_update_held_kernel<T, C, kWidth, kMostPacks>);
+    }
   }
 }
 

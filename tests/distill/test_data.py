@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from cfpp_rt.camera import INTRINSICS, parse_trajectory
 from cfpp_rt.cli import main
 from cfpp_rt.distill.causal_cd import Guidance, timestep_table
 from cfpp_rt.distill.causal_ode import solve
@@ -264,3 +265,26 @@ def test_trajectories_are_the_solutions_of_the_teachers_ode(folder, tmp_path):
     condition = Condition(row["embeds"][None])
     wanted = solve(teacher, clip(6)[None].float(), torch.from_numpy(noise), condition, timesteps, guidance, (0, 2))
     assert torch.equal(row["trajectory"], wanted[0].half()) and row["trajectory"].shape == (3, *CLIP)
+    options = {"guidance": guidance, "kept": (0, 2), "seed": 7, "batch": 4, "most": 7}
+    assert make.solve_trajectories(teacher, ShardFolder(folder), tmp_path / "some", timesteps, **options) == 7
+    some = ShardFolder(tmp_path / "some")
+    for number in range(7):  # products of another shape round otherwise, and float16 rounds once more
+        for name, tensor in shards.row(number).items():
+            torch.testing.assert_close(some.row(number)[name], tensor, rtol=0, atol=4e-3 if name == "trajectory" else 0)
+
+
+def test_cameras_are_stored_and_reach_a_batch(tmp_path):
+    views = {number: parse_trajectory("w*1,j*1" if number else "l*2") for number in range(2)}
+    lens = torch.diag(torch.tensor([0.5, 0.9, 1.0])).expand(3, 3, 3)
+    columns = {"latents": Column("float16", CLIP), "views": Column("float32", (3, 4, 4))}
+    for name, more in (("lens", {"intrinsics": lens}), ("no-lens", {})):
+        kinds = {**columns, **{key: Column.of(value) for key, value in more.items()}}
+        with ShardWriter(tmp_path / name, kinds) as writer:
+            for number in range(2):
+                writer.add({"latents": clip(number), "views": views[number], **more})
+        batch = open_feed(batch=2, folder=str(tmp_path / name), frames=2)(0)
+        order = [0 if torch.equal(row, clip(0)[:2].float()) else 1 for row in batch.latents]
+        wanted = torch.stack([views[number][:2] for number in order])
+        torch.testing.assert_close(batch.condition.cameras.views, wanted, rtol=0, atol=1e-6)
+        focal = torch.tensor([0.5, 0.9] if more else INTRINSICS["training"], dtype=torch.float64)
+        torch.testing.assert_close(batch.condition.cameras.focal, focal.expand(2, 2, 2), rtol=0, atol=1e-6)

@@ -25,11 +25,12 @@ def test_teacher_forcing_frame_by_frame(block, window):
 
 @pytest.mark.parametrize("kind", ["causal", "teacher_forcing"])
 @pytest.mark.parametrize(("block", "window"), [(1, None), (1, 3), (3, None), (3, 4)])
-def test_attention_equals_a_dense_mask(kind, block, window):
+@pytest.mark.parametrize("way", [{}, {"dense": True}], ids=["gathered", "dense"])
+def test_attention_equals_a_dense_mask(kind, block, window, way):
     visible, tokens = getattr(masks, kind)(6, block, window), 5
     q, k, v = (torch.randn(2, 3, len(visible) * tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     dense = visible.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
-    ours = masks.attention(visible, tokens, q.device)(q, k, v)
+    ours = masks.attention(visible, tokens, q.device, **way)(q, k, v)
     plain = F.scaled_dot_product_attention(q, k, v, attn_mask=dense)
     torch.testing.assert_close(ours, plain)
     weight = torch.randn_like(plain)

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from cfpp_rt.distill.settings import Settings, StageSettings
 from cfpp_rt.distill.train import Trainer
 from cfpp_rt.errors import CheckpointError, InputError, NonFiniteError
 from cfpp_rt.model.weights import load_model
+from cfpp_rt.world.feed import record
 from cfpp_rt.world.student import load_student
 
 CONFIG = """
@@ -115,6 +117,22 @@ def test_every_stage_runs_from_the_one_before_it(config, tmp_path):
         assert f"stage {stage}" in out
     before, after = (load_model(path, dtype=torch.float32).state_dict() for path in (student[2], student[3]))
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_samples_of_the_world_are_videos_of_its_arenas(config, tmp_path):
+    av = pytest.importorskip("av")
+    with_samples = (
+        CONFIG.replace("steps: 20,", "steps: 2, sample_every: 2,") + "samples: {initial_frames: 1, fps: 10}\n"
+    )
+    config.write_text(with_samples)
+    code, _, err = finish(command(config, "ar", tmp_path / "out"))
+    assert code == 0, err
+    with av.open(str(tmp_path / "out" / "samples" / "step-0000002.mp4")) as video:
+        pictures = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+    assert len(pictures) == 3 and pictures[0].shape == (48, 2 * 48, 3)  # the batch's two clips side by side
+    given, _, _ = record(1, 0, 2, 3)
+    shown = np.concatenate([given[0, 0], given[1, 0]], axis=1)
+    assert np.abs(pictures[0].astype(float) - shown).mean() < 12  # of 255: the video codec's and the patch codec's loss
 
 
 def test_a_termination_signal_saves_and_leaves(config, tmp_path):

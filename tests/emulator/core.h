@@ -8,7 +8,7 @@
 //   meet(group, name, &mine, work)      blocks until the whole warp or warpgroup called it under the same name; the
 //   last
 //                                       one runs work(T** all), all[rank] being what each passed; may write into them
-//   barrier_sync / barrier_arrive       bar.sync and bar.arrive with an id and a count of threads
+//   barrier_sync(id, count)             bar.sync with an id and a count of threads
 //   wait_until(name, predicate)         yields until predicate() holds; cta().progress() whenever one may have changed
 //   post(work)                          an asynchronous engine: runs work() at a random later moment, in any order
 //   shared_address(pointer)             32-bit shared address; shared_pointer(address, bytes, align) checks and inverts
@@ -195,8 +195,6 @@ inline void barrier_sync(int id, int count) {
   if (barrier_arrives_last(id, count)) return yield();
   sleep_in(cta().barriers[id].sleepers, names[id]);
 }
-
-inline void barrier_arrive(int id, int count) { barrier_arrives_last(id, count); }
 
 // ---- shared memory ----
 

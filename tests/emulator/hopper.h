@@ -161,10 +161,6 @@ template <int kId, int kThreads>
 void named_barrier_sync() {
   emulator::barrier_sync(kId, kThreads);
 }
-template <int kId, int kThreads>
-void named_barrier_arrive() {
-  emulator::barrier_arrive(kId, kThreads);
-}
 
 // The register file: 64 Ki registers, of which a launch gives every thread the same multiple of 8.
 inline void set_registers(int wanted, bool more) {

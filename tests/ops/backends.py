@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +10,6 @@ import torch
 from torch import Tensor
 
 from tests.closeness import assert_no_worse_than
-
-# Without a GPU Triton's interpreter runs the kernels, on CPU tensors. It must be chosen before they are defined.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 COMPILED = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -28,10 +23,10 @@ INTERPRETER = pytest.param(
 BACKENDS = [*COMPILED, INTERPRETER]
 
 
-def implementation(op: str, backend: str) -> Callable[..., Any]:
-    """The public function, or what it launches on CUDA; "reference" is plain PyTorch."""
+def implementation(op: str, backend: str, function: str | None = None) -> Callable[..., Any]:
+    """The public function, or what it launches on CUDA; "reference" is plain PyTorch. function: another of the room."""
     rooms = {"reference": f"cfpp_rt.reference.{op}", "interpreter": f"cfpp_rt.ops.{op}_triton"}
-    return getattr(importlib.import_module(rooms.get(backend, f"cfpp_rt.ops.{op}")), op)
+    return getattr(importlib.import_module(rooms.get(backend, f"cfpp_rt.ops.{op}")), function or op)
 
 
 def device_of(backend: str) -> str:

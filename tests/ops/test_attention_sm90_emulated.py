@@ -86,8 +86,8 @@ HAZARDS = {
     ),
     "V is overwritten when both have used it": ("barrier_wait(shared.v_empty[v.stage], v.parity ^ 1);", ""),
     "wgmma has read the probabilities": (
-        "      finish_out(out, probabilities);\n#",
-        "      pack(logits, probabilities);\n      finish_out(out, probabilities);\n#",
+        "      finish_out(out, probabilities);\n      if",
+        "      pack(logits, probabilities);\n      finish_out(out, probabilities);\n      if",
     ),
     "Q stays until the last logits": ("release_k(i == keys.tiles - 1)", "release_k(i == 1)"),
     "both roles skip an empty piece": ("tile <= keys.tiles && keys.tiles > 0", "tile <= keys.tiles"),
@@ -124,6 +124,24 @@ def test_the_emulator_sees_the_hazard(emulated, line: str, instead: str, tmp_pat
 
     # Seven tiles of keys: whole, one item after the other, and in eight pieces.
     assert any(is_seen(plan) for plan in ({"ctas": 1}, {"ctas": 3, "splits": 8}))
+
+
+def growing(head_dim: int) -> list[Tensor]:
+    """Arguments whose logits grow from one tile of keys to the next, first by little, then by much."""
+    arguments = Case(queries=70, ranges=one((0, 900))).arguments(torch.bfloat16, head_dim)
+    arguments[1] *= torch.linspace(0.3, 4, arguments[1].shape[2])[:, None] ** 2
+    return arguments
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_maximum_that_lags_behind(emulated, head_dim: int, tmp_path: Path):
+    arguments, scale = growing(head_dim), head_dim**-0.5
+    oracle = reference(*(t.double() for t in arguments[:3]), arguments[3], scale)
+    plain = reference(*arguments, scale)
+    assert_no_worse_than(run(emulated, arguments, "sm_90", ctas=1, seed=1), plain, oracle)
+    stale = with_change(emulated, tmp_path, "      if (grew) {", "      if (false) {")
+    with pytest.raises(AssertionError):
+        assert_no_worse_than(run(stale, arguments, "sm_90", ctas=1, seed=1), plain, oracle)
 
 
 def test_a_deadlock_names_role_barrier_and_phase(emulated, tmp_path: Path):

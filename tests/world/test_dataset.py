@@ -15,9 +15,10 @@ CONFIG = Path(__file__).parents[2] / "configs" / "world.yaml"
 
 
 def test_stored_clips_equal_those_made_while_training(tmp_path):
-    write(CONFIG, 8, tmp_path / "clips")
     data = {key: value for key, value in Settings.read(CONFIG).data.items() if key != "source"}
-    made = [open_feed(batch=4, **data)(position) for position in range(2)]
+    feed = open_feed(batch=4, **data)
+    write(CONFIG, 8, tmp_path / "clips", jobs=2, codec=feed.codec)
+    made = [feed(position) for position in range(2)]
     stored = open_shards(batch=8, folder=str(tmp_path / "clips"))(0)  # shuffled
     for name in ("latents", "weights"):
         wanted = torch.cat([getattr(batch, name) for batch in made])

@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ode.add_argument("--config", required=True, metavar="YAML", help="with a stage ode, whose guidance is used")
     ode.add_argument("--teacher", required=True, metavar="FILE", type=Path)
     ode.add_argument("--seed", type=int, default=0, help="of the noise")
+    ode.add_argument("--batch", type=int, default=1, help="clips that are solved together (default: 1)")
+    ode.add_argument("--clips", type=int, metavar="N", help="the first N only (default: all)")
     check = kinds.add_parser("check", help="read a folder whole and name the files that have changed")
     check.add_argument("source", metavar="DIR")
     for kind in (lmdb, prompts, negative, ode):
@@ -86,14 +88,20 @@ def _trajectories(arguments: argparse.Namespace) -> None:
     from cfpp_rt.distill.assemble import guidance_of, load_frozen
     from cfpp_rt.distill.causal_cd import timestep_table
     from cfpp_rt.distill.forward import Denoiser
+    from cfpp_rt.distill.processes import joined
     from cfpp_rt.distill.settings import Settings
 
     settings = Settings.read(arguments.config)
     if "ode" not in settings.stages:
         raise InputError(f"{arguments.config}: stages must have ode, got {', '.join(settings.stages)}")
     own = settings.stages["ode"]
-    teacher = Denoiser(load_frozen(settings, arguments.teacher), settings.layout)
-    with make.progress_bar("trajectories") as progress:
+    for name in ("batch", "clips"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise InputError(f"--{name} must be >= 1, got {value}")
+    with joined(settings.device) as device, make.progress_bar("trajectories") as progress:
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # as in training
+        teacher = Denoiser(load_frozen(settings, arguments.teacher, device), settings.layout)
         rows = make.solve_trajectories(
             teacher,
             ShardFolder(arguments.source),
@@ -101,6 +109,8 @@ def _trajectories(arguments: argparse.Namespace) -> None:
             timestep_table(own.table, settings.rollout.shift),
             guidance=guidance_of(settings, own),
             seed=arguments.seed,
+            batch=arguments.batch,
+            most=arguments.clips,
             resume=arguments.resume,
             progress=progress,
         )

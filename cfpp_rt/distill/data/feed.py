@@ -1,7 +1,7 @@
 """Batches from a folder of shards: what `data.source: cfpp_rt.distill.data.feed:open_feed` names."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cfpp_rt.camera import INTRINSICS, Cameras
 from cfpp_rt.distill.batch import Batch
 from cfpp_rt.distill.data.shards import ShardFolder
 from cfpp_rt.distill.forward import Condition
@@ -16,7 +17,10 @@ from cfpp_rt.errors import InputError
 
 # What a folder's columns are called, and the dtype in which training wants them.
 CLIPS = {"latents": torch.float32, "trajectory": torch.float32, "weights": torch.float32}
-CONDITIONS = {"embeds": torch.float32, "actions": torch.int64}
+CONDITIONS = {
+    **{"embeds": torch.float32, "actions": torch.int64},
+    **{"views": torch.float32, "intrinsics": torch.float32},  # [F, 4, 4] and [F, 3, 3], as `Cameras.of`
+}
 COLUMNS = {**CLIPS, **CONDITIONS}
 
 
@@ -39,11 +43,7 @@ class ShardFeed:
         rows = [self.folder.row(self._row(first + i)) for i in range(self.batch)]
         columns = {name: torch.stack([row[name] for row in rows]) for name in self.folder.columns}
         found = {name: self._cut(name, columns[name].to(COLUMNS[name])) for name in columns}
-        embeds = found.get("embeds")
-        if embeds is None:
-            embeds = torch.zeros(self.batch, 0, 1)
-        condition = Condition(embeds, found.get("actions"))
-        return Batch(condition, *(found.get(name) for name in CLIPS))
+        return Batch(condition_of(found, self.batch), *(found.get(name) for name in CLIPS))
 
     def _row(self, place: int) -> int:
         epoch, inside = divmod(place, len(self.folder))
@@ -59,6 +59,13 @@ class ShardFeed:
         if rows.shape[axis] < self.frames:
             raise InputError(f"data.frames must be <= {rows.shape[axis]}, the frames of {name}, got {self.frames}")
         return rows.narrow(axis, 0, self.frames)
+
+
+def condition_of(columns: Mapping[str, Tensor], batch: int) -> Condition:
+    """What stacked columns of `batch` rows say about conditions; without `intrinsics` the published lens is taken."""
+    embeds, views = columns.get("embeds"), columns.get("views")
+    cameras = None if views is None else Cameras.of(views, columns.get("intrinsics", INTRINSICS["training"]))
+    return Condition(torch.zeros(batch, 0, 1) if embeds is None else embeds, columns.get("actions"), cameras)
 
 
 def open_feed(*, batch: int, folder: str, seed: int = 0, frames: int | None = None) -> Callable[[int], Batch]:

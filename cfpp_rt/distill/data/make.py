@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cfpp_rt.distill.causal_cd import Guidance
 from cfpp_rt.distill.causal_ode import KEPT, solve
+from cfpp_rt.distill.data.feed import condition_of
 from cfpp_rt.distill.data.shards import Column, ShardFolder, ShardWriter
-from cfpp_rt.distill.forward import Condition, Denoiser
+from cfpp_rt.distill.forward import Denoiser
 from cfpp_rt.errors import CheckpointError, InputError, MissingExtraError
 
 Encode = Callable[[Sequence[str]], Tensor]  # prompts to embeddings [B, text_len, text_dim]
@@ -139,6 +141,8 @@ def solve_trajectories(
     guidance: Guidance | None = None,
     kept: Sequence[int] = KEPT,
     seed: int = 0,
+    batch: int = 1,
+    most: int | None = None,
     rows_per_shard: int = 16,
     resume: bool = False,
     progress: Callable[[int, int], object] = lambda done, total: None,
@@ -146,28 +150,32 @@ def solve_trajectories(
     """Write the clips of a folder together with their ODE trajectories, what stage ode needs; returns the rows.
 
     teacher: of stage ar. timesteps: float32, as `causal_ode.solve`. seed: the noise of row i is that of (seed, i).
-    Trajectories are kept in float16, as published.
+    batch: rows that are solved together. most: the first rows only. Trajectories are kept in float16, as published.
     """
     if "latents" not in source.columns:
         raise InputError(f"{source.folder}: must have latents, got {', '.join(source.columns)}")
     clip = source.columns["latents"].shape
     columns = {**source.columns, "trajectory": Column("float16", (len(kept) + 1, *clip))}
     device = teacher.network.device
+    total = len(source) if most is None else min(most, len(source))
     with ShardWriter(folder, columns, rows_per_shard=rows_per_shard, resume=resume) as writer:
-        for number in range(writer.written, len(source)):
-            row = source.row(number)
-            clean = row["latents"][None].float().to(device)
-            draws = np.random.Generator(np.random.Philox(key=[seed, number]))
-            noise = torch.from_numpy(draws.standard_normal((1, *clip), dtype=np.float32)).to(device)
-            embeds, actions = row.get("embeds"), row.get("actions")
-            condition = Condition(
-                torch.zeros(1, 0, 1) if embeds is None else embeds[None].to(device),
-                None if actions is None else actions[None].to(device),
-            )
-            found = solve(teacher, clean, noise, condition, timesteps, guidance, kept)
-            writer.add({**row, "trajectory": found[0]}, source.text(number))
-            progress(number + 1, len(source))
-    return len(source)
+        for begin in range(writer.written, total, batch):
+            numbers = range(begin, min(begin + batch, total))
+            rows = [source.row(number) for number in numbers]
+            noise = np.stack([_row_noise(seed, number, clip) for number in numbers])
+            whole = {name: torch.stack([row[name] for row in rows]) for name in source.columns}
+            condition = condition_of(whole, len(rows)).to(device)
+            clean, start = whole["latents"].float().to(device), torch.from_numpy(noise).to(device)
+            found = solve(teacher, clean, start, condition, timesteps, guidance, kept)
+            for number, row, states in zip(numbers, rows, found.cpu(), strict=True):
+                writer.add({**row, "trajectory": states}, source.text(number))
+            progress(numbers[-1] + 1, total)
+    return total
+
+
+def _row_noise(seed: int, number: int, clip: tuple[int, ...]) -> NDArray[np.float32]:
+    draws = np.random.Generator(np.random.Philox(key=[seed, number]))
+    return draws.standard_normal(clip, dtype=np.float32)
 
 
 def read_prompts(path: str | Path) -> list[str]:

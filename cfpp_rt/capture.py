@@ -1,0 +1,69 @@
+"""Capture of a fixed piece of work as a CUDA graph."""
+
+from collections.abc import Callable
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+Work = Callable[[], Tensor]
+# Takes work over buffers that never move, and gives back what runs it again: its result lies in the same memory every
+# time, and is overwritten by the next run.
+Capture = Callable[[Work], Work]
+
+_WARM_UPS = 2  # the first run compiles, loads and allocates what must not be done during capture
+
+
+class CudaCapture:
+    """Captures on a stream of its own, all in one memory pool: what was captured never runs at the same time."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Work) -> Work:
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            try:
+                for _ in range(_WARM_UPS):
+                    run()
+                # Other threads may go on with what capture forbids, such as allocating.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                result = run()
+                graph.capture_end()
+            except BaseException:
+                self._give_up(graph)
+                raise
+        current.wait_stream(self._stream)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that failed. Where CUDA has made it invalid, torch ends it but goes on as if it had not: its
+        allocator in the pool, which is told here, its random numbers until another capture ends well.
+        """
+        with suppress(RuntimeError):
+            graph.capture_end()
+        self._stream.synchronize()  # what warming up still reads and writes is about to be freed
+        index = torch.cuda.current_device()
+        with suppress(RuntimeError):  # the allocator has left the pool already
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+            torch._C._cuda_releasePool(index, self._pool)
+        zero, another = torch.zeros(1, device=self._device), torch.cuda.CUDAGraph()
+        another.capture_begin(capture_error_mode="thread_local")
+        zero.zero_()
+        another.capture_end()
+
+
+def first_error(error: BaseException) -> BaseException:
+    """The error that came first: ending a capture that has failed fails as well."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error

@@ -1,0 +1,62 @@
+"""Muon with matrices of one shape orthogonalised together, so that a small network's step is not mostly launches."""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Muon
+
+
+class StackedMuon(Muon):
+    """`torch.optim.Muon` with the same state, its results within rounding; sharded matrices are left to torch's."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if any(hasattr(p, "full_tensor") for group in self.param_groups for p in group["params"]):
+            super().step()
+            return loss
+        for group in self.param_groups:
+            self._step(group)
+        return loss
+
+    def _step(self, group: dict[str, Any]) -> None:
+        momentum, lr = group["momentum"], group["lr"]
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return
+        gradients = [p.grad for p in parameters]
+        for p in parameters:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        updates = torch._foreach_lerp(gradients, buffers, momentum) if group["nesterov"] else buffers
+        if group["weight_decay"]:
+            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+        alike: dict[torch.Size, list[int]] = defaultdict(list)
+        for index, parameter in enumerate(parameters):
+            alike[parameter.shape].append(index)
+        for (rows, columns), places in alike.items():
+            made = orthogonalised(
+                torch.stack([updates[i] for i in places]), group["ns_coefficients"], group["ns_steps"], group["eps"]
+            ).to(parameters[0].dtype)
+            scale = lr * max(1.0, rows / columns) ** 0.5
+            torch._foreach_add_([parameters[i] for i in places], list(made.unbind()), alpha=-scale)
+
+
+def orthogonalised(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float = 1e-7) -> Tensor:
+    """Newton-Schulz iteration of each matrix [n, rows, columns], in bfloat16 as published (Jordan et al. 2024)."""
+    a, b, c = coefficients
+    x = matrices.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
