@@ -4,7 +4,8 @@ Exports a student of random weights (the default: Wan2.1-1.3B, 480x832, 21 frame
 every graph for one architecture, each in a process of its own: seconds, largest resident memory, size. The network of
 every graph is proven to be what its contract says before it is built. The engines are not kept.
 
-    python -m cfpp_rt.bench.bench_engine_build [--target sm89] [--dtype bfloat16] [--model wan-1.3b] [--json PATH]
+    python -m cfpp_rt.bench.bench_engine_build [--target sm89] [--dtype bfloat16] [--linear-dtype float8_e4m3]
+        [--model wan-1.3b] [--json PATH]
 """
 
 import argparse
@@ -16,6 +17,7 @@ import torch
 
 from cfpp_rt.bench import harness
 from cfpp_rt.config import MODELS, student
+from cfpp_rt.export.bundle import LINEAR_DTYPES
 from cfpp_rt.export.to_onnx import export_onnx
 from cfpp_rt.export.trt.build import build_engine
 from cfpp_rt.export.trt.compile import Job
@@ -32,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="sm89", help="architecture")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--linear-dtype", choices=LINEAR_DTYPES, help="linear layers of the blocks in 8 bits")
     parser.add_argument("--model", choices=SIZES, default="wan-1.3b")
     parser.add_argument("--graphs", nargs="+", help="names of the graphs to build (default: all)")
     parser.add_argument("--folder", help="where the graphs and engines lie while this runs (default: the system's)")
@@ -47,7 +50,8 @@ def main() -> None:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         begin = time.perf_counter()
         graphs = Path(folder, "graphs")
-        card = export_onnx(model, student("framewise-2step"), graphs, latent_size=latent_size, frames=FRAMES)
+        options = {"latent_size": latent_size, "frames": FRAMES, "linear_dtype": arguments.linear_dtype}
+        card = export_onnx(model, student("framewise-2step"), graphs, **options)
         export_s = time.perf_counter() - begin
         del model  # the builder needs the memory
         print(
@@ -65,6 +69,7 @@ def main() -> None:
                 "latent_size": list(latent_size),
                 "frames": FRAMES,
                 "dtype": arguments.dtype,
+                "linear_dtype": arguments.linear_dtype,
                 "graph": name,
                 "target": arguments.target,
                 "library": f"{built.library} {built.version}",
@@ -75,6 +80,7 @@ def main() -> None:
                 "engine_mib": built.bytes / 2**20,
                 "activation_mib": built.activation_mib,
                 "network_layers": built.network["layers"],
+                "float8_linears": built.network["float8_linears"],
                 "self_attentions": len(built.network["sites"]),
                 "cross_attentions": built.network["cross_attentions"],
             }

@@ -27,6 +27,8 @@ from cfpp_rt.video import DEFAULT_FPS, FrameWriter, open_writer, read_image, rea
 from cfpp_rt.world import film
 from cfpp_rt.world.simulator import ACTIONS
 
+DEFAULT_STUDENT = "framewise-2step"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -41,9 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_argument_group("weights")
     source.add_argument("--checkpoint", metavar="PATH", help="student: .pt, .safetensors, or a directory")
     source.add_argument("--base", metavar="DIR", help="Wan2.1 directory: text encoder, tokenizer and VAE")
-    source.add_argument(
-        "--student", default="framewise-2step", help=f"{', '.join(STUDENTS)}, {film.NAME} (default: %(default)s)"
-    )
+    source.add_argument("--student", help=f"{', '.join(STUDENTS)}, {film.NAME} (default: {DEFAULT_STUDENT})")
     source.add_argument("--key", help="entry of a .pt container (default: generator_ema, else generator)")
     source.add_argument("--config", metavar="JSON", help="model sizes, where the checkpoint does not tell them")
     source.add_argument(
@@ -112,6 +112,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.engine is not None:
         _engine_film(arguments)
         return
+    arguments.student = arguments.student or DEFAULT_STUDENT
     if arguments.student == film.NAME:
         _film(arguments)
         return

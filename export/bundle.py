@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cfpp_rt.config import ModelConfig, RolloutConfig
@@ -22,8 +22,9 @@ from cfpp_rt.errors import InputError
 from cfpp_rt.export.contract import GraphSpec, Sizes, network_graphs
 from cfpp_rt.ring import FrameRing
 
-FORMAT, FORMAT_VERSION = "cfpp-rt ONNX bundle", 1
+FORMAT, FORMAT_VERSION = "cfpp-rt ONNX bundle", 2
 CARD, WEIGHTS = "card.json", "weights.bin"
+LINEAR_DTYPES = ("float8_e4m3",)  # what linear layers may compute in besides the dtype of all
 _SPACE_MARGIN = 64 << 20
 
 
@@ -41,8 +42,9 @@ class Card:
 
     sizes: all shapes. rollout: settings of the student; frames: latent frames that fit without a window, None with one.
     timesteps: every timestep that the rollout uses. steps, first_steps: of a block, of the first generated block.
-    context, given: index of the timestep of the clean pass, and of the one of given frames. codec: graphs that decode,
-    by name, and `temporal_factor`; None without. about: student, checkpoint, versions: for people.
+    context, given: index of the timestep of the clean pass, and of the one of given frames. linear_dtype: what the
+    linear layers of the blocks multiply, one of `LINEAR_DTYPES`; None = as all. codec: graphs that decode, by name, and
+    `temporal_factor`; None without. about: student, checkpoint, versions: for people.
     """
 
     sizes: Sizes
@@ -53,6 +55,7 @@ class Card:
     first_steps: tuple[Step, ...]
     context: int
     given: int
+    linear_dtype: str | None
     codec: dict[str, GraphSpec] | None
     temporal_factor: int
     about: dict[str, Any]
@@ -78,14 +81,21 @@ class Card:
             rollout=RolloutConfig(**values["rollout"]),
             frames=values["frames"],
             timesteps=tuple(float(t) for t in values["timesteps"]),
-            steps=tuple(Step(**step) for step in values["steps"]),
-            first_steps=tuple(Step(**step) for step in values["first_steps"]),
+            steps=tuple(Step(int(step["timestep"]), float(step["sigma"])) for step in values["steps"]),
+            first_steps=tuple(Step(int(step["timestep"]), float(step["sigma"])) for step in values["first_steps"]),
             context=int(values["context"]),
             given=int(values["given"]),
+            linear_dtype=values["linear_dtype"],
             codec=None if codec is None else {name: GraphSpec.from_dict(graph) for name, graph in codec.items()},
             temporal_factor=int(values["temporal_factor"]),
             about=dict(values["about"]),
         )
+        if not all(0 <= step.sigma <= 1 for step in (*card.steps, *card.first_steps)):  # False for NaN
+            raise InputError("sigma of a step must be in 0..1")
+        if card.temporal_factor < 1:
+            raise InputError(f"temporal_factor must be >= 1, got {card.temporal_factor}")
+        if card.linear_dtype not in (None, *LINEAR_DTYPES):
+            raise InputError(f"linear_dtype must be None or {', '.join(LINEAR_DTYPES)}, got {card.linear_dtype!r}")
         known = range(len(card.timesteps))
         used = {card.context, card.given, *(step.timestep for step in (*card.steps, *card.first_steps))}
         if card.sizes.timesteps != len(known) or not used <= set(known) or not card.steps or not card.first_steps:
@@ -112,6 +122,20 @@ def open_bundle(folder: str | Path) -> Bundle:
     or changed.
     """
     folder = Path(folder)
+    values = read_card(folder, FORMAT, FORMAT_VERSION)
+    with fits_together(folder):
+        card, files = Card.from_dict(values), dict(values["files"])
+        missing = {WEIGHTS, *(f"{name}.onnx" for name in card.graphs)} - set(files)
+        if missing:
+            raise InputError(f"files must list {', '.join(sorted(missing))}")
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    for name, (size, sha256) in expected.items():
+        require_file(folder, name, size, sha256)
+    return Bundle(folder, card)
+
+
+def read_card(folder: Path, wanted: str, version: int) -> dict[str, Any]:
+    """card.json of a bundle whose format is `wanted` in that version; InputError, one line, for anything else."""
     path = folder / CARD
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -119,22 +143,23 @@ def open_bundle(folder: str | Path) -> Bundle:
         raise InputError(f"{folder}: no bundle, it has no {CARD}") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: truncated or no card ({error})") from error
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise InputError(f"{path}: must be the card of a {FORMAT!r}, got another file")
-    if values.get("format_version") != FORMAT_VERSION:
-        raise InputError(f"{path}: format_version must be {FORMAT_VERSION}, got {values.get('format_version')!r}")
+    found = values.get("format") if isinstance(values, dict) else None
+    if found != wanted:
+        raise InputError(f"{path}: must be the card of a {wanted!r}, got {repr(found) if found else 'another file'}")
+    if values.get("format_version") != version:
+        found = values.get("format_version")
+        raise InputError(f"{path}: format_version must be {version}, got {found!r}: export again with this cfpp-rt")
+    return values
+
+
+@contextlib.contextmanager
+def fits_together(folder: Path) -> Iterator[None]:
+    """Whatever reading a card's values raises becomes one line that names the card."""
     try:
-        card, files = Card.from_dict(values), dict(values["files"])
-        missing = {WEIGHTS, *(f"{name}.onnx" for name in card.graphs)} - set(files)
-        if missing:
-            raise InputError(f"files must list {', '.join(sorted(missing))}")
-        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+        yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # InputError is a ValueError
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"{path}: the card does not fit together: {what}") from error
-    for name, (size, sha256) in expected.items():
-        _require_file(folder, name, size, sha256)
-    return Bundle(folder, card)
+        raise InputError(f"{folder / CARD}: the card does not fit together: {what}") from error
 
 
 def write_card(folder: Path, card: Card) -> None:
@@ -161,7 +186,8 @@ def new_folder(target: str | Path, needed_bytes: int) -> Iterator[Path]:
     try:
         free = shutil.disk_usage(temporary).free
         if free < needed_bytes + _SPACE_MARGIN:
-            raise InputError(f"{target}: needs {needed_bytes >> 20} MiB, the disk has {free >> 20} MiB free")
+            needed = needed_bytes + _SPACE_MARGIN >> 20
+            raise InputError(f"{target}: needs {needed} MiB, a margin included, the disk has {free >> 20} MiB free")
         yield temporary
         os.rename(temporary, target)
     except OSError as error:
@@ -180,8 +206,9 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _require_file(folder: Path, name: str, size: int, sha256: str) -> None:
-    if Path(name).name != name:
+def require_file(folder: Path, name: str, size: int, sha256: str) -> Path:
+    """The path of a bundle's file, which must lie in the folder and be what the card says, byte for byte."""
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise InputError(f"{folder / CARD}: a file must lie in the bundle, got {name!r}")
     path = folder / name
     if not path.is_file():
@@ -190,6 +217,7 @@ def _require_file(folder: Path, name: str, size: int, sha256: str) -> None:
         raise InputError(f"{path}: must have {size} bytes, got {path.stat().st_size}: truncated or replaced")
     if sha256_of(path) != sha256:
         raise InputError(f"{path}: is not what was exported (sha256 differs)")
+    return path
 
 
 def steps_of(timesteps: Sequence[float], sigmas: Sequence[float], known: Sequence[float]) -> tuple[Step, ...]:

@@ -107,8 +107,8 @@ def export_decoder(codec: Codec, sizes: Sizes, folder: Path) -> dict[str, GraphS
                 _move_weights(model, weights)
             (folder / f"{name}.onnx").write_bytes(model.SerializeToString(deterministic=True))
         if isinstance(codec, PatchCodec):  # so that a bundle of the world can begin with a picture
-            first = specs[DECODERS[0]]
-            specs[ENCODER] = GraphSpec(ENCODER, first.outputs, first.inputs)
+            decoder = specs[DECODERS[0]]
+            specs[ENCODER] = GraphSpec(ENCODER, decoder.outputs, decoder.inputs)
             model = _patch_graph(codec, specs[ENCODER], weights)
             (folder / f"{ENCODER}.onnx").write_bytes(model.SerializeToString(deterministic=True))
     return specs

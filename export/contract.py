@@ -14,6 +14,9 @@ one Attention per layer:
              noisy one are appended for this pass alone, since the next pass over that block makes them anew. So the
              ring needs no spare slot, and `visible` says per group which slots its queries see.
 
+A model with the camera branch has a second pair of caches per layer, in the same slots, and takes P and P^-1 of every
+frame of a pass (`projections`).
+
 Caches start as zeros: what is not visible is weighted with 0, and must be finite for that.
 
 This module imports neither torch nor onnx.
@@ -125,8 +128,14 @@ class Sizes:
         return (self.batch, frames, self.model.in_dim, *self.latent_size)
 
 
-def cache_names(layers: int) -> list[str]:
-    return [f"{kind}.{layer}" for layer in range(layers) for kind in ("keys", "values")]
+def caches_of_layer(model: ModelConfig, layer: int) -> list[str]:
+    """Names of a layer's caches: keys, values, and those of the camera branch where the model has one."""
+    kinds = ("keys", "values", "camera_keys", "camera_values")
+    return [f"{kind}.{layer}" for kind in kinds[: 4 if model.camera else 2]]
+
+
+def cache_names(model: ModelConfig) -> list[str]:
+    return [name for layer in range(model.num_layers) for name in caches_of_layer(model, layer)]
 
 
 def text_names(layers: int) -> list[str]:
@@ -161,7 +170,9 @@ def _embed_text(sizes: Sizes) -> GraphSpec:
 
 
 def _pass(sizes: Sizes, name: str) -> GraphSpec:
-    """See the head of this module. rope_time: (cos, sin) of each frame's absolute index, per time pair."""
+    """See the head of this module. rope_time: (cos, sin) of each frame's absolute index, per time pair. projections: P
+    and P^-1 of each frame, as in `cfpp_rt.camera.Projections`.
+    """
     frames = sizes.block * (2 if name == "fused" else 1)
     length = sizes.slots * sizes.tokens
     inputs = [
@@ -170,12 +181,14 @@ def _pass(sizes: Sizes, name: str) -> GraphSpec:
         TensorSpec("rope_time", (frames, sizes.time_pairs, 2), "float32"),
         TensorSpec("write_index", (sizes.batch,), "int64", 0, length - sizes.block * sizes.tokens),
     ]
+    if sizes.model.camera:
+        inputs.append(TensorSpec("projections", (sizes.batch, frames, 2, 4, 4), "float32"))
     if name == "fused":  # the finished block, then the noisy one; the last `block` slots are the noisy block's own
         inputs.append(TensorSpec("visible", (2, sizes.slots + sizes.block), "bool"))
     elif name == "step" or sizes.model.num_layers > 1:  # the last layer of a refresh stops at its keys and values
         inputs.append(TensorSpec("valid", (sizes.batch,), "int64", sizes.block * sizes.tokens, length))
     shape = (sizes.batch, sizes.model.num_heads, length, sizes.model.head_dim)
-    caches = [TensorSpec(cache, shape, sizes.dtype) for cache in cache_names(sizes.model.num_layers)]
+    caches = [TensorSpec(cache, shape, sizes.dtype) for cache in cache_names(sizes.model)]
     outputs = [TensorSpec(updated(cache.name), shape, sizes.dtype, updates=cache.name) for cache in caches]
     if name != "refresh":
         velocity = (*sizes.frame_shape(sizes.block)[:2], sizes.model.out_dim, *sizes.latent_size)
@@ -186,7 +199,7 @@ def _pass(sizes: Sizes, name: str) -> GraphSpec:
 
 
 def _modulation(sizes: Sizes, frames: int) -> TensorSpec:
-    return TensorSpec("modulation", (sizes.batch, frames, sizes.modulation_rows, sizes.model.dim), sizes.dtype)
+    return TensorSpec("modulation", (sizes.batch, frames, sizes.modulation_rows, sizes.model.dim), "float32")
 
 
 def _text(sizes: Sizes) -> tuple[TensorSpec, ...]:

@@ -1,15 +1,15 @@
 """`cfpp generate --engine`: a film from an ONNX bundle. Network and codec run in onnxruntime, torch carries pixels."""
 
 import argparse
-import dataclasses
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
+from cfpp_rt.camera import parse_cameras
 from cfpp_rt.errors import InputError
+from cfpp_rt.export.cameras import EngineCameras
 from cfpp_rt.export.runner import Engine, EngineRollout, Floats
 from cfpp_rt.export.stream import EngineStream, encode_first
 from cfpp_rt.session import latent_frames
@@ -18,12 +18,13 @@ from cfpp_rt.values import Frames
 from cfpp_rt.video import DEFAULT_FPS
 from cfpp_rt.world import film
 from cfpp_rt.world.actions import parse_actions
-from cfpp_rt.world.simulator import NONE
 from cfpp_rt.world.student import first_picture
 
 # Options of `cfpp generate` that a bundle has settled.
-_SETTLED = ("checkpoint", "key", "config", "tiny_vae", "size", "image", "video", "steps", "window", "sinks", "dtype")
-_SETTLED += ("kv_dtype", "linear_dtype", "prompts")
+_SETTLED = (
+    *("checkpoint", "key", "config", "tiny_vae", "size", "image", "video", "steps", "window", "sinks", "dtype"),
+    *("student", "kv_dtype", "linear_dtype", "prompts"),
+)
 
 
 class EngineFilm:
@@ -67,7 +68,15 @@ def open_film(arguments: argparse.Namespace) -> tuple[EngineFilm, Iterator[Frame
     if arguments.actions is not None and not acts:
         raise InputError(f"{arguments.engine}: --actions is for a student that knows actions")
     actions = parse_actions(arguments.actions or "") if acts else []
-    default = -(-max(1 + len(actions), 2 * block) // block) * block if acts else 81
+    cameras = parse_cameras(arguments.trajectory, arguments.intrinsics)
+    if (cameras is not None) != card.sizes.model.camera:
+        verb = "needs" if card.sizes.model.camera else "takes no"
+        raise InputError(
+            f"{arguments.engine}: a student {'with' if cameras is None else 'without'} cameras {verb} --trajectory"
+        )
+    default = film.whole_blocks(1 + len(actions), block) if acts else 81
+    if cameras is not None:
+        default = 1 + factor * (len(cameras) - 1)
     if not acts and card.frames is not None:
         default = min(default, 1 + factor * (card.frames - 1))
     frames = default if arguments.frames is None else arguments.frames
@@ -82,27 +91,13 @@ def open_film(arguments: argparse.Namespace) -> tuple[EngineFilm, Iterator[Frame
             frames=total,
             seed=arguments.seed,
             initial=initial,
+            cameras=None if cameras is None else EngineCameras.of(cameras.views, cameras.focal),
             refresh=arguments.refresh,
         )
     )
-    return stream, _acted(stream, actions, block) if acts else iter(stream), frames, film.FPS if acts else DEFAULT_FPS
-
-
-def _acted(stream: EngineFilm, actions: list[int], block: int) -> Iterator[Frames]:
-    """The given picture, then blocks that follow the actions, enlarged: the world's pictures are small."""
-    yield _enlarged(next(stream))
-    for begin in itertools.count(0, block):
-        now = actions[begin : begin + block]
-        stream.act([now + [NONE] * (block - len(now))])
-        frames = next(stream, None)
-        if frames is None:
-            return
-        yield _enlarged(frames)
-
-
-def _enlarged(frames: Frames) -> Frames:
-    pixels = frames.pixels.repeat_interleave(film.SCALE, dim=2).repeat_interleave(film.SCALE, dim=3)
-    return dataclasses.replace(frames, pixels=pixels)
+    if acts:
+        return stream, film.follow(stream, actions, block), frames, film.FPS
+    return stream, stream, frames, DEFAULT_FPS
 
 
 def _embeds(arguments: argparse.Namespace, engine: Engine) -> Floats | None:

@@ -5,11 +5,10 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from cfpp_rt.export.source import add_source
+    from cfpp_rt.export.source import add_output, add_source
 
     add_source(parser)
-    parser.add_argument("--batch", type=int, default=1, help="rows made together (default: %(default)s)")
-    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to be made")
+    add_output(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -24,9 +23,11 @@ def run(arguments: argparse.Namespace) -> None:
         latent_size=source.latent_size,
         frames=source.frames,
         batch=arguments.batch,
+        linear_dtype=arguments.linear_dtype,
         codec=source.codec,
         about={"student": source.name},
     )
     size = sum(path.stat().st_size for path in Path(arguments.output).iterdir())
+    dtype = card.sizes.dtype if card.linear_dtype is None else f"{card.sizes.dtype}, linears {card.linear_dtype}"
     slots = f"{card.sizes.slots} frame slots of {card.sizes.tokens} tokens"
-    print(f"{arguments.output}: {len(card.graphs)} graphs in {card.sizes.dtype}, {slots}, {size / 2**20:.1f} MiB")
+    print(f"{arguments.output}: {len(card.graphs)} graphs in {dtype}, {slots}, {size / 2**20:.1f} MiB")

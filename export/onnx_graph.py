@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cfpp_rt.errors import MissingExtraError
 from cfpp_rt.export.contract import GraphSpec, TensorSpec
-from cfpp_rt.values import DTYPES
+from cfpp_rt.values import DTYPES, KV_DTYPES
 
 OPSET, IR_VERSION = 24, 12  # the first opset with TensorScatter
 _PAGE = 4096  # weights of a page or more begin on a page, so that they can be mapped instead of read
@@ -27,7 +27,8 @@ def require_onnx() -> Any:
 
 def onnx_type(dtype: str) -> int:
     """The ONNX element type of a contract's dtype."""
-    return int(require_onnx().TensorProto.DataType.Value("FLOAT" if dtype == "float32" else dtype.upper()))
+    name = {"float32": "FLOAT", "float8_e4m3": "FLOAT8E4M3FN"}.get(dtype, dtype.upper())
+    return int(require_onnx().TensorProto.DataType.Value(name))
 
 
 class WeightFile:
@@ -51,7 +52,7 @@ class WeightFile:
         if name in self.placed:
             return
         dtype = dtype or self.dtype
-        numbers = tensor.detach().to("cpu", DTYPES[dtype]).contiguous().reshape(-1)
+        numbers = tensor.detach().to("cpu", {**DTYPES, **KV_DTYPES}[dtype]).contiguous().reshape(-1)
         data = numbers.view(torch.uint8).numpy()
         self.placed[name] = (self._append(data), len(data), list(tensor.shape), dtype)
 
@@ -116,6 +117,10 @@ class GraphBuilder:
     def weight(self, name: str, tensor: Tensor, dtype: str | None = None) -> str:
         """A constant kept in the weight file."""
         self.weights.add(name, tensor, dtype)
+        return self.kept(name)
+
+    def kept(self, name: str) -> str:
+        """A constant that is in the weight file already."""
         if name not in self._initializers:
             offset, length, shape, dtype = self.weights.placed[name]
             made = self.onnx.TensorProto(name=name, data_type=onnx_type(dtype), dims=shape)

@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cfpp_rt.cache import CacheShape, KVCache
+from cfpp_rt.camera import Projections
 from cfpp_rt.export.bundle import Card
-from cfpp_rt.export.contract import GraphSpec, cache_names, text_names, updated
-from cfpp_rt.model.attention import CachePass
+from cfpp_rt.export.contract import GraphSpec, caches_of_layer, text_names, updated
+from cfpp_rt.model.attention import CachePass, CameraPass
 from cfpp_rt.model.transformer import CausalWanTransformer, LayerText, TimeEmbedding
 from cfpp_rt.ops.token_ranges import TokenRanges
 from cfpp_rt.ring import FrameRing
@@ -29,12 +30,15 @@ def fixed_inputs(card: Card, spec: GraphSpec, seed: int = 0) -> dict[str, Array]
             value[1, : sizes.block] = sizes.slots == sizes.block  # which sees all but the oldest
         elif tensor.name in ("write_index", "valid"):
             value = np.full(tensor.shape, tensor.high, np.int64)
+        elif tensor.name == "projections":
+            matrices = np.eye(4) + 0.2 * random.standard_normal((*tensor.shape[:2], 4, 4))
+            value = np.stack([matrices, np.linalg.inv(matrices)], axis=2).astype(np.float32)
         elif tensor.low is not None and tensor.high is not None:
             value = random.integers(tensor.low, tensor.high + 1, tensor.shape)
         else:
             value = random.standard_normal(tensor.shape, dtype=np.float32)
-            if tensor.name == "modulation":
-                value = 0.3 * value
+            if tensor.name == "modulation":  # the runtime has rows, without the 1, in the dtype of the model
+                value = (0.3 * value).astype(sizes.dtype).astype(np.float32)
                 value[:, :, _factor_rows(sizes.model.num_layers)] += 1
             value = value.astype(tensor.dtype)
         inputs[tensor.name] = value
@@ -67,7 +71,7 @@ def _modulation(model: CausalWanTransformer, card: Card, inputs: dict[str, Array
     actions = torch.from_numpy(inputs["actions"]) if "actions" in inputs else None
     time = model.embed_time(timestep, actions)
     blocks = time.blocks.expand(-1, sizes.batch, -1, -1, -1).movedim(0, 2).flatten(2, 3)
-    rows = torch.cat([blocks, time.head.expand(sizes.batch, -1, -1, -1)], dim=2)
+    rows = torch.cat([blocks, time.head.expand(sizes.batch, -1, -1, -1)], dim=2).float()
     rows[:, :, _factor_rows(model.config.num_layers)] += 1
     return rows
 
@@ -77,12 +81,15 @@ def _pass(model: CausalWanTransformer, card: Card, spec: GraphSpec, inputs: dict
     fused = spec.name == "fused"
     # The noisy block of a fused pass is written too, behind the graph's slots: the runtime's pass knows no other way.
     slots = sizes.slots + (sizes.block if fused else 0)
-    shape = CacheShape.of(model.config, sizes.batch, slots, sizes.tokens)
+    shape = CacheShape.of(model.config, sizes.batch, slots, sizes.tokens, camera=model.config.camera)
     cache = KVCache(shape, FrameRing(0, slots, sizes.block), model.dtype, "cpu")
-    length, names = sizes.slots * sizes.tokens, cache_names(layers)
+    length = sizes.slots * sizes.tokens
+    held = {}  # name to the part of the cache that the graph has as well
     for layer in range(layers):
-        for part, name in enumerate(names[2 * layer : 2 * layer + 2]):
-            cache.data[layer, part, :, :, :length] = torch.from_numpy(inputs[name]).to(model.dtype)
+        parts = [*cache.data[layer], *(() if cache.camera_data is None else cache.camera_data[layer])]
+        for name, part in zip(caches_of_layer(model.config, layer), parts, strict=True):
+            held[name] = part[:, :, :length]
+            held[name].copy_(torch.from_numpy(inputs[name]))
     write = torch.from_numpy(inputs["write_index"]).to(torch.int32)[:, None]
     if fused:
         write = torch.cat([write, torch.full_like(write, length)], dim=1)
@@ -96,9 +103,11 @@ def _pass(model: CausalWanTransformer, card: Card, spec: GraphSpec, inputs: dict
         rope_time=torch.from_numpy(inputs["rope_time"])[None].expand(sizes.batch, -1, -1, -1).contiguous(),
         rope_rows=space.rows,
         rope_columns=space.columns,
+        camera=_cameras(inputs, write // sizes.tokens, sizes.block),
     )
-    rows = torch.from_numpy(inputs["modulation"].copy()).to(model.dtype)
+    rows = torch.from_numpy(inputs["modulation"].copy())
     rows[:, :, _factor_rows(layers)] -= 1
+    rows = rows.to(model.dtype)
     blocks = rows[:, :, : 6 * layers].unflatten(2, (layers, 6)).movedim(2, 0).contiguous()
     time = TimeEmbedding(blocks, rows[:, :, 6 * layers :].contiguous())
     velocity = model(
@@ -110,10 +119,16 @@ def _pass(model: CausalWanTransformer, card: Card, spec: GraphSpec, inputs: dict
         groups=0 if spec.name == "refresh" else 1,
     )
     made = {} if velocity is None else {"velocity": velocity}
-    for layer in range(layers):
-        for part, name in enumerate(names[2 * layer : 2 * layer + 2]):
-            made[updated(name)] = cache.data[layer, part, :, :, :length]
-    return made
+    return {**made, **{updated(name): part for name, part in held.items()}}
+
+
+def _cameras(inputs: dict[str, Array], slots: Tensor, block: int) -> CameraPass | None:
+    """slots: first slot of each block of the pass, [B, G]."""
+    if "projections" not in inputs:
+        return None
+    matrices, inverses = torch.from_numpy(inputs["projections"]).unbind(2)
+    of_frames = (slots[0, :, None] + torch.arange(block)).flatten().long()
+    return CameraPass(Projections(matrices.contiguous(), inverses.contiguous()), of_frames)
 
 
 def _text(model: CausalWanTransformer, inputs: dict[str, Array]) -> list[LayerText]:

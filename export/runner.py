@@ -17,6 +17,7 @@ from cfpp_rt.angles import axis_table
 from cfpp_rt.draws import Draws
 from cfpp_rt.errors import InputError, NonFiniteError
 from cfpp_rt.export.bundle import Bundle, open_bundle
+from cfpp_rt.export.cameras import EngineCameras
 from cfpp_rt.export.contract import text_names
 from cfpp_rt.export.session import Array, Buffer, GraphSession
 
@@ -33,12 +34,13 @@ class Latents(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """One block's part of a pass: latents [B, n, C, h, w], first frame, index of the timestep, actions."""
+    """One block's part of a pass: latents [B, n, C, h, w], first frame, index of the timestep, actions, projections."""
 
     latents: Floats
     start: int
     timestep: int
     actions: Actions
+    projections: Floats | None
 
 
 class Engine:
@@ -85,7 +87,8 @@ class EngineRollout:
     """One batch of videos in the making: an iterator of finished blocks, `Latents`; arguments as for `Rollout`.
 
     embeds: text embeddings, None for a model without text. frames: latent frames in all, None = without end (needs a
-    bundle with a window). refresh: None = the student's own. The batch is the bundle's.
+    bundle with a window). cameras: for a student with the camera branch, and needed there; one per latent frame, or a
+    single one that stands still until `move`. refresh: None = the student's own. The batch is the bundle's.
 
     Raises InputError for sizes that do not fit together.
     """
@@ -97,6 +100,7 @@ class EngineRollout:
         *,
         frames: int | None,
         initial: Floats | None = None,
+        cameras: EngineCameras | None = None,
         seed: int | Sequence[int] = 0,
         noise: Floats | None = None,
         renoise: Iterable[Floats] | None = None,
@@ -117,6 +121,13 @@ class EngineRollout:
             raise InputError(
                 f"initial must hold a multiple of {block} frames and fewer than frames={frames}, got {given}"
             )
+        if (cameras is not None) != sizes.model.camera:
+            wanted = "be given for a model with" if sizes.model.camera else "not be given to a model without"
+            raise InputError(f"cameras must {wanted} the camera branch")
+        if cameras is not None and frames is not None and len(cameras) not in (1, frames):
+            raise InputError(f"cameras must be one per latent frame, {frames}, or a single one, got {len(cameras)}")
+        self._path, self._path_start = None if cameras is None else self._rows(cameras), 0  # of that frame and on
+        self._world = None if self._path is None else self._path.views[:, :1]
         self._draws = Draws(sizes.frame_shape(1)[2:], sizes.batch, seed)  # type: ignore[arg-type]
         self._noise = None if noise is None else self._require(noise, "noise")
         if self._noise is not None and frames is not None and self._noise.shape[1] != frames - given:
@@ -170,6 +181,24 @@ class EngineRollout:
         rows = given if given.ndim == 2 else np.broadcast_to(given.reshape(-1, 1), (batch, n))
         self._actions = tuple(tuple(operator.index(action) for action in row) for row in rows)
 
+    def move(self, cameras: EngineCameras) -> None:
+        """Take these cameras from the next block on, one per latent frame; as `Rollout.move`."""
+        if self._path is None:
+            raise InputError("cameras must not be given to a model without the camera branch")
+        self._path, self._path_start = self._rows(cameras), self.next_frame
+
+    def _rows(self, cameras: EngineCameras) -> EngineCameras:
+        return EngineCameras.of(cameras.views, cameras.focal, self.card.sizes.batch)
+
+    def _group(self, latents: Floats, start: int, timestep: int) -> _Group:
+        """A block as a pass takes it: under the actions and the cameras of now."""
+        projections = None
+        if self._path is not None and self._world is not None:
+            last, first = len(self._path) - 1, start - self._path_start
+            frames = [min(first + i, last) for i in range(latents.shape[1])]
+            projections = self._path.projections(frames, self._world)
+        return _Group(latents, start, timestep, self._actions, projections)
+
     @property
     def waits_for_refresh(self) -> bool:
         return self._newest is not None and not self._finished
@@ -194,7 +223,7 @@ class EngineRollout:
             self._run_refresh()
         x = self._start_noise(n)
         for index, step in enumerate(steps):
-            group = _Group(x, start, step.timestep, self._actions)
+            group = self._group(x, start, step.timestep)
             velocity = self._step(group) if self._newest is None else self._fused(group)
             clean = x - np.float32(step.sigma) * velocity
             if not np.isfinite(clean).all():
@@ -204,12 +233,12 @@ class EngineRollout:
                 x = (1 - sigma) * clean + sigma * self._step_noise(n)
         self.next_frame, self._generated = start + n, True
         if self.config.refresh != "skip":
-            self._newest = _Group(clean.copy(), start, self.card.context, self._actions)
+            self._newest = self._group(clean.copy(), start, self.card.context)
         return Latents(clean, start)
 
     def _prefill(self, latents: Floats) -> None:
         start, self.next_frame = self.next_frame, self.next_frame + latents.shape[1]
-        self._newest = _Group(latents.astype(np.float32), start, self.card.given, self._actions)
+        self._newest = self._group(latents.astype(np.float32), start, self.card.given)
         self._run_refresh()
 
     def _run_refresh(self) -> None:
@@ -249,6 +278,8 @@ class EngineRollout:
         first_token = self.ring.slot(groups[0].start) * sizes.tokens
         inputs["latents"] = np.concatenate([group.latents for group in groups], axis=1)
         inputs["rope_time"] = axis_table(frames, sizes.time_pairs)
+        if self._path is not None:
+            inputs["projections"] = np.concatenate([group.projections for group in groups], axis=1)
         inputs["write_index"] = np.full(sizes.batch, first_token, np.int64)
         bound = {tensor_name: Buffer(array) for tensor_name, array in inputs.items()}
         bound["modulation"] = self.engine.modulation(*((group.timestep, group.actions) for group in groups))

@@ -8,6 +8,7 @@ from pathlib import Path
 from cfpp_rt.codec.base import Codec
 from cfpp_rt.config import STUDENTS, ModelConfig, RolloutConfig, student
 from cfpp_rt.errors import InputError
+from cfpp_rt.export.bundle import LINEAR_DTYPES
 from cfpp_rt.model.transformer import CausalWanTransformer, random_model
 from cfpp_rt.model.weights import load_model
 from cfpp_rt.pipeline import load_codec
@@ -48,10 +49,23 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     )
     run = parser.add_argument_group("how it is run")
     run.add_argument("--size", metavar="HxW", help=f"of the pictures (default: 480x832; {WORLD}: {SIZE}x{SIZE})")
-    run.add_argument("--frames", type=int, help="pictures that fit without a window (default: 81)")
+    run.add_argument(
+        "--frames", type=int, help="pictures that fit without a window (default: 81, or the whole blocks of them)"
+    )
     run.add_argument("--steps", metavar="LIST", help="as 1000,500; the first block keeps the student's own")
     run.add_argument("--window", type=int, metavar="N", help="latent frames that attention sees (default: all)")
     run.add_argument("--sinks", type=int, metavar="N", help="first latent frames that stay visible (default: 0)")
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Options of the commands that export: what is made of the student, and where."""
+    parser.add_argument("--batch", type=int, default=1, help="rows made together (default: %(default)s)")
+    parser.add_argument(
+        "--linear-dtype",
+        choices=LINEAR_DTYPES,
+        help="linear layers of the blocks in 8 bits: approximate (default: --dtype)",
+    )
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to be made")
 
 
 def load_source(arguments: argparse.Namespace) -> Source:
@@ -66,7 +80,8 @@ def load_source(arguments: argparse.Namespace) -> Source:
     else:
         rollout = student(arguments.student)
         if arguments.random_weights:
-            model = random_model(SMALL, seed=0, dtype=dtype)
+            camera = arguments.student.startswith("camera-")
+            model = random_model(dataclasses.replace(SMALL, camera=camera), seed=0, dtype=dtype)
         elif arguments.checkpoint is None:
             raise InputError("a checkpoint is needed (or --random-weights)")
         else:
@@ -81,7 +96,10 @@ def load_source(arguments: argparse.Namespace) -> Source:
         changes["steps"] = tuple(int(step) for step in arguments.steps.split(","))
     rollout = rollout.replace(**changes)
     size = latent_size(arguments.size or (f"{SIZE}x{SIZE}" if world else "480x832"), "--size")
-    frames = latent_frames(81 if arguments.frames is None else arguments.frames, factor, rollout.frames_per_block)
+    block = rollout.frames_per_block
+    frames = max(21 // block, 1) * block  # as `cfpp generate` makes by default
+    if arguments.frames is not None:
+        frames = latent_frames(arguments.frames, factor, block)
     name = (
         arguments.student if arguments.checkpoint is None else f"{arguments.student}: {Path(arguments.checkpoint).name}"
     )

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cfpp_rt.errors import InputError
+from cfpp_rt.export.cameras import EngineCameras
 from cfpp_rt.export.contract import DECODERS, ENCODER, updated
 from cfpp_rt.export.runner import Engine, EngineRollout, Floats
 from cfpp_rt.export.session import Array
@@ -91,6 +92,10 @@ class EngineStream:
     def act(self, actions: int | Sequence[int] | Array) -> None:
         """Take these actions from the next block on, until others are given."""
         self.rollout.act(actions)
+
+    def move(self, cameras: EngineCameras) -> None:
+        """Take these cameras from the next block on, one per latent frame."""
+        self.rollout.move(cameras)
 
     def switch_prompt(self, embeds: Floats) -> None:
         """Follow another prompt from the next block on."""

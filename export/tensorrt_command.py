@@ -5,11 +5,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-DEFAULT_PARITY_SIZE = "64x96"
+PARITY_SIZE = (8, 12)  # latents of 64x96 pictures
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from cfpp_rt.export.source import add_source
+    from cfpp_rt.export.source import add_output, add_source
     from cfpp_rt.export.trt.build import DEFAULT_TIME_LIMIT_S
     from cfpp_rt.export.trt.compile import WEIGHTS
     from cfpp_rt.export.trt.library import LIBRARIES
@@ -17,8 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add_source(parser)
     parser.set_defaults(dtype="bfloat16")
-    parser.add_argument("--batch", type=int, default=1, help="rows made together (default: %(default)s)")
-    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to be made")
+    add_output(parser)
     build = parser.add_argument_group("the engines")
     build.add_argument(
         "--targets",
@@ -44,9 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     build.add_argument(
         "--parity-size",
-        default=DEFAULT_PARITY_SIZE,
         metavar="HxW",
-        help="pictures of the comparison with PyTorch before the build (default: %(default)s)",
+        help="pictures of the comparison with PyTorch before the build (default: --size, at most 64x96)",
     )
     build.add_argument("--keep-onnx", metavar="DIR", help="keep the ONNX bundle in this folder")
 
@@ -66,11 +64,18 @@ def run(arguments: argparse.Namespace) -> None:
             raise InputError(f"--{option.replace('_', '-')} is of no use here: engines are of the network alone")
     for option in ("output", "keep_onnx"):
         folder = getattr(arguments, option)
-        if folder is not None and Path(folder).exists():
-            raise InputError(f"--{option.replace('_', '-')} must be a new folder, got {folder}, which exists")
-    require_buildable(arguments.library, arguments.targets, arguments.graphs, arguments.timing_cache)
+        if folder is not None and (Path(folder).exists() or not Path(folder).absolute().parent.is_dir()):
+            why = "which exists" if Path(folder).exists() else "in a folder that does not exist"
+            raise InputError(f"--{option.replace('_', '-')} must be a new folder, got {folder}, {why}")
+    require_buildable(
+        arguments.library,
+        arguments.targets,
+        arguments.graphs,
+        arguments.timing_cache,
+        linear_dtype=arguments.linear_dtype,
+    )
     beside = Path(arguments.output).resolve().parent  # on the disk that the engines go to
-    with tempfile.TemporaryDirectory(prefix=".cfpp-onnx-", dir=beside if beside.is_dir() else None) as temporary:
+    with tempfile.TemporaryDirectory(prefix=".cfpp-onnx-", dir=beside) as temporary:
         graphs = arguments.keep_onnx or str(Path(temporary, "graphs"))
         parity = _export(arguments, graphs)  # the model is gone when this returns: the builder needs the memory
         make_bundle(
@@ -95,17 +100,11 @@ def _export(arguments: argparse.Namespace, graphs: str) -> dict[str, Any]:
     from cfpp_rt.export.to_onnx import export_onnx
     from cfpp_rt.export.trt.gate import require_parity
 
-    small = latent_size(arguments.parity_size, "--parity-size")
+    small = None if arguments.parity_size is None else latent_size(arguments.parity_size, "--parity-size")
     source = load_source(arguments)
-    frames, batch, about = source.frames, arguments.batch, {"student": source.name}
-    parity = require_parity(source.model, source.rollout, latent_size=small, frames=frames, batch=batch, say=print)
-    export_onnx(
-        source.model,
-        source.rollout,
-        graphs,
-        latent_size=source.latent_size,
-        frames=frames,
-        batch=batch,
-        about=about,
-    )
+    small = small or min(source.latent_size, PARITY_SIZE, key=math.prod)
+    student = source.model, source.rollout
+    options = {"frames": source.frames, "batch": arguments.batch, "linear_dtype": arguments.linear_dtype}
+    parity = require_parity(*student, latent_size=small, say=print, **options)
+    export_onnx(*student, graphs, latent_size=source.latent_size, about={"student": source.name}, **options)
     return parity

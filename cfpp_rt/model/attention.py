@@ -114,13 +114,17 @@ class SelfAttention(nn.Module):
         dropped = q.shape[2] - q.shape[2] * groups // len(cached.ranges)
         ranges = cached.ranges.last(groups)
         keys, values = cache.readable(ranges)
-        y = self.o(block_attention(q[:, :, dropped:], keys, values, ranges))
+        y = self.o(self.attend_to(q[:, :, dropped:], keys, values, ranges))
         if camera_q is None or cached.camera is None or cache.camera is None:
             return y
         keys, values = cache.camera.readable(ranges)
-        seen = block_attention(camera_q[:, :, dropped:], keys, values, ranges)
+        seen = self.attend_to(camera_q[:, :, dropped:], keys, values, ranges)
         matrices = cached.camera.projections.matrices
         return y + self._from_camera(seen, matrices[:, matrices.shape[1] * dropped // q.shape[2] :])
+
+    def attend_to(self, q: Tensor, keys: Tensor, values: Tensor, ranges: TokenRanges) -> Tensor:
+        """Queries [B, H, S, D] over what the ranges show of a cache: [B, S, dim]."""
+        return block_attention(q, keys, values, ranges)
 
     def masked(self, x: Tensor, rope: Tensor, attend: Attend, camera: MaskedCamera | None = None) -> Tensor:
         """The same without a cache, differentiable: x [B, S, dim] to [B, S, dim]. rope: [S, D / 2, 2], as `rotate`."""
@@ -182,4 +186,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         q = self._heads(self.norm_q(self.q(x)))
-        return self.o(F.scaled_dot_product_attention(q, keys, values).transpose(1, 2).flatten(2))
+        return self.o(self.attend_to(q, keys, values).transpose(1, 2).flatten(2))
+
+    def attend_to(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Queries [B, H, S, D] over keys and values of the text: [B, H, S, D]."""
+        return F.scaled_dot_product_attention(q, keys, values)

@@ -4,11 +4,8 @@ import argparse
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
-import torch
-
-from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import InputError
 from cfpp_rt.session import Stream
 from cfpp_rt.values import DTYPES, Frames
@@ -40,22 +37,31 @@ def open_film(arguments: argparse.Namespace, changes: dict[str, Any]) -> tuple[S
         arguments.checkpoint or SHIPPED, dtype=DTYPES[arguments.dtype or "float32"], device=arguments.device
     )
     rollout = dataclasses.replace(pipeline.rollout, **changes)
-    frames = arguments.frames if arguments.frames is not None else _whole_blocks(1 + len(actions), rollout)
-    stream = start(pipeline, arguments.seed, frames=frames, rollout=rollout)
-    return stream, _pictures(stream, actions, rollout.frames_per_block), frames
-
-
-def _whole_blocks(frames: int, rollout: RolloutConfig) -> int:
-    """The first block is given, the others are made: at least one."""
     block = rollout.frames_per_block
+    frames = arguments.frames if arguments.frames is not None else whole_blocks(1 + len(actions), block)
+    stream = start(pipeline, arguments.seed, frames=frames, rollout=rollout)
+    return stream, follow(stream, actions, block), frames
+
+
+def whole_blocks(frames: int, block: int) -> int:
+    """The first block is given, the others are made: at least one."""
     return max(2 * block, -(-frames // block) * block)
 
 
-def _pictures(stream: Stream, actions: list[int], block: int) -> Iterator[Frames]:
+class Actor(Protocol):
+    """A stream of pictures that takes actions: `Stream`, or one of another runtime."""
+
+    def __next__(self) -> Frames: ...
+
+    def act(self, actions: Any) -> None: ...
+
+
+def follow(stream: Actor, actions: list[int], block: int) -> Iterator[Frames]:
+    """The given picture, then blocks that follow the actions, enlarged: the world's pictures are small."""
     yield _enlarged(next(stream))
     for begin in itertools.count(0, block):
         now = actions[begin : begin + block]
-        stream.act(torch.tensor([now + [NONE] * (block - len(now))]))
+        stream.act([now + [NONE] * (block - len(now))])
         frames = next(stream, None)
         if frames is None:
             return

@@ -86,7 +86,7 @@ def _build(library: Library, network: Network, job: Job) -> memoryview:
     engine = network.builder.build_serialized_network(network.definition, config)
     if engine is None:
         errors = library.messages("INTERNAL_ERROR", "ERROR") or ["the builder returned nothing and said nothing"]
-        raise InputError(f"{job.target}: not built: {explain('; '.join(dict.fromkeys(errors)))}")
+        raise InputError(f"not built: {explain('; '.join(dict.fromkeys(errors)))}")
     if cache is not None and job.timing_cache is not None:
         Path(job.timing_cache).write_bytes(memoryview(config.get_timing_cache().serialize()))
     return memoryview(engine)

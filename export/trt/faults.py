@@ -6,6 +6,7 @@ import re
 FAULTS: dict[str, str] = {
     r"Only linear mode is supported": "TensorScatter must have mode=linear; a ring of frame slots needs no other",
     r"Attention nodes with one output": "Attention must have one output: write the cache with TensorScatter",
+    r"softmax precision is not supported": "Attention must leave softmax_precision out",
     r"static sequence length": "the capacity of a cache must be a fixed number in the graph",
     r"Sequence dimension must be -2": "a cache must be [B, H, capacity, D], updated along axis -2",
     r"cache tensor must be a network input": "an updated cache must be an input of the graph itself",
@@ -13,7 +14,8 @@ FAULTS: dict[str, str] = {
     r"Input index already mapped to an output": "two updates write the same cache: one engine may update a cache once",
     r"Quantized data types|must have type Float, Half, or BFloat16": "a cache must be float32, float16 or bfloat16",
     r"is_decomposable\(\)": "attention in this dtype or head size has no fused kernel on the target",
-    r"HW-specific datatypes: (fp8|b16)": "the target cannot compute in a dtype of the graph: export in float16",
+    r"HW-specific datatypes: (fp8|b16)": "the target cannot compute in a dtype of the graph: "
+    "export in float16, without --linear-dtype",
     r"graph_jit\.cpp:\d+: CHECK\(status == CUDA_SUCCESS\)": "refittable and stripped weights need a GPU driver on the "
     "machine that builds (TensorRT-RTX 1.7.1): build with --weights embedded, or on a machine with a GPU",
     r"ssa_validation": "two attention outputs go straight into one Concat: put the output projection between",

@@ -20,6 +20,7 @@ def require_parity(
     latent_size: tuple[int, int],
     frames: int,
     batch: int,
+    linear_dtype: str | None,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Export, compare with PyTorch graph by graph and as a rollout, and return what the engines' card says of it.
@@ -33,8 +34,11 @@ def require_parity(
         model = copy.deepcopy(model).float()
     with tempfile.TemporaryDirectory(prefix="cfpp-parity-") as folder:
         path = Path(folder, "graphs")
-        export_onnx(model, rollout, path, latent_size=latent_size, frames=frames, batch=batch)
+        export_onnx(
+            model, rollout, path, latent_size=latent_size, frames=frames, batch=batch, linear_dtype=linear_dtype
+        )
         report = verify(open_bundle(path), model, say=say)
-    require_passed(report)
-    wanted = ("dtype", "numerics", "tolerance", "passed", "worst", "rollout")
+    height, width = latent_size
+    require_passed({**report, "bundle": f"the graphs at {height * 8}x{width * 8}"})
+    wanted = ("dtype", "linear_dtype", "numerics", "tolerance", "passed", "worst", "rollout")
     return {**{name: report[name] for name in wanted}, "latent_size": list(latent_size)}

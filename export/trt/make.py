@@ -17,6 +17,7 @@ from cfpp_rt.export.trt.memory import Device
 from cfpp_rt.export.trt.network import weight_bytes
 
 EMBEDDINGS = ("embed_time", "embed_text")
+_WITHOUT_FLOAT8 = ("sm75", "sm80", "sm86")
 DEFAULT_TARGETS = ("sm80", "sm86", "sm89", "sm120")
 
 
@@ -41,7 +42,7 @@ def make_bundle(
     Nothing is left behind unless every engine is built. Raises InputError as `build_engine` does, and for a target that
     cannot be built here, a folder that exists or a disk too small.
     """
-    loaded = require_buildable(library, targets, graphs, timing_cache)
+    loaded = require_buildable(library, targets, graphs, timing_cache, linear_dtype=source.card.linear_dtype)
     known = network_graphs(source.card.sizes)
     names = [name for name in known if graphs is None or name in graphs]
     architectures = [Device().architecture if target == CURRENT else target for target in targets]
@@ -78,7 +79,12 @@ def make_bundle(
 
 
 def require_buildable(
-    library: str, targets: Sequence[str], graphs: Sequence[str] | None, timing_cache: str | None
+    library: str,
+    targets: Sequence[str],
+    graphs: Sequence[str] | None,
+    timing_cache: str | None,
+    *,
+    linear_dtype: str | None = None,
 ) -> Library:
     """Load the library; raise InputError for what it cannot build whatever the graphs are."""
     loaded = load_library(library)
@@ -86,6 +92,11 @@ def require_buildable(
         raise InputError(f"targets must be different architectures, got {', '.join(targets) or 'none'}")
     for target in targets:
         loaded.require_target(target)
+    wide = [target for target in targets if target in _WITHOUT_FLOAT8]
+    if linear_dtype is not None and wide:
+        raise InputError(f"targets must be sm89 or newer for linears in {linear_dtype}, got {', '.join(wide)}")
+    if CURRENT in targets:
+        Device().close()  # raises without a GPU and its driver
     unknown = [name for name in graphs or () if name not in (*EMBEDDINGS, *PASSES)]
     if unknown or graphs == []:
         raise InputError(
@@ -101,6 +112,7 @@ def _facts(built: Built) -> dict[str, Any]:
         "build_s": round(built.parse_s + built.build_s, 2),
         "peak_mib": round(built.peak_mib),
         "activation_mib": None if built.activation_mib is None else round(built.activation_mib, 1),
+        "float8_linears": built.network["float8_linears"],
         "self_attentions": len(built.network["sites"]),
         "cross_attentions": built.network["cross_attentions"],
         "notes": list(built.network["notes"]),

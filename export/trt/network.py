@@ -21,13 +21,15 @@ _LENGTH_INPUT = 6  # Q, K, V, attn_mask, past_key, past_value, nonpad_kv_seqlen
 class Network:
     """A parsed network. builder and parser are kept because the definition is only valid while they live.
 
-    notes: what was changed after parsing, one line each. source_attentions: `Attention` nodes of the ONNX graph.
+    notes: what was changed after parsing, one line each. source_attentions, source_float8: `Attention` nodes of the
+    ONNX graph, and products of two operands in 8 bits.
     """
 
     definition: Any
     builder: Any
     parser: Any
     source_attentions: int
+    source_float8: int
     notes: tuple[str, ...]
 
 
@@ -47,10 +49,11 @@ def parse(library: Library, path: str | Path) -> Network:
     if not parser.parse_from_file(str(path)):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         raise InputError(f"{path.name}: {explain('; '.join(_parse_error(error) for error in errors))}")
-    lengths, attentions = _read_lengths(path)
+    graph = _onnx().load(path, load_external_data=False).graph
+    lengths, attentions = _read_lengths(graph)
     notes = _restore_lengths(library, definition, lengths)
     notes += _decompose_float32(library, definition)
-    return Network(definition, builder, parser, attentions, tuple(notes))
+    return Network(definition, builder, parser, attentions, _float8_products(graph), tuple(notes))
 
 
 def layers(library: Library, definition: Any, kind: str | None = None) -> Iterator[Any]:
@@ -90,9 +93,14 @@ def _onnx() -> Any:
     return onnx
 
 
-def _read_lengths(path: Path) -> tuple[dict[str, str], int]:
-    """Of each `Attention` node of the file: name of its output -> name of its valid length. And the number of nodes."""
-    nodes = [node for node in _onnx().load(path, load_external_data=False).graph.node if node.op_type == "Attention"]
+def _float8_products(graph: Any) -> int:
+    made = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    return sum(node.op_type == "MatMul" and made.issuperset(node.input) for node in graph.node)
+
+
+def _read_lengths(graph: Any) -> tuple[dict[str, str], int]:
+    """Of each `Attention` node of the graph: name of its output -> name of its valid length. And how many there are."""
+    nodes = [node for node in graph.node if node.op_type == "Attention"]
     lengths = {
         node.output[0]: node.input[_LENGTH_INPUT]
         for node in nodes

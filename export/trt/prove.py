@@ -41,11 +41,14 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class NetworkReport:
-    """What was proven. cross_attentions: attentions that read no cache. notes: what parsing changed."""
+    """What was proven. cross_attentions: attentions that read no cache. float8_linears: products of two operands in 8
+    bits. notes: what parsing changed.
+    """
 
     layers: int
     sites: tuple[Site, ...]
     cross_attentions: int
+    float8_linears: int
     inputs: dict[str, Port]
     outputs: dict[str, Port]
     notes: tuple[str, ...]
@@ -64,12 +67,19 @@ def prove(library: Library, network: Network, spec: GraphSpec) -> NetworkReport:
     attentions = len(facts.attentions)
     if attentions != network.source_attentions:
         faults.append(f"the graph has {network.source_attentions} Attention nodes, the network {attentions}")
+    if facts.float8_products != network.source_float8:
+        faults.append(
+            f"the graph has {network.source_float8} products of operands in 8 bits, the network {facts.float8_products}"
+        )
     if facts.softmaxes:
         faults.append(f"attention is decomposed: softmax layer {facts.softmaxes[0]}; export it as one Attention node")
     read = {cache for site in sites for cache in (site.key_cache, site.value_cache)}
     # The last layer of a refresh stops at its keys and values; every other cache that is written is read.
     caches = list(spec.aliases.values())
-    unread = [cache for cache in (caches[:-2] if spec.name == "refresh" else caches) if cache not in read]
+    if spec.name == "refresh":
+        last = caches[-1].rpartition(".")[2]
+        caches = [cache for cache in caches if cache.rpartition(".")[2] != last]
+    unread = [cache for cache in caches if cache not in read]
     if unread and not site_faults:
         faults.append(f"no attention reads cache {_some(unread)}")
     unused = [name for name in facts.inputs if name not in facts.needed]
@@ -82,6 +92,7 @@ def prove(library: Library, network: Network, spec: GraphSpec) -> NetworkReport:
         network.definition.num_layers,
         tuple(sites),
         attentions - len(sites),
+        facts.float8_products,
         facts.inputs,
         facts.outputs,
         network.notes,
@@ -100,6 +111,10 @@ class _Facts:
         self.updates = list(layers(library, definition, "KV_CACHE_UPDATE"))
         self.attentions = list(layers(library, definition, "ATTENTION_INPUT"))
         self.softmaxes = [layer.name for layer in layers(library, definition, "SOFTMAX")]
+        self.float8_products = sum(
+            all(self._from_float8(layer.get_input(i)) for i in range(2))
+            for layer in layers(library, definition, "MATRIX_MULTIPLY")
+        )
         self.needed = self.behind(self.outputs, ends=set())
 
     def behind(self, names: Any, ends: set[str]) -> set[str]:
@@ -115,6 +130,13 @@ class _Facts:
             if maker is not None and maker.type.name not in ends:
                 waiting += [tensor.name for tensor in inputs_of(maker) if tensor is not None]
         return seen
+
+    def _from_float8(self, tensor: Any) -> bool:
+        """Whether a tensor is what a DequantizeLinear made of one in 8 bits, past views."""
+        maker = self.makers.get(tensor.name)
+        while maker is not None and maker.type.name == "SHUFFLE":
+            maker = self.makers.get(maker.get_input(0).name)
+        return maker is not None and maker.type.name == "DEQUANTIZE" and maker.get_input(0).dtype.name == "FP8"
 
     def update_faults(self, aliases: Mapping[str, str]) -> list[str]:
         faults = []

@@ -1,19 +1,32 @@
 """Small random students as ONNX bundles, for the tests of engines."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from cfpp_rt.config import ModelConfig, RolloutConfig
-from cfpp_rt.export.bundle import Bundle, open_bundle
+from cfpp_rt.export.bundle import Bundle, Card, open_bundle
 from cfpp_rt.export.to_onnx import export_onnx
 from cfpp_rt.model.transformer import random_model
 
 TINY = ModelConfig(dim=64, ffn_dim=128, num_heads=2, num_layers=2, freq_dim=16, text_dim=32, text_len=8)
 WORLD = dataclasses.replace(TINY, text_len=0, num_actions=5)
 ROLLING = RolloutConfig(window=4, sinks=1)
+
+
+def bytes_moved(card: Card, *passes: str, resident: tuple[str, ...] = ()) -> int:
+    """Bytes that go in and out of these passes: all of the contract but caches, keys of the text, and `resident`."""
+    moved = 0
+    for spec in (card.graphs[name] for name in passes):
+        caches = {*spec.aliases, *spec.aliases.values()}
+        for tensor in (*spec.inputs, *spec.outputs):
+            if tensor.name not in caches and not tensor.name.startswith(("text_", *resident)):
+                moved += math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
+    return moved
 
 
 def exported(

@@ -75,6 +75,7 @@ def test_a_film_from_text_embeddings(tmp_path):
     [
         (["--size", "48x48"], "--engine takes no --size: the bundle has settled it"),
         (["--window", "4"], "--engine takes no --window"),
+        (["--student", "world"], "--engine takes no --student"),
         (["--random-weights"], "--engine takes no --random-weights"),
         (["--actions", "fly"], "actions must be names"),
         (["--actions", SCRIPT, "--prompt", "a boat"], "a student without text takes no --prompt"),

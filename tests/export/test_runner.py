@@ -14,6 +14,7 @@ from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import InputError, NonFiniteError
 from cfpp_rt.export.passes import fixed_inputs
 from cfpp_rt.export.runner import Engine, EngineRollout
+from cfpp_rt.export.session import Buffer
 from cfpp_rt.export.to_onnx import export_onnx
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.model.weights import build_model
@@ -22,6 +23,7 @@ from cfpp_rt.rollout import Rollout
 from cfpp_rt.schedule import FlowMatchSchedule
 from cfpp_rt.values import Conditioning
 from tests import plain_model
+from tests.export.students import bytes_moved
 from tests.test_actions import ACTING
 from tests.test_rollout import ROLLOUTS, settings_of
 
@@ -163,6 +165,20 @@ def test_caches_are_updated_in_place(acting, capfd, monkeypatch):
     session = engine.session("step")
     session._session.run(None, fixed_inputs(engine.card, session.spec))
     assert "copying past_cache" in capfd.readouterr().err, "and it does warn where it copies"
+
+
+def test_no_cache_travels_between_passes(acting, monkeypatch):
+    """What is handed to onnxruntime or taken from it for one block is latents, velocity and small numbers."""
+    _, engine = acting
+    rollout = EngineRollout(engine, frames=8)
+    for _ in range(6):
+        next(rollout)
+    moved = []
+    monkeypatch.setattr("cfpp_rt.export.runner.Buffer", lambda array: moved.append(array.nbytes) or Buffer(array))
+    next(rollout)
+    velocities = 2 * rollout._velocity.array.nbytes
+    assert sum(moved) + velocities == bytes_moved(engine.card, "fused", "step", resident=("modulation",))
+    assert sum(moved) < rollout.caches["keys.0"].array.nbytes
 
 
 def test_nan_in_a_cache_is_reported(acting):

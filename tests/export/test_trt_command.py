@@ -70,12 +70,34 @@ def test_a_graph_that_disagrees_is_never_built(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "options,wanted",
+    [(["--size", "32x48"], (4, 6)), (["--size", "480x832"], (8, 12)), (["--parity-size", "16x16"], (2, 2))],
+)
+def test_the_comparison_is_at_the_size_that_the_student_knows_or_smaller(tmp_path, monkeypatch, options, wanted):
+    """Away from the size that it was trained at, a rollout magnifies rounding: the world's failed its gate at 64x96."""
+
+    class Stop(Exception):
+        pass
+
+    def compare(*student, latent_size, **rest):
+        assert latent_size == wanted
+        raise Stop
+
+    monkeypatch.setattr(gate, "require_parity", compare)
+    with pytest.raises(Stop):
+        main(["export", "tensorrt", "--random-weights", *options, "--targets", "sm89", "-o", str(tmp_path / "engines")])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     "extra,message",
     [
         (["--targets", "sm90"], "no target for data centre GPUs after sm80"),
         (["--targets", "sm89", "sm89"], "different architectures"),
         (["--output", str(Path(__file__).parent)], "--output must be a new folder"),
         (["--keep-onnx", str(Path(__file__).parent)], "--keep-onnx must be a new folder"),
+        (["--output", "/nowhere/engines"], "got /nowhere/engines, in a folder that does not exist"),
+        (["--linear-dtype", "float8_e4m3", "--targets", "sm86"], "targets must be sm89 or newer for linears in float8"),
         (["--parity-size", "30x48"], "--parity-size must be HEIGHTxWIDTH in multiples of 8, got 30x48"),
         (["--graphs", "leap"], "graphs must be some of embed_time"),
         (["--timing-cache", "tactics"], "timing_cache must be None with tensorrt-rtx"),

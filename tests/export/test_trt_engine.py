@@ -19,7 +19,7 @@ from cfpp_rt.export.trt.engine import TensorRTEngine
 from cfpp_rt.export.trt.library import Library
 from cfpp_rt.export.trt.make import make_bundle
 from cfpp_rt.export.trt.memory import Device, Memory
-from tests.export.students import TINY, WORLD, exported
+from tests.export.students import TINY, WORLD, bytes_moved, exported
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -30,7 +30,7 @@ class PretendedDevice:
     architecture, stream = "sm89", 7
 
     def __init__(self, index=0):
-        self.memory, self.calls, self.recording = {}, [], None
+        self.memory, self.calls, self.recording, self.copied = {}, [], None, 0
         self.runtime = SimpleNamespace(
             cudaStreamCaptureMode=SimpleNamespace(cudaStreamCaptureModeThreadLocal=1),
             cudaStreamBeginCapture=self.begin,
@@ -66,9 +66,11 @@ class PretendedDevice:
 
     def write(self, memory, values):
         self.calls.append(memory.pointer)
+        self.copied += values.nbytes
         self.memory[memory.pointer][: values.nbytes] = np.frombuffer(values.tobytes(), np.uint8)
 
     def read(self, memory, values):
+        self.copied += values.nbytes
         values[...] = self.memory[memory.pointer][: values.nbytes].view(values.dtype).reshape(values.shape)
 
     def close(self):
@@ -186,7 +188,9 @@ def test_between_passes_only_small_things_are_copied(pretended, source):
     for _ in range(4):
         next(rollout)
     engine.device.calls.clear()
+    engine.device.copied = 0
     next(rollout)
+    assert engine.device.copied == bytes_moved(source.card, "fused", *["step"] * (len(source.card.steps) - 1))
     names = {pointer: name for made in PretendedEngine.made for name, pointer in made.addresses.items()}
     copied = {names[call] for call in engine.device.calls if call != "launch"}
     assert {"latents"} < copied <= {"latents", "modulation", "rope_time", "write_index", "valid", "visible"}

@@ -19,6 +19,8 @@ from cfpp_rt.export.to_onnx import export_onnx
 from cfpp_rt.export.verify import require_passed, verify
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.model.weights import build_model
+from cfpp_rt.world.sprites import SIZE
+from cfpp_rt.world.student import SHIPPED, load_student
 from tests.test_actions import ACTING
 
 RUN = RolloutConfig(steps=(1000, 500), window=4, sinks=1)
@@ -43,6 +45,18 @@ def test_a_sound_bundle_passes(weights, config, meta, tmp_path, dtype, run):
     assert report["passed"], report["worst"]
     assert report["rollout"]["frames"] == 21 and report["rollout"]["ring_wraps"] == (run.window is not None)
     assert {entry["graph"] for entry in report["tensors"]} == {*report["graphs"], "rollout"}
+
+
+@pytest.mark.parametrize("dtype,linear_dtype", [("float16", None), ("float32", "float8_e4m3")])
+def test_the_shipped_student_of_the_world_passes(tmp_path, dtype, linear_dtype):
+    """Trained weights, whose attention is sharp: float16 has to be measured by an attention that rounds as coarsely."""
+    student = load_student(SHIPPED, dtype=getattr(torch, dtype), fuse=False)
+    size, codec = (SIZE // 8, SIZE // 8), student.codec
+    options = {"latent_size": size, "frames": None, "codec": codec, "linear_dtype": linear_dtype}
+    export_onnx(student.model, student.rollout, tmp_path / "b", **options)
+    report = verify(open_bundle(tmp_path / "b"), student.model, codec=codec, frames=6, threads=1)
+    require_passed(report)
+    assert report["rollout"]["ring_wraps"] and report["rollout"]["psnr_db"] > 40
 
 
 def tampered(folder, target, graph, change):

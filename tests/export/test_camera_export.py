@@ -1,0 +1,216 @@
+"""Cameras in the graphs: the published rollout, PyTorch's, and what TensorRT makes of the second cache."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+from cfpp_rt.camera import Cameras, parse_trajectory, walk
+from cfpp_rt.cli import main
+from cfpp_rt.config import ModelConfig, RolloutConfig
+from cfpp_rt.errors import InputError
+from cfpp_rt.export.bundle import open_bundle
+from cfpp_rt.export.cameras import EngineCameras
+from cfpp_rt.export.contract import PASSES
+from cfpp_rt.export.runner import Engine, EngineRollout
+from cfpp_rt.export.to_onnx import export_onnx
+from cfpp_rt.export.verify import require_passed, verify
+from cfpp_rt.model.transformer import random_model
+from cfpp_rt.model.weights import build_model
+from cfpp_rt.rollout import Rollout
+from cfpp_rt.values import Conditioning
+from tests.export.needs import needs_tensorrt
+from tests.export.students import TINY
+from tests.export.test_codec_graphs import patches
+from tests.test_cli import fault
+
+DATA = Path(__file__).parents[1] / "data"
+META = json.loads((DATA / "camera_meta.json").read_text())
+SMALL = dataclasses.replace(TINY, camera=True)
+RUN = RolloutConfig((1000, 500), frames_per_block=2, window=6, sinks=2)
+
+
+def of_engine(cameras, batch=1):
+    return EngineCameras.of(cameras.views.numpy(), cameras.focal.numpy(), batch)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """The engine of the published camera rollout, and its vectors."""
+    weights = {name: tensor.float() for name, tensor in load_file(DATA / "camera_weights.safetensors").items()}
+    config = ModelConfig.from_dict({**META["config"], "camera": True})
+    model = build_model(weights, config, dtype=torch.float32, device="cpu")
+    folder = tmp_path_factory.mktemp("camera") / "bundle"
+    run = RolloutConfig(tuple(META["steps"]), frames_per_block=META["frames_per_block"])
+    export_onnx(model, run, folder, latent_size=tuple(META["latent_hw"]), frames=META["frames"])
+    return Engine(folder, threads=1), load_file(DATA / "camera_vectors.safetensors")
+
+
+@pytest.mark.parametrize("refresh", ["fused", "separate"])
+def test_latents_equal_the_published_implementation(published, refresh):
+    engine, vectors = published
+    rollout = EngineRollout(
+        engine,
+        vectors["prompt_embeds"].numpy(),
+        frames=META["frames"],
+        cameras=of_engine(Cameras.of(vectors["viewmats"], vectors["intrinsics"])),
+        noise=vectors["noise"].numpy(),
+        renoise=[part.numpy() for part in vectors["renoise"]],
+        refresh=refresh,
+    )
+    latents = torch.from_numpy(np.concatenate([block.values for block in rollout], axis=1))
+    torch.testing.assert_close(latents, vectors["latents"], rtol=0, atol=2e-4)
+
+
+@pytest.fixture(scope="module")
+def moving(tmp_path_factory):
+    """Two rows, a window and sinks: the model and its engine."""
+    model = random_model(SMALL, seed=0, dtype=torch.float32)
+    with torch.no_grad():  # a fresh branch is silent
+        for block in model.blocks:
+            block.self_attn.prope_o.weight.copy_(block.self_attn.o.weight.roll(1, 0))
+    folder = tmp_path_factory.mktemp("moving") / "bundle"
+    export_onnx(model, RUN, folder, latent_size=(4, 6), frames=None, batch=2)
+    return model, Engine(folder, threads=1)
+
+
+@pytest.mark.parametrize("refresh", ["fused", "separate", "skip"])
+def test_a_camera_that_moves_is_that_of_the_runtime(moving, refresh):
+    """Given frames, a path that ends, a move on the way, lenses of their own: through the wrap of the ring."""
+    model, engine = moving
+    embeds = torch.randn(2, SMALL.text_len, SMALL.text_dim, generator=torch.Generator().manual_seed(1))
+    initial = torch.randn(2, 2, 16, 4, 6, generator=torch.Generator().manual_seed(2))
+    first = Cameras.of(parse_trajectory("w*2,j*2"), (0.6, 0.9))
+    views = torch.stack([walk(["l", "u"], first.views[0, -1]), walk(["s", "a"], first.views[0, -1])])
+    second = Cameras.of(views, (0.5, 0.5))
+    options = {"frames": None, "seed": [3, 5]}
+    theirs = Rollout(
+        model,
+        Conditioning(embeds),
+        RUN.replace(refresh=refresh),
+        latent_size=(4, 6),
+        cameras=first,
+        initial=initial,
+        **options,
+    )
+    ours = EngineRollout(
+        engine, embeds.numpy(), cameras=of_engine(first, 2), initial=initial.numpy(), refresh=refresh, **options
+    )
+    still = EngineRollout(
+        engine, embeds.numpy(), cameras=of_engine(first.at([0]), 2), initial=initial.numpy(), refresh=refresh, **options
+    )
+    for block in range(6):
+        if block == 2:
+            theirs.move(second), ours.move(of_engine(second, 2))
+        wanted, found = next(theirs).values, torch.from_numpy(next(ours).values)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+    assert np.abs(next(still).values - found.numpy()).max() > 0.01, "the cameras matter"
+
+
+@pytest.mark.parametrize("dtype,linear_dtype", [("float32", None), ("float16", None), ("float32", "float8_e4m3")])
+def test_the_gate_walks_with_the_camera(tmp_path, dtype, linear_dtype):
+    model = random_model(SMALL, seed=0, dtype=getattr(torch, dtype))
+    export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 6), frames=None, linear_dtype=linear_dtype)
+    report = verify(open_bundle(tmp_path / "b"), model, threads=1)
+    require_passed(report)
+    assert {"camera_keys.1.updated", "camera_values.0.updated"} <= {entry["tensor"] for entry in report["tensors"]}
+
+
+def test_the_matrices_are_those_of_the_runtime():
+    cameras = Cameras.of(parse_trajectory("w*3,l*30,u*2,i*7"), (0.6, 0.9))
+    wanted = cameras.from_first().projections()
+    found = of_engine(cameras).projections(range(len(cameras)), cameras.views[:, :1].numpy())
+    torch.testing.assert_close(torch.from_numpy(found[:, :, 0]), wanted.matrices, rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.from_numpy(found[:, :, 1]), wanted.inverses, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "views,focal,message",
+    [
+        (np.eye(4), (1, 1), r"views must be \[F, 4, 4\] or \[B=1, F, 4, 4\]"),
+        (np.eye(4)[None].repeat(0, 0), (1, 1), "with F > 0"),
+        (np.eye(4)[None, None].repeat(3, 0), (1, 1), r"B=1.*got \[3, 1, 4, 4\]"),
+        (2 * np.eye(4)[None], (1, 1), "finite and rigid"),
+        (np.eye(4)[None] * np.nan, (1, 1), "finite and rigid"),
+        (np.diag([1.0, 1, -1, 1])[None], (1, 1), "finite and rigid"),
+        (np.eye(4)[None], (1, 0), "focal must be"),
+        (np.eye(4)[None], (1, np.inf), "focal must be"),
+        (np.eye(4)[None], (1, 1, 1), "focal must be"),
+    ],
+)
+def test_what_is_no_camera_is_refused(views, focal, message):
+    with pytest.raises(InputError, match=message):
+        EngineCameras.of(views, focal)
+
+
+def test_bad_cameras_are_named(published, moving, tmp_path):
+    embeds = published[1]["prompt_embeds"].numpy()
+    two = EngineCameras.of(np.eye(4)[None].repeat(2, 0), (1, 1))
+    with pytest.raises(InputError, match="cameras must be given for a model with the camera branch"):
+        EngineRollout(published[0], embeds, frames=6)
+    with pytest.raises(InputError, match="cameras must be one per latent frame, 6, or a single one, got 2"):
+        EngineRollout(published[0], embeds, frames=6, cameras=two)
+    export_onnx(random_model(TINY, seed=0, dtype=torch.float32), RUN, tmp_path / "b", latent_size=(4, 6), frames=None)
+    plain = np.zeros((1, TINY.text_len, TINY.text_dim), np.float32)
+    with pytest.raises(InputError, match="cameras must not be given to a model without the camera branch"):
+        EngineRollout(Engine(tmp_path / "b", 1), plain, frames=6, cameras=two)
+    with pytest.raises(InputError, match="cameras must not be given to a model without the camera branch"):
+        EngineRollout(Engine(tmp_path / "b", 1), plain, frames=6).move(two)
+
+
+@needs_tensorrt
+def test_every_pass_is_proven(tmp_path):
+    """Two attentions per layer, each with caches of its own, each cache updated once and in place."""
+    from cfpp_rt.export.trt.library import load_library
+    from cfpp_rt.export.trt.network import parse
+    from cfpp_rt.export.trt.prove import prove
+
+    model = random_model(SMALL, seed=0, dtype=torch.float16)
+    export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 6), frames=None)
+    library, bundle = load_library("tensorrt-rtx"), open_bundle(tmp_path / "b")
+    for name in ("embed_time", "embed_text"):
+        assert not prove(library, parse(library, bundle.path(name)), bundle.card.graphs[name]).sites
+    for name in PASSES:
+        report = prove(library, parse(library, bundle.path(name)), bundle.card.graphs[name])
+        layers = 1 if name == "refresh" else 2
+        wanted = [f"{kind}.{layer}" for layer in range(layers) for kind in ("keys", "camera_keys")]
+        assert [site.key_cache for site in report.sites] == wanted
+        assert [site.value_cache for site in report.sites] == [name.replace("keys", "values") for name in wanted]
+
+
+@needs_tensorrt
+def test_an_engine_of_a_camera_model_is_built(tmp_path):
+    """The fused pass: four attentions with a mask, none of whose caches is another's."""
+    from cfpp_rt.export.trt.build import build_engine
+    from cfpp_rt.export.trt.compile import Job
+
+    model = random_model(SMALL, seed=0, dtype=torch.bfloat16)
+    export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 6), frames=None)
+    bundle = open_bundle(tmp_path / "b")
+    job = Job(str(bundle.path("fused")), str(tmp_path / "engine"), "tensorrt-rtx", "sm89", bundle.card.graphs["fused"])
+    assert len(build_engine(job).network["sites"]) == 4
+    assert (tmp_path / "engine").read_bytes()[:4] == b"vtrt"
+
+
+def test_a_film_by_command(tmp_path, capsys):
+    folder, embeds = tmp_path / "b", torch.randn(1, SMALL.text_len, SMALL.text_dim)
+    model = random_model(dataclasses.replace(SMALL, patch_size=(1, 1, 1)), seed=0, dtype=torch.float32)
+    export_onnx(model, RUN, folder, latent_size=(6, 6), frames=None, codec=patches())
+    save_file({"embeds": embeds}, tmp_path / "embeds.safetensors")
+    film = ["generate", "--engine", str(folder), "--embeds", str(tmp_path / "embeds.safetensors"), "--quiet"]
+    film += ["-o", str(tmp_path / "film.rgb")]
+    assert main([*film, "--trajectory", "w*2,l*3", "--intrinsics", "0.5,0.9"]) == 0
+    moved = np.fromfile(tmp_path / "film.rgb", np.uint8)
+    assert moved.size == 6 * 48 * 48 * 3
+    assert main([*film, "--trajectory", "s*2,l*3"]) == 0
+    assert "needs --trajectory" in fault(capsys, film)
+    assert "one per latent frame, 4, or a single one, got 6" in fault(
+        capsys, [*film, "--trajectory", "w*2,l*3", "--frames", "4"]
+    )
