@@ -55,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--random-weights", action="store_true", help="a small student of random weights: try the runtime, see noise"
     )
+    source.add_argument(
+        "--offload-text",
+        action="store_true",
+        default=None,
+        help="keep the text encoder (11 GB) in host memory between prompts",
+    )
     what = parser.add_argument_group("what to make")
     prompts = what.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", help="the text")
@@ -324,7 +330,7 @@ def parse_device(name: str) -> torch.device:
 def _pipeline(arguments: argparse.Namespace, device: torch.device, rollout: RolloutConfig) -> Pipeline:
     dtype = DTYPES[arguments.dtype or "bfloat16"]
     if arguments.random_weights:
-        for name in ("checkpoint", "base", "key", "config", "tiny_vae"):
+        for name in ("checkpoint", "base", "key", "config", "tiny_vae", "offload_text"):
             if getattr(arguments, name) is not None:
                 raise InputError(f"--random-weights takes no --{name.replace('_', '-')}")
         from cfpp_rt.untrained import random_pipeline
@@ -346,6 +352,7 @@ def _pipeline(arguments: argparse.Namespace, device: torch.device, rollout: Roll
         config=config,
         key=arguments.key,
         linear_dtype=arguments.linear_dtype,
+        offload_text=bool(arguments.offload_text),
     )
     pipeline.rollout = rollout
     return pipeline

@@ -38,11 +38,13 @@ class Pipeline:
         codec: Codec,
         text_encoder: TextEncoder | str | Path | None = None,
         rollout: RolloutConfig | None = None,
+        offload_text: bool = False,
     ):
         self.model = model
         self.codec = codec
         self.rollout = rollout or student("framewise-2step")
         self.graphs = Graphs(model) if model.device.type == "cuda" else None
+        self.offload_text = offload_text
         self._text_encoder = text_encoder
 
     @classmethod
@@ -58,6 +60,7 @@ class Pipeline:
         config: ModelConfig | None = None,
         key: str | None = None,
         linear_dtype: str | None = None,
+        offload_text: bool = False,
     ) -> "Pipeline":
         """Load a student.
 
@@ -65,8 +68,9 @@ class Pipeline:
         (Wan2.1 or diffusers layout); default: `checkpoint`, if it is a directory. student_name: one of `STUDENTS`.
         tiny_codec: path of `taew2_1.pth` to decode with the tiny autoencoder: faster, approximate. The VAE runs in
         `dtype`, like the model. linear_dtype: "float8_e4m3" (GPU) or "int8" (CPU) computes the blocks' linear layers in
-        8 bits, which is approximate: see `cfpp_rt.speed.quantize_linears`. Raises CheckpointError or MissingExtraError
-        with one line that says what to do.
+        8 bits, which is approximate: see `cfpp_rt.speed.quantize_linears`. offload_text: between prompts the text
+        encoder (11 GB) lies in the host's memory, and each prompt pays for the way back. Raises CheckpointError or
+        MissingExtraError with one line that says what to do.
         """
         rollout = student(student_name)
         if base is None:
@@ -79,7 +83,7 @@ class Pipeline:
             fuse_gelu(model)
         if linear_dtype is not None:
             quantize_linears(model, linear_dtype)
-        return cls(model, codec, base, rollout)
+        return cls(model, codec, base, rollout, offload_text)
 
     def load_text_encoder(self) -> TextEncoder:
         """The text encoder, read from disk at the first call: float32 for a float32 model, else bfloat16."""
@@ -96,7 +100,12 @@ class Pipeline:
 
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts to text embeddings [B, text_len, text_dim]."""
-        return self.load_text_encoder()(list(prompts))
+        encoder = self.load_text_encoder()
+        encoder.to(self.model.device)
+        text = encoder(list(prompts))
+        if self.offload_text:
+            encoder.to("cpu")
+        return text
 
     def stream(
         self,

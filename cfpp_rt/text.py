@@ -117,6 +117,10 @@ class TextEncoder:
     def dtype(self) -> torch.dtype:
         return self.model.shared.weight.dtype
 
+    def to(self, device: torch.device | str) -> None:
+        """Move the model, where it does not lie there already."""
+        self.model.to(device)
+
     @torch.no_grad()
     def encode_ids(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Token ids to embeddings, before padding is zeroed.

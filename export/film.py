@@ -22,7 +22,20 @@ from cfpp_rt.world.student import first_picture
 
 # Options of `cfpp generate` that a bundle has settled.
 _SETTLED = (
-    *("checkpoint", "key", "config", "tiny_vae", "size", "image", "video", "steps", "window", "sinks", "dtype"),
+    *(
+        "checkpoint",
+        "key",
+        "config",
+        "offload_text",
+        "tiny_vae",
+        "size",
+        "image",
+        "video",
+        "steps",
+        "window",
+        "sinks",
+        "dtype",
+    ),
     *("student", "kv_dtype", "linear_dtype", "prompts"),
 )
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cfpp_rt.bench.subject import NoDecoder
 from cfpp_rt.errors import CheckpointError, InputError, MissingExtraError
+from cfpp_rt.pipeline import Pipeline
 from cfpp_rt.text import ORIGINAL_FILE, ORIGINAL_TOKENIZER, TextEncoder, clean_text, infer_config
 
 transformers = pytest.importorskip("transformers")
@@ -146,3 +148,13 @@ def test_missing_extra(monkeypatch, original):
     monkeypatch.setitem(__import__("sys").modules, "ftfy", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'cfpp-rt\[wan\]'"):
         TextEncoder.from_pretrained(original)
+
+
+@pytest.mark.parametrize("offloads", [False, True])
+def test_the_encoder_makes_room_between_prompts(encoder, model, monkeypatch, offloads: bool):
+    moves = []
+    monkeypatch.setattr(TextEncoder, "to", lambda self, device: moves.append(str(device)))
+    pipeline = Pipeline(model, NoDecoder(4), encoder, offload_text=offloads)
+    text = pipeline.encode_text(["a cat"])
+    assert torch.equal(text.embeds, encoder(["a cat"]).embeds)
+    assert moves == (["cpu", "cpu"] if offloads else ["cpu"])

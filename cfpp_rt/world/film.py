@@ -18,7 +18,7 @@ FPS = 10.0  # pictures per second at which the world is meant to be played
 SCALE = 8  # pixels of a film per pixel of the world, whose pictures are 48 x 48
 # Options of `cfpp generate` that say nothing to this student.
 _UNUSED = (
-    *("base", "key", "config", "tiny_vae", "prompt", "prompts", "embeds"),
+    *("base", "key", "config", "offload_text", "tiny_vae", "prompt", "prompts", "embeds"),
     *("image", "video", "size", "trajectory", "intrinsics", "linear_dtype"),
 )
 
