@@ -1,7 +1,5 @@
 // Entry point of block_attention on the CPU: checks the ranges, picks the kernel of this CPU, deals query tiles to
 // threads. The arithmetic is in block_attention_cpu_tile.h.
-#include <omp.h>
-
 #include <algorithm>
 #include <memory>
 #include <new>
@@ -15,30 +13,33 @@ namespace {
 constexpr double kFlopsPerThread = 2e6;  // 10 to 20 us; with less, waking another thread is a gamble
 constexpr int64_t kTilesPerThread = 8;   // enough that the last ones to finish do not matter
 
+// Called for every pass: text is made only of what is refused.
 Status check_ranges(const BlockAttentionParams& p) {
-  for (int64_t b = 0; b < p.batch; ++b) {
-    for (int64_t g = 0; g < p.groups; ++g) {
-      const int32_t* ranges = p.ranges_ptr + (b * p.groups + g) * p.ranges * 2;
-      const std::string group = "block_attention: ranges[" + std::to_string(b) + ", " + std::to_string(g);
-      const auto text = [&](int64_t r) {
-        return "[" + std::to_string(ranges[2 * r]) + ", " + std::to_string(ranges[2 * r + 1]) + ")";
-      };
-      bool sees = false;
-      for (int64_t r = 0; r < p.ranges; ++r) {
-        const int32_t first = ranges[2 * r], last = ranges[2 * r + 1];
-        const std::string wanted = group + ", " + std::to_string(r) + "] must be ";
-        if (!range_fits(first, last, p.capacity)) {
-          return wanted + "(0, 0) or 0 <= first < last <= capacity " + std::to_string(p.capacity) + ", got " + text(r);
-        }
-        for (int64_t other = 0; other < r; ++other) {
-          if (first < ranges[2 * other + 1] && ranges[2 * other] < last) {
-            return wanted + "apart from ranges[..., " + std::to_string(other) + "] " + text(other) + ", got " + text(r);
-          }
-        }
-        sees = sees || first != last;
+  for (int64_t i = 0; i < p.batch * p.groups; ++i) {
+    const int32_t* ranges = p.ranges_ptr + i * p.ranges * 2;
+    const auto name = [&](const std::string& range) {
+      return "block_attention: ranges[" + std::to_string(i / p.groups) + ", " + std::to_string(i % p.groups) + ", " +
+             range + "] must be ";
+    };
+    const auto text = [&](int64_t r) {
+      return "[" + std::to_string(ranges[2 * r]) + ", " + std::to_string(ranges[2 * r + 1]) + ")";
+    };
+    bool sees = false;
+    for (int64_t r = 0; r < p.ranges; ++r) {
+      const int32_t first = ranges[2 * r], last = ranges[2 * r + 1];
+      if (!range_fits(first, last, p.capacity)) {
+        return name(std::to_string(r)) + "(0, 0) or 0 <= first < last <= capacity " + std::to_string(p.capacity) +
+               ", got " + text(r);
       }
-      if (!sees) return group + ", :] must be one token or more, got only (0, 0)";
+      for (int64_t other = 0; other < r; ++other) {
+        if (first < ranges[2 * other + 1] && ranges[2 * other] < last) {
+          return name(std::to_string(r)) + "apart from ranges[..., " + std::to_string(other) + "] " + text(other) +
+                 ", got " + text(r);
+        }
+      }
+      sees = sees || first != last;
     }
+    if (!sees) return name(":") + "one token or more, got only (0, 0)";
   }
   return {};
 }
@@ -64,6 +65,20 @@ struct Free {
   void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{64}); }
 };
 
+// This thread's memory for the packed keys and the results of a tile: kept, since a small call takes less time than
+// getting it from the system.
+void* scratch_of(size_t bytes) {
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local size_t held = 0;
+  if (held < bytes) {
+    memory.reset();
+    held = 0;
+    memory.reset(::operator new(bytes, std::align_val_t{64}));
+    held = bytes;
+  }
+  return memory.get();
+}
+
 void run(const BlockAttentionParams& p, const BlockAttentionKernel& kernel, int num_threads) {
   const int64_t lists = p.batch * p.heads * p.groups, per_group = p.queries_per_group();
   // Several register tiles share the packing of a KV tile, as long as there are tiles enough for the threads.
@@ -74,22 +89,23 @@ void run(const BlockAttentionParams& p, const BlockAttentionKernel& kernel, int 
   const int64_t tiles = ceil_div(per_group, rows);
   const int64_t threads = std::clamp<int64_t>(static_cast<int64_t>(flops(p) / kFlopsPerThread), 1,
                                               std::min<int64_t>(std::max(num_threads, 1), lists * tiles));
-#pragma omp parallel num_threads(static_cast<int>(threads)) if (threads > 1)
-  {
-    const size_t bytes = kernel.scratch_bytes(p, std::min(rows, per_group));
-    const std::unique_ptr<void, Free> scratch(::operator new(bytes, std::align_val_t{64}));
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < lists * tiles; ++i) {
-      const int64_t list = i / tiles, row = i % tiles * rows;
-      QueryTile tile{};
-      tile.group = list % p.groups;
-      tile.head = list / p.groups % p.heads;
-      tile.batch = list / p.groups / p.heads;
-      tile.first = tile.group * per_group + row;
-      tile.count = std::min(rows, per_group - row);
-      kernel.run(p, tile, scratch.get());
-    }
+  const size_t bytes = kernel.scratch_bytes(p, std::min(rows, per_group));
+  const auto run_tile = [&](int64_t i) {
+    const int64_t list = i / tiles, row = i % tiles * rows;
+    QueryTile tile{};
+    tile.group = list % p.groups;
+    tile.head = list / p.groups % p.heads;
+    tile.batch = list / p.groups / p.heads;
+    tile.first = tile.group * per_group + row;
+    tile.count = std::min(rows, per_group - row);
+    kernel.run(p, tile, scratch_of(bytes));
+  };
+  if (threads == 1) {  // without a word to OpenMP
+    for (int64_t i = 0; i < lists * tiles; ++i) run_tile(i);
+    return;
   }
+#pragma omp parallel for schedule(dynamic) num_threads(static_cast<int>(threads))
+  for (int64_t i = 0; i < lists * tiles; ++i) run_tile(i);
 }
 
 }  // namespace
