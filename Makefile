@@ -19,7 +19,7 @@ help:
 	@echo "make test    all tests (those that need a GPU run where there is one)"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make format  let the formatters rewrite the files"
-	@echo "make bench   benchmarks of this machine into bench/results/"
+	@echo "make bench   benchmarks of this machine, printed (--json FILE of each keeps rows)"
 	@echo "make world   train the built-in world's student from nothing (hours)"
 	@echo "make gpu     on a machine with an NVIDIA GPU: build, GPU tests, sanitizer, benchmarks"
 

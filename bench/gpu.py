@@ -1,4 +1,6 @@
-"""Everything that can be said of this GPU in one run: tests, sanitizer, benchmarks; a short table comes last.
+"""What a few minutes tell of this GPU in one run: tests, sanitizer, benchmarks of ops, passes and a student's latency.
+
+A short table comes last. docs/gpu.md names the benchmarks that are run by themselves.
 
 Results go to bench/results/<gpu>/<bench>.jsonl, or below --out. The checks share the GPU; then each benchmark has it
 alone. Every step has a time limit and runs whatever happened before it; the exit status is 1 if one failed. `make gpu`

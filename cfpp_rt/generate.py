@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "examples:\n"
         "  cfpp generate --checkpoint framewise-2step.pt --base Wan2.1-T2V-1.3B --prompt 'a boat at dawn' -o boat.mp4\n"
-        "  cfpp generate --checkpoint framewise-4step.pt --base Wan2.1-T2V-1.3B --student framewise-4step \\\n"
+        "  cfpp generate --checkpoint causal_forcing.pt --base Wan2.1-T2V-1.3B --student framewise-4step \\\n"
         "      --image harbour.jpg --prompt 'the boats leave' -o boats.mp4\n"
         "  cfpp generate --student world --actions 'right*20,up*10,interact' -o world.mp4   # ships with the package\n"
         "  cfpp generate --random-weights --prompt anything -o noise.mp4     # no weights needed; the picture is noise"
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tiny-vae", metavar="FILE", help="decode with the tiny autoencoder (taew2_1.pth): approximate"
     )
     source.add_argument(
-        "--engine", metavar="DIR", help="run the ONNX bundle that cfpp export onnx made, without PyTorch"
+        "--engine", metavar="DIR", help="run the ONNX bundle that cfpp export onnx made, in onnxruntime"
     )
     source.add_argument(
         "--random-weights", action="store_true", help="a small student of random weights: try the runtime, see noise"

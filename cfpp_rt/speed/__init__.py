@@ -1,6 +1,6 @@
-"""Optional steps on a built model that make it faster. The model runs without any of them.
+"""What makes a built model faster, and what the model runs without: steps on its layers, and `Graphs` for its passes.
 
-All compute the same but `quantize_linears`, which is approximate.
+`fuse_qkv` and `fuse_gelu` compute the same to rounding, `Graphs` bit by bit; `quantize_linears` is approximate.
 """
 
 from cfpp_rt.speed.fuse import fuse_gelu as fuse_gelu
