@@ -1,6 +1,6 @@
 """The figure of docs/distillation.md: how far the agent drifts, against the number of steps, for every student.
 
-python -m cfpp_rt.bench.plot_world bench/results/nvidia-h100/world_study.jsonl docs/world_study
+python -m cfpp_rt.bench.plot_world bench/results/amd-epyc-2core/world_study.jsonl docs/world_study
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The tables of docs/distillation.md, in Markdown, from the rows of the world's study.
 
-python -m cfpp_rt.bench.world_table bench/results/nvidia-h100/world_study.jsonl
+python -m cfpp_rt.bench.world_table bench/results/amd-epyc-2core/world_study.jsonl
 """
 
 import argparse

@@ -12,11 +12,14 @@ if TYPE_CHECKING:
 
 EXTRAS = {
     "wan": ("diffusers", "transformers", "sentencepiece", "ftfy", "av", "PIL", "tqdm"),
+    "train": ("yaml", "tqdm"),
+    "lmdb": ("lmdb",),
+    "tensorboard": ("tensorboard",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "tensorrt": ("tensorrt_rtx",),
     "bench": ("matplotlib", "psutil"),
 }
-_DISTRIBUTION = {"PIL": "pillow"}
+_DISTRIBUTION = {"PIL": "pillow", "yaml": "pyyaml"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,9 +62,9 @@ def run(arguments: argparse.Namespace) -> None:
     for extra, modules in EXTRAS.items():
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
         found = ", ".join(f"{name} {_version(name)}" for name in modules if name not in missing)
-        print(f"  {extra:<8} {found or 'nothing'}")
+        print(f"  {extra:<11} {found or 'nothing'}")
         if missing:
-            print(f"           missing {', '.join(missing)}: pip install 'cfpp-rt[{extra}]'")
+            print(f"              missing {', '.join(missing)}: pip install 'cfpp-rt[{extra}]'")
 
 
 def _attention(device: "torch.device", dtype: "torch.dtype") -> tuple[str, str]:
