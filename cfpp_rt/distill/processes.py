@@ -5,6 +5,7 @@ A process alone is rank 0 of 1, and nothing here does anything to it.
 
 import contextlib
 import datetime
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -49,6 +50,7 @@ def joined(device: str = "auto") -> Iterator[torch.device]:
     try:
         yield here or torch.device(kind)
     finally:
+        gc.collect()  # sharded networks hold the group in cycles: its threads are to end here, not with the interpreter
         dist.destroy_process_group()
 
 

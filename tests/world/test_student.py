@@ -104,7 +104,7 @@ def test_playing_in_a_terminal():
     leader, follower = pty.openpty()
     command = [sys.executable, "-m", "cfpp_rt.cli", "play", "--seed", "3", "--fps", "50"]
     player = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=subprocess.PIPE)
-    written, deadline = b"", time.monotonic() + 120
+    written, deadline = b"", time.monotonic() + 240
 
     def read() -> bytes:
         return os.read(leader, 1 << 16) if select.select([leader], [], [], 0.2)[0] else b""
@@ -116,4 +116,4 @@ def test_playing_in_a_terminal():
     os.write(leader, b"q")
     while player.poll() is None and time.monotonic() < deadline:
         written += read()
-    assert player.wait(timeout=10) == 0 and player.stderr.read() == b""
+    assert player.wait(timeout=60) == 0 and player.stderr.read() == b""
