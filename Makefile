@@ -31,7 +31,7 @@ $(VENV)/.installed: $(SOURCES)
 	@touch $@
 install: $(VENV)/.installed
 
-DEMO = right*6,up*4,left*6,down*8,interact,right*10,down*6,left*12,up*10,interact,right*12,up*6,left*10,down*6,right*20,up*10,left*12,interact,down*10,right*12,up*12,left*20
+DEMO = right*6,up*4,left*6,down*8,interact,right*10,down*6,left*12,up*10,interact,right*12,up*6,left*10,down*6,right*20,up*10,left*12,interact,down*10,right*12,up*12,left*20,down*8
 demo: install
 	@mkdir -p $(OUT)
 	$(BIN)/cfpp generate --student world --actions "$(DEMO)" --output $(OUT)/demo.mp4 --sheet $(OUT)/demo.png
@@ -44,6 +44,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy bench export
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 format: install

@@ -37,14 +37,15 @@ class Shape:
     heads: int = 12
     head_dim: int = 128
 
-    def ranges(self, device: torch.device) -> TokenRanges:
-        before = max(self.keys - self.queries, self.queries)
-        groups = [[(0, self.keys)]] if self.groups == 1 else [[(0, before)], [(0, self.keys)]]
-        return TokenRanges.of(groups, capacity=self.keys, batch=1, device=device)
+    def visible(self) -> list[int]:
+        """Keys that each group sees, from the first on."""
+        return [self.keys] if self.groups == 1 else [max(self.keys - self.queries, self.queries), self.keys]
 
-    def flops(self, ranges: TokenRanges) -> int:
-        pairs = sum(self.queries * (last - first) for visible in ranges.host for first, last in visible)
-        return 4 * pairs * self.heads * self.head_dim
+    def ranges(self, device: torch.device) -> TokenRanges:
+        return TokenRanges.of([[(0, n)] for n in self.visible()], capacity=self.keys, batch=1, device=device)
+
+    def flops(self) -> int:
+        return 4 * self.queries * sum(self.visible()) * self.heads * self.head_dim
 
 
 def gpu_shapes() -> list[Shape]:
@@ -110,7 +111,7 @@ def measure_shape(shape: Shape, dtype: torch.dtype, device: torch.device, roof: 
     calls = contenders(shape, dtype, device, flex)
     with torch.inference_mode():
         times = harness.measure_in_turns(calls, device, rounds=30, cold_cache=device.type == "cuda")
-    flops = shape.flops(shape.ranges(device))
+    flops = shape.flops()
     best = min(t.median_ms for name, t in times.items() if name != "kernel")
     problem = Problem(device.type, _capability(device), dtype, shape.head_dim, shape.queries, shape.keys)
     return [

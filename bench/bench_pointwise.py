@@ -61,6 +61,14 @@ def plain_residual(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Ten
     return total, plain_modulate(total, shift, scale)
 
 
+def plain_modulate_quantized(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return plain_quantize(plain_modulate(x, shift, scale))
+
+
+def plain_update(x: Tensor, velocity: Tensor, noise: Tensor) -> Tensor:
+    return add_noise(to_clean(x, velocity, 0.9375), noise, 0.8333)
+
+
 def token_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     for tokens, frames, dim in SHAPES:
         x, y = (torch.randn(1, tokens, dim, device=device).to(dtype) for _ in range(2))
@@ -71,16 +79,16 @@ def token_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
             (tokens, dim),
             dtype,
             2 * size,
-            lambda x=x, shift=shift, scale=scale: adaln_modulate(x, shift, scale, EPS),
-            lambda x=x, shift=shift, scale=scale: plain_modulate(x, shift, scale),
+            partial(adaln_modulate, x, shift, scale, EPS),
+            partial(plain_modulate, x, shift, scale),
         )
         yield Case(
             "gated_residual",
             (tokens, dim),
             dtype,
             4 * size,
-            lambda x=x, y=y, gate=gate, shift=shift, scale=scale: gated_residual(x, y, gate, shift, scale, EPS),
-            lambda x=x, y=y, gate=gate, shift=shift, scale=scale: plain_residual(x, y, gate, shift, scale),
+            partial(gated_residual, x, y, gate, shift, scale, EPS),
+            partial(plain_residual, x, y, gate, shift, scale),
         )
 
 
@@ -95,7 +103,7 @@ def float8_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
             dtype,
             x.numel() * (dtype.itemsize + 1),
             partial(adaln_modulate_quantized, x, shift, scale, EPS),
-            lambda x=x, shift=shift, scale=scale: plain_quantize(plain_modulate(x, shift, scale)),
+            partial(plain_modulate_quantized, x, shift, scale),
         )
         for name, rows, gelu in (("quantize_rows", x, False), ("quantize_rows of GELU", hidden, True)):
             yield Case(
@@ -118,8 +126,8 @@ def latent_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
             shape,
             dtype,
             x.numel() * (4 * x.itemsize + dtype.itemsize),
-            lambda args=(x, velocity, sigma, noise, next_sigma): denoise_update(*args),
-            lambda x=x, velocity=velocity, noise=noise: add_noise(to_clean(x, velocity, 0.9375), noise, 0.8333),
+            partial(denoise_update, x, velocity, sigma, noise, next_sigma),
+            partial(plain_update, x, velocity, noise),
         )
 
 
@@ -135,8 +143,8 @@ def picture_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
             shape,
             dtype,
             2 * x.nbytes,
-            lambda args=(out, x, gamma, bias): rms_silu_(*args),
-            lambda args=(plain_out, x, gamma, bias): plain_rms_silu_(*args),
+            partial(rms_silu_, out, x, gamma, bias),
+            partial(plain_rms_silu_, plain_out, x, gamma, bias),
         )
 
 

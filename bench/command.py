@@ -49,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.compare:
-        _compare(*arguments.compare, arguments.tolerance)
+        before, after = arguments.compare
+        _compare(before, after, arguments.tolerance)
         return
     if arguments.json is not None and not Path(arguments.json).resolve().parent.is_dir():
         raise InputError(f"--json must be a file in a folder that is there, got {arguments.json}")

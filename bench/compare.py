@@ -29,7 +29,7 @@ def read_rows(path: str | Path) -> list[Row]:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
-    rows = []
+    rows: list[Row] = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)

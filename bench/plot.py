@@ -75,7 +75,7 @@ def draw(bars: dict[str, Row], curves: dict[str, list[Row]], target: Path) -> li
     for suffix, options in ((".png", {"dpi": 150}), (".svg", {"metadata": {"Date": None}})):
         path = target.with_name(target.name + suffix)
         with write_atomically(path) as temporary:
-            figure.savefig(temporary, **options)  # type: ignore[arg-type]
+            figure.savefig(temporary, **options)
         written.append(path)
     plt.close(figure)
     return written

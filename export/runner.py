@@ -128,7 +128,7 @@ class EngineRollout:
             raise InputError(f"cameras must be one per latent frame, {frames}, or a single one, got {len(cameras)}")
         self._path, self._path_start = None if cameras is None else self._rows(cameras), 0  # of that frame and on
         self._world = None if self._path is None else self._path.views[:, :1]
-        self._draws = Draws(sizes.frame_shape(1)[2:], sizes.batch, seed)  # type: ignore[arg-type]
+        self._draws = Draws(sizes.frame_shape(1)[2:], sizes.batch, seed)
         self._noise = None if noise is None else self._require(noise, "noise")
         if self._noise is not None and frames is not None and self._noise.shape[1] != frames - given:
             raise InputError(f"noise must cover the {frames - given} generated frames, got {self._noise.shape[1]}")
