@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import platform
 import shlex
 import statistics
@@ -42,11 +41,11 @@ def _command_output(*command: str) -> str:
 
 
 def _commit() -> str:
-    """Commit of the sources, "+changes" where the tree differs; outside a checkout CFPP_COMMIT, else "unknown"."""
+    """Commit of the sources, with "+changes" where the working tree differs; "unknown" outside a checkout."""
     root = str(Path(__file__).resolve().parent)
     commit = _command_output("git", "-C", root, "rev-parse", "--short=12", "HEAD")
     changes = _command_output("git", "-C", root, "status", "--porcelain", "--untracked-files=no")
-    return f"{commit}+changes" if commit and changes else commit or os.environ.get("CFPP_COMMIT", "unknown")
+    return f"{commit}+changes" if commit and changes else commit or "unknown"
 
 
 def _cpu_name() -> str:

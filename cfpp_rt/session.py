@@ -137,7 +137,8 @@ class Stream:
                 self.refresh()
             with self.timings.stage("diffuse"):
                 made = next(self.rollout)
-            latents, start, finite = made.values, made.start, self.rollout.newest_finite
+            latents, start = made.values, made.start
+            finite = self.rollout.newest_finite if self._ahead else None
         if self._beside is None:
             with self.timings.stage("decode"):
                 return _Underway(start, to_uint8(self._decoder.decode(latents)).cpu(), finite, None)

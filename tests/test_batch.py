@@ -162,16 +162,22 @@ def test_streams_in_a_steady_state_share_their_passes(model):
         handle.remove()
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
-def test_every_backend_of_attention_takes_rows_of_their_own(model, monkeypatch, backend):
-    """Libraries gather the keys of each row."""
-    monkeypatch.setattr("cfpp_rt.ops.block_attention._forced", lambda: backend)
-    monkeypatch.setattr("cfpp_rt.ops.block_attention._decided", {})
+def three_that_come_one_by_one(model) -> tuple[dict, dict]:
+    """Their blocks and their seeds, by stream."""
     batch, made, seeds = poisoned(model, RING, 7), {}, {}
     for number in range(10):
         if number < 3:
             seeds[batch.join(prompt(model, number), seed=number)] = number
         collect(made, batch.step())
+    return made, seeds
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_every_backend_of_attention_takes_rows_of_their_own(model, monkeypatch, backend):
+    """Libraries gather the keys of each row."""
+    monkeypatch.setattr("cfpp_rt.ops.block_attention._forced", lambda: backend)
+    monkeypatch.setattr("cfpp_rt.ops.block_attention._decided", {})
+    made, seeds = three_that_come_one_by_one(model)
     for stream, blocks in made.items():
         assert_close_max(torch.cat(blocks, dim=1), alone(model, RING, 7, seeds[stream]), 2e-5, f"{seeds[stream]}")
 
@@ -220,11 +226,7 @@ def test_what_cannot_be_is_refused(model):
 def test_streams_on_a_gpu(weights, config, dtype, limit):
     """bfloat16: through the kernel where it is chosen; a row's rounding may depend on the others."""
     model = build_model(weights, config, dtype=dtype, device="cuda")
-    batch, made, seeds = poisoned(model, RING, 7), {}, {}
-    for number in range(10):
-        if number < 3:
-            seeds[batch.join(prompt(model, number), seed=number)] = number
-        collect(made, batch.step())
+    made, seeds = three_that_come_one_by_one(model)
     for stream, blocks in made.items():
         wanted = alone(model, RING, 7, seeds[stream])
         assert_close_max(torch.cat(blocks, dim=1), wanted, limit, f"stream {seeds[stream]}")
