@@ -5,8 +5,8 @@ frame-wise and one for chunk-wise generation, and a bidirectional score; from ea
 (after its trajectories have been solved and stored), of stage cd, and none; each then goes through stage dmd, with
 several seeds. All play unseen arenas in 1, 2 and 4 steps, before and after dmd (`cfpp_rt.world.evaluate`).
 
-    python -m cfpp_rt.bench.world_study --work /tmp/study --out outputs/study --jobs 24 --minutes 8
-    python -m cfpp_rt.bench.world_study --work /tmp/study --out /tmp/rows --smoke
+    python -m cfpp_rt.bench.world_study --work outputs/study-work --out outputs/study --jobs 24 --minutes 8
+    python -m cfpp_rt.bench.world_study --work outputs/smoke-work --out outputs/smoke --smoke
 
 --out then holds study.jsonl (every evaluation; what stage 2 cost; speed), students-*.tar (all students, bfloat16) and
 logs.tar. A run that fails takes those with it that wait for it, and no others.
