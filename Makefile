@@ -53,20 +53,20 @@ format: install
 	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 bench: install
-	$(BIN)/python -m cfpp_rt.bench.bench_kv_update
-	$(BIN)/python -m cfpp_rt.bench.bench_kv_dequantize
-	$(BIN)/python -m cfpp_rt.bench.bench_pointwise
-	$(BIN)/python -m cfpp_rt.bench.bench_block_attention
-	$(BIN)/python -m cfpp_rt.bench.bench_call_overhead
-	$(BIN)/python -m cfpp_rt.bench.bench_rollout
-	$(BIN)/python -m cfpp_rt.bench.bench_decode
-	$(BIN)/python -m cfpp_rt.bench.bench_camera --block 1
-	$(BIN)/python -m cfpp_rt.bench.bench_small_pass
-	$(BIN)/python -m cfpp_rt.bench.bench_dtypes
-	$(BIN)/python -m cfpp_rt.bench.bench_train
-	$(BIN)/python -m cfpp_rt.bench.bench_engine
+	$(BIN)/python -m cfpp_rt.bench.ops.kv_update
+	$(BIN)/python -m cfpp_rt.bench.ops.kv_dequantize
+	$(BIN)/python -m cfpp_rt.bench.ops.pointwise
+	$(BIN)/python -m cfpp_rt.bench.ops.block_attention
+	$(BIN)/python -m cfpp_rt.bench.ops.call_overhead
+	$(BIN)/python -m cfpp_rt.bench.model.rollout
+	$(BIN)/python -m cfpp_rt.bench.model.decode
+	$(BIN)/python -m cfpp_rt.bench.model.camera --block 1
+	$(BIN)/python -m cfpp_rt.bench.model.small_pass
+	$(BIN)/python -m cfpp_rt.bench.model.dtypes
+	$(BIN)/python -m cfpp_rt.bench.model.train
+	$(BIN)/python -m cfpp_rt.bench.export.engine
 	$(BIN)/cfpp bench --random-weights --model world
-	$(BIN)/python -m cfpp_rt.bench.bench_long_rollout
+	$(BIN)/python -m cfpp_rt.bench.model.long_rollout
 
 # The built-in world's student from nothing: stages ar, base and dmd. A run that was broken off goes on.
 WORLD := $(OUT)/world

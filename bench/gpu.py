@@ -44,11 +44,11 @@ def steps(out: Path) -> dict[str, tuple[int, list[str]]]:
     found: dict[str, tuple[int, list[str]]] = {
         "doctor": (60, [str(Path(python).with_name("cfpp")), "doctor"]),
         "tests": (240, [python, "-m", "pytest", "-q", "-m", "gpu", *workers]),
-        "kv_update": (60, bench("bench_kv_update")),
-        "kv_dequantize": (60, bench("bench_kv_dequantize")),
-        "pointwise": (90, bench("bench_pointwise")),
-        "block_attention": (150, bench("bench_block_attention")),
-        "call_overhead": (30, bench("bench_call_overhead")),
+        "kv_update": (60, bench("ops.kv_update")),
+        "kv_dequantize": (60, bench("ops.kv_dequantize")),
+        "pointwise": (90, bench("ops.pointwise")),
+        "block_attention": (150, bench("ops.block_attention")),
+        "call_overhead": (30, bench("ops.call_overhead")),
         "latency": (
             240,
             [
@@ -56,9 +56,9 @@ def steps(out: Path) -> dict[str, tuple[int, list[str]]]:
                 *("--decode", "tiny", "--repeats", "3", "--device", "cuda", "--json", str(unfinished(out, "latency"))),
             ],
         ),
-        "decode": (60, bench("bench_decode")),
-        "rollout": (150, bench("bench_rollout", "--model", "wan-1.3b")),
-        "graphs": (120, bench("bench_graphs")),
+        "decode": (60, bench("model.decode")),
+        "rollout": (150, bench("model.rollout", "--model", "wan-1.3b")),
+        "graphs": (120, bench("model.graphs")),
     }
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer:

@@ -26,7 +26,8 @@ class ModelConfig:
     dim: model width; num_heads * head_dim. ffn_dim: hidden width of the feed-forward. freq_dim: length of the
     sinusoid that embeds a timestep. text_len, text_dim: shape of the text embeddings; text_len 0: a model without text,
     whose blocks have no cross-attention. num_actions: how many discrete actions the model knows, one per latent frame;
-    0: none. camera: whether self-attention has the camera branch (`cfpp_rt.camera`). patch_size: (1, rows, columns).
+    0: none. camera: whether self-attention has the camera branch (`cfpp_rt.core.camera`).
+    patch_size: (1, rows, columns).
     """
 
     dim: int = 1536

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfpp_rt.camera import Cameras
 from cfpp_rt.codec.base import Codec
 from cfpp_rt.config import ModelConfig, RolloutConfig, student
+from cfpp_rt.core.camera import Cameras
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.transformer import CausalWanTransformer
 from cfpp_rt.model.weights import load_model
-from cfpp_rt.session import Stream
-from cfpp_rt.speed import Graphs, fuse_gelu, has_fused_gelu, quantize_linears
+from cfpp_rt.runtime.cuda_graphs import Graphs
+from cfpp_rt.runtime.stream import Stream
+from cfpp_rt.speed import fuse_gelu, has_fused_gelu, quantize_linears
 from cfpp_rt.text import TextEncoder
 from cfpp_rt.values import Conditioning, Frames
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfpp_rt.checkpoint import read_sharded, read_tensors, require_exact
 from cfpp_rt.errors import CheckpointError, InputError, MissingExtraError
+from cfpp_rt.io.checkpoint import read_sharded, read_tensors, require_exact
 from cfpp_rt.values import Conditioning
 
 ORIGINAL_FILE = "models_t5_umt5-xxl-enc-bf16.pth"

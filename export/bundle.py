@@ -18,9 +18,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cfpp_rt.config import ModelConfig, RolloutConfig
+from cfpp_rt.core.frame_ring import FrameRing
 from cfpp_rt.errors import InputError
 from cfpp_rt.export.contract import GraphSpec, Sizes, network_graphs
-from cfpp_rt.ring import FrameRing
 
 FORMAT, FORMAT_VERSION = "cfpp-rt ONNX bundle", 2
 CARD, WEIGHTS = "card.json", "weights.bin"

@@ -1,4 +1,4 @@
-"""Cameras for a runtime without torch: what `cfpp_rt.camera` makes of views and lenses, in numpy."""
+"""Cameras for a runtime without torch: what `cfpp_rt.core.camera` makes of views and lenses, in numpy."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from cfpp_rt.errors import InputError
 
 Floats = NDArray[np.float64]
-_RIGID = 1e-3  # as in `cfpp_rt.camera`
+_RIGID = 1e-3  # as in `cfpp_rt.core.camera`
 
 
 @dataclasses.dataclass(frozen=True)

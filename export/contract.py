@@ -26,8 +26,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from cfpp_rt.angles import pairs_of
 from cfpp_rt.config import ModelConfig
+from cfpp_rt.core.rope_angles import pairs_of
 from cfpp_rt.errors import InputError
 
 FLOATS = ("float32", "float16", "bfloat16")
@@ -171,7 +171,7 @@ def _embed_text(sizes: Sizes) -> GraphSpec:
 
 def _pass(sizes: Sizes, name: str) -> GraphSpec:
     """See the head of this module. rope_time: (cos, sin) of each frame's absolute index, per time pair. projections: P
-    and P^-1 of each frame, as in `cfpp_rt.camera.Projections`.
+    and P^-1 of each frame, as in `cfpp_rt.core.camera.Projections`.
     """
     frames = sizes.block * (2 if name == "fused" else 1)
     length = sizes.slots * sizes.tokens

@@ -12,8 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from cfpp_rt.export.export_bundle import export_onnx
     from cfpp_rt.export.source import load_source
-    from cfpp_rt.export.to_onnx import export_onnx
 
     source = load_source(arguments)
     card = export_onnx(

@@ -12,8 +12,8 @@ from cfpp_rt.export.bundle import LINEAR_DTYPES
 from cfpp_rt.model.transformer import CausalWanTransformer, random_model
 from cfpp_rt.model.weights import load_model
 from cfpp_rt.pipeline import load_codec
-from cfpp_rt.session import latent_frames
-from cfpp_rt.untrained import SMALL
+from cfpp_rt.random_weights import SMALL
+from cfpp_rt.runtime.stream import latent_frames
 from cfpp_rt.values import DTYPES
 from cfpp_rt.world.sprites import SIZE
 from cfpp_rt.world.student import SHIPPED, load_student

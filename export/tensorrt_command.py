@@ -10,10 +10,10 @@ PARITY_SIZE = (8, 12)  # latents of 64x96 pictures
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from cfpp_rt.export.source import add_output, add_source
-    from cfpp_rt.export.trt.build import DEFAULT_TIME_LIMIT_S
-    from cfpp_rt.export.trt.compile import WEIGHTS
+    from cfpp_rt.export.trt.build import DEFAULT_TARGETS
+    from cfpp_rt.export.trt.build_worker import WEIGHTS
+    from cfpp_rt.export.trt.builder_process import DEFAULT_TIME_LIMIT_S
     from cfpp_rt.export.trt.library import LIBRARIES
-    from cfpp_rt.export.trt.make import DEFAULT_TARGETS
 
     add_source(parser)
     parser.set_defaults(dtype="bfloat16")
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from cfpp_rt.errors import InputError
     from cfpp_rt.export.bundle import open_bundle
-    from cfpp_rt.export.trt.make import make_bundle, require_buildable
+    from cfpp_rt.export.trt.build import make_bundle, require_buildable
 
     # What can be refused at once is refused before the long work.
     if not 0 < arguments.time_limit < math.inf:
@@ -96,8 +96,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _export(arguments: argparse.Namespace, graphs: str) -> dict[str, Any]:
     """Compare, then write the ONNX bundle; returns what the comparison found."""
+    from cfpp_rt.export.export_bundle import export_onnx
     from cfpp_rt.export.source import latent_size, load_source
-    from cfpp_rt.export.to_onnx import export_onnx
     from cfpp_rt.export.trt.gate import require_parity
 
     small = None if arguments.parity_size is None else latent_size(arguments.parity_size, "--parity-size")

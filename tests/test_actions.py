@@ -6,7 +6,7 @@ import torch
 from cfpp_rt.config import ModelConfig, RolloutConfig
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.transformer import random_model
-from cfpp_rt.rollout import Rollout
+from cfpp_rt.runtime.rollout import Rollout
 from cfpp_rt.values import Conditioning
 from tests.closeness import assert_close_max
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from cfpp_rt.batch import StreamBatch
 from cfpp_rt.config import RolloutConfig, student
 from cfpp_rt.errors import InputError, NonFiniteError
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.model.weights import build_model
-from cfpp_rt.rollout import Rollout
+from cfpp_rt.runtime.rollout import Rollout
+from cfpp_rt.runtime.rollout_batch import StreamBatch
 from cfpp_rt.values import Conditioning
 from tests.closeness import assert_close_max
 from tests.test_actions import ACTING

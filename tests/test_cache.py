@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from cfpp_rt.cache import CacheShape, KVCache
 from cfpp_rt.config import RolloutConfig
+from cfpp_rt.core.frame_ring import FrameRing, slots_for
 from cfpp_rt.errors import InputError
-from cfpp_rt.ring import FrameRing, slots_for
 
 
 def ring_for(rollout, frames):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from cfpp_rt.camera import INTRINSICS, Cameras, invert, parse_cameras, parse_trajectory, views_from_poses, walk
+from cfpp_rt.core.camera import INTRINSICS, Cameras, invert, parse_cameras, parse_trajectory, views_from_poses, walk
 from cfpp_rt.errors import InputError
 
 EYE = torch.eye(4, dtype=torch.float64)

@@ -8,18 +8,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cfpp_rt.cache import CacheShape
-from cfpp_rt.camera import Cameras, parse_trajectory
 from cfpp_rt.config import ModelConfig, RolloutConfig, student
+from cfpp_rt.core.camera import Cameras, parse_trajectory
+from cfpp_rt.core.frame_ring import slots_for
+from cfpp_rt.core.schedule import FlowMatchSchedule
 from cfpp_rt.distill import masks
 from cfpp_rt.errors import CheckpointError, InputError, OutOfMemoryError
 from cfpp_rt.export.convert import convert
 from cfpp_rt.model.transformer import add_camera_branch, random_model
 from cfpp_rt.model.weights import build_model, infer_config, load_model
-from cfpp_rt.ring import slots_for
-from cfpp_rt.rollout import Rollout
-from cfpp_rt.schedule import FlowMatchSchedule
+from cfpp_rt.random_weights import random_pipeline, random_text
+from cfpp_rt.runtime.rollout import Rollout
 from cfpp_rt.speed.fuse import fuse_qkv
-from cfpp_rt.untrained import random_pipeline, random_text
 from cfpp_rt.values import Conditioning
 from tests import plain_model
 from tests.closeness import assert_close_max
@@ -277,7 +277,7 @@ def test_the_second_cache_is_there_with_cameras_only(model, monkeypatch):
     assert without.cache.camera_data is None and seen.cache.nbytes == 2 * without.cache.nbytes
     shape = CacheShape.of(model.config, 1, 8, 4, camera=True)
     assert seen.cache.nbytes == shape.bytes(torch.float32)
-    monkeypatch.setattr("cfpp_rt.memory.available_bytes", lambda device: (256 << 20) + without.cache.nbytes + 1)
+    monkeypatch.setattr("cfpp_rt.cache.available_bytes", lambda device: (256 << 20) + without.cache.nbytes + 1)
     roll(model, None, TWO_STEPS, None)
     with pytest.raises(OutOfMemoryError, match="KV cache of 8 frames.*a smaller picture or batch"):
         roll(model, path("w*1"), TWO_STEPS, None)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cfpp_rt.checkpoint import read_sharded, read_tensors, require_exact, write_atomically
 from cfpp_rt.errors import CheckpointError, InputError
+from cfpp_rt.io.checkpoint import read_sharded, read_tensors, require_exact, write_atomically
 
 
 class Malicious:

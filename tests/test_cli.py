@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cfpp_rt.cli import main
+from cfpp_rt.cli.main import main
 
 av = pytest.importorskip("av")
 DATA = Path(__file__).parent / "data"
@@ -77,9 +77,9 @@ def test_a_real_photograph_is_the_first_picture(files, tmp_path):
     for name, extra in (("plain", ()), ("photo", ("--image", str(tmp_path / "china.jpg")))):
         assert main(command(files, tmp_path / f"{name}.rgb", "--quiet", *extra)) == 0
         made.append(np.fromfile(tmp_path / f"{name}.rgb", np.uint8).reshape(9, 64, 96, 3).astype(float))
+    from cfpp_rt.codec.streaming import to_uint8
     from cfpp_rt.codec.wan import WanVAE
-    from cfpp_rt.decode import to_uint8
-    from cfpp_rt.video import read_image
+    from cfpp_rt.io.video import read_image
 
     vae = WanVAE.from_pretrained(files / "Wan2.1", dtype=torch.float32, device="cpu")
     with torch.inference_mode():
@@ -282,7 +282,7 @@ def test_nan_in_the_model_names_frame_and_layer(files, tmp_path, capsys, weights
 
 
 def test_out_of_memory_says_what_would_fit(files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("cfpp_rt.memory.available_bytes", lambda device: 258 << 20)
+    monkeypatch.setattr("cfpp_rt.cache.available_bytes", lambda device: 258 << 20)
     line = fault(capsys, command(files, tmp_path / "out.mp4", "--quiet", frames=401))
     assert "KV cache of 101 frames" in line and "a window of" in line
     assert not list(tmp_path.iterdir())
@@ -322,7 +322,7 @@ def test_a_missing_extra_is_named_with_its_command(tmp_path):
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Block())\n"
         "import cfpp_rt; cfpp_rt.Rollout; cfpp_rt.Pipeline\n"
-        "from cfpp_rt.cli import main\n"
+        "from cfpp_rt.cli.main import main\n"
         f"sys.exit(main(['generate', '--random-weights', '--prompt', 'x', '-o', {str(tmp_path / 'x.mp4')!r}]))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -5,8 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cfpp_rt.codec.streaming import decode_stream, first_picture, to_uint8
 from cfpp_rt.codec.wan_names import infer_config, to_diffusers
-from cfpp_rt.decode import decode_stream, first_picture, to_uint8
 from cfpp_rt.errors import CheckpointError, InputError
 from cfpp_rt.values import Latents
 

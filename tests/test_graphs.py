@@ -8,14 +8,14 @@ import weakref
 import pytest
 import torch
 
-from cfpp_rt.camera import Cameras, parse_trajectory
 from cfpp_rt.config import STUDENTS, ModelConfig, RolloutConfig
+from cfpp_rt.core.camera import Cameras, parse_trajectory
 from cfpp_rt.errors import InputError, NonFiniteError, OutOfMemoryError
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.ops._library import kernels
-from cfpp_rt.rollout import Rollout
-from cfpp_rt.speed.graph import Graphs
-from cfpp_rt.untrained import random_pipeline
+from cfpp_rt.random_weights import random_pipeline
+from cfpp_rt.runtime.cuda_graphs import Graphs
+from cfpp_rt.runtime.rollout import Rollout
 from cfpp_rt.values import Conditioning
 
 TINY = ModelConfig(dim=128, ffn_dim=64, num_heads=2, num_layers=2, freq_dim=16, text_dim=8, text_len=4, num_actions=3)
@@ -228,7 +228,7 @@ def test_memory_that_runs_out_on_the_way(small, monkeypatch, graphed):
         def no_more(*_):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ...")
 
-        full.setattr("cfpp_rt.rollout.denoise_update", no_more)
+        full.setattr("cfpp_rt.runtime.rollout.denoise_update", no_more)
         message = r"memory ran out at latent frame 1 \(CUDA out of memory\): a smaller window"
         with pytest.raises(OutOfMemoryError, match=message) as caught:
             next(rollout)

@@ -8,14 +8,14 @@ import weakref
 import pytest
 import torch
 
-from cfpp_rt.camera import Cameras, parse_trajectory
 from cfpp_rt.codec.taehv import TAEHV
 from cfpp_rt.config import RolloutConfig
+from cfpp_rt.core.camera import Cameras, parse_trajectory
 from cfpp_rt.errors import OutOfMemoryError
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.pipeline import Pipeline
-from cfpp_rt.rollout import Rollout
-from cfpp_rt.speed.graph import Graphs
+from cfpp_rt.runtime.cuda_graphs import Graphs
+from cfpp_rt.runtime.rollout import Rollout
 from tests.test_graphs import RING, SETTINGS, TINY, play, start, text
 
 pytestmark = pytest.mark.gpu

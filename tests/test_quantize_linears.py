@@ -9,8 +9,9 @@ from torch import nn
 
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.weights import build_model
-from cfpp_rt.rollout import Rollout
-from cfpp_rt.speed import Graphs, fuse_gelu, quantize_linears
+from cfpp_rt.runtime.cuda_graphs import Graphs
+from cfpp_rt.runtime.rollout import Rollout
+from cfpp_rt.speed import fuse_gelu, quantize_linears
 from cfpp_rt.speed.float8 import Float8Linear
 from cfpp_rt.speed.int8 import Int8Linear, quantize
 from cfpp_rt.values import Conditioning

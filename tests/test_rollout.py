@@ -5,12 +5,12 @@ import torch
 
 from cfpp_rt.cache import CacheShape, KVCache
 from cfpp_rt.config import RolloutConfig
+from cfpp_rt.core.frame_ring import FrameRing
+from cfpp_rt.core.schedule import FlowMatchSchedule
 from cfpp_rt.errors import InputError, NonFiniteError, OutOfMemoryError
 from cfpp_rt.model.attention import CachePass
 from cfpp_rt.model.weights import build_model
-from cfpp_rt.ring import FrameRing
-from cfpp_rt.rollout import Rollout
-from cfpp_rt.schedule import FlowMatchSchedule
+from cfpp_rt.runtime.rollout import Rollout
 from cfpp_rt.values import Conditioning
 from tests import plain_model
 
@@ -275,7 +275,7 @@ def test_non_finite_values_are_located(weights, config, meta):
 
 def test_a_cache_that_does_not_fit_says_what_would(model, meta, monkeypatch):
     per_frame = CacheShape.of(model.config, 1, 1, meta["frame_tokens"]).bytes(torch.float32)
-    monkeypatch.setattr("cfpp_rt.memory.available_bytes", lambda device: (256 << 20) + 10 * per_frame)
+    monkeypatch.setattr("cfpp_rt.cache.available_bytes", lambda device: (256 << 20) + 10 * per_frame)
     with pytest.raises(OutOfMemoryError, match="KV cache of 50 frames.*a window of 9 frames fits"):
         roll(model, meta, RolloutConfig(), 50)
     assert latents_of(roll(model, meta, RolloutConfig(window=9), 50)).shape[1] == 50

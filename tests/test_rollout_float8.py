@@ -5,10 +5,10 @@ import torch
 
 from cfpp_rt.cache import CacheShape, KVCache, LayerCache, _power_of_two_above
 from cfpp_rt.config import ModelConfig, RolloutConfig
+from cfpp_rt.core.frame_ring import FrameRing
 from cfpp_rt.errors import InputError, OutOfMemoryError
 from cfpp_rt.model.weights import build_model
-from cfpp_rt.ring import FrameRing
-from cfpp_rt.rollout import Rollout
+from cfpp_rt.runtime.rollout import Rollout
 from cfpp_rt.values import Conditioning
 from tests.test_rollout import ROLLOUTS, run, settings_of
 
@@ -89,7 +89,7 @@ def test_memory_is_half_and_one_layer(model, vectors, meta):
 
 def test_a_cache_that_does_not_fit_is_told_with_its_own_size(model, vectors, monkeypatch):
     """Of 50 frames of 2 x 2 x 24 x 256 numbers: 4 bytes each, or 1 and a layer of 2 in 4 more, 3."""
-    monkeypatch.setattr("cfpp_rt.memory.available_bytes", lambda device: (256 << 20) + 10 * 4 * 24 * 256 * 4)
+    monkeypatch.setattr("cfpp_rt.cache.available_bytes", lambda device: (256 << 20) + 10 * 4 * 24 * 256 * 4)
     for kv_dtype, fits in ((None, 9), ("float8_e4m3", 12)):
         config = RolloutConfig(window=50, kv_dtype=kv_dtype)
         with pytest.raises(OutOfMemoryError, match=f"KV cache of 51 frames.*a window of {fits} frames fits"):

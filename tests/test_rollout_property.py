@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from cfpp_rt.config import ModelConfig, RolloutConfig
 from cfpp_rt.model.transformer import random_model
-from cfpp_rt.rollout import Rollout
+from cfpp_rt.runtime.rollout import Rollout
 from cfpp_rt.values import Conditioning
 
 TINY = ModelConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=2, freq_dim=16, text_dim=16, text_len=4)

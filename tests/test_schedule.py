@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfpp_rt.config import STUDENTS, RolloutConfig, student
+from cfpp_rt.core.schedule import FlowMatchSchedule, add_noise, to_clean
 from cfpp_rt.errors import InputError
-from cfpp_rt.schedule import FlowMatchSchedule, add_noise, to_clean
 
 
 def test_tables_equal_the_reference(vectors, meta):

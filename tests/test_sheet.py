@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cfpp_rt.errors import InputError
-from cfpp_rt.sheet import SheetWriter
+from cfpp_rt.io.contact_sheet import SheetWriter
 from cfpp_rt.values import Frames
 
 Image = pytest.importorskip("PIL.Image")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from cfpp_rt.config import student
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.transformer import random_model
-from cfpp_rt.rollout import Rollout
+from cfpp_rt.runtime.rollout import Rollout
 from cfpp_rt.speed import fuse_gelu, fuse_qkv
 from cfpp_rt.values import Conditioning
 from tests.closeness import assert_close_max, assert_no_worse_than

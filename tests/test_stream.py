@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from cfpp_rt.config import RolloutConfig
+from cfpp_rt.device.timing import Timings
 from cfpp_rt.errors import InputError, NonFiniteError
 from cfpp_rt.pipeline import Pipeline
-from cfpp_rt.session import Stream
-from cfpp_rt.timing import Timings
+from cfpp_rt.runtime.stream import Stream
 from cfpp_rt.values import Conditioning
 from cfpp_rt.world.codec import CHANNELS, PatchCodec
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cfpp_rt.bench.subject import NoDecoder
+from cfpp_rt.bench.latency.workload import NoDecoder
 from cfpp_rt.errors import CheckpointError, InputError, MissingExtraError
 from cfpp_rt.pipeline import Pipeline
 from cfpp_rt.text import ORIGINAL_FILE, ORIGINAL_TOKENIZER, TextEncoder, clean_text, infer_config

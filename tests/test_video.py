@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cfpp_rt.errors import InputError, MissingExtraError
+from cfpp_rt.io.video import Mp4Writer, PngWriter, RawWriter, open_writer, read_image, read_video
 from cfpp_rt.values import Frames
-from cfpp_rt.video import Mp4Writer, PngWriter, RawWriter, open_writer, read_image, read_video
 
 av = pytest.importorskip("av")
 Image = pytest.importorskip("PIL.Image")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cfpp_rt.capture import Capture
 from cfpp_rt.codec.base import StreamingDecoder
+from cfpp_rt.device.capture import Capture
 from cfpp_rt.errors import InputError
 from tests.closeness import assert_no_worse_than
 
@@ -18,7 +18,7 @@ from diffusers import AutoencoderKLWan
 from cfpp_rt.codec.wan import WanVAE
 from cfpp_rt.codec.wan_decoder import ClipNetwork, ClipNetworks
 from cfpp_rt.codec.wan_layers import Layers, Layout, Size
-from cfpp_rt.untrained import random_vae
+from cfpp_rt.random_weights import random_vae
 
 CPU = torch.device("cpu")
 CHANNELS_LAST = Layout(channels_last=True, border=0, late_bias=True)  # as on CUDA

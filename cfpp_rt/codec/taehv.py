@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cfpp_rt.checkpoint import read_tensors, require_exact
 from cfpp_rt.codec.base import require_latents, require_pixels
 from cfpp_rt.errors import CheckpointError, InputError
+from cfpp_rt.io.checkpoint import read_tensors, require_exact
 
 _STAGES = 3
 _DECODER_STRIDES = (1, 2, 2)  # frames made of one, per stage

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cfpp_rt.capture import CudaCapture
-from cfpp_rt.checkpoint import read_sharded, read_tensors, require_exact
 from cfpp_rt.codec.base import require_latents, require_pixels
 from cfpp_rt.codec.wan_decoder import ClipNetwork, ClipNetworks
 from cfpp_rt.codec.wan_names import infer_config, to_diffusers
+from cfpp_rt.device.capture import CudaCapture
 from cfpp_rt.errors import CheckpointError, InputError, MissingExtraError
+from cfpp_rt.io.checkpoint import read_sharded, read_tensors, require_exact
 
 ORIGINAL_FILES = ("Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors")
 _DIFFUSERS_STEM = "diffusion_pytorch_model"

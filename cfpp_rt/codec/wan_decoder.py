@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cfpp_rt.capture import Capture, CudaCapture
 from cfpp_rt.codec.wan_layers import Kernel, Layers, Layout, Size, Upsampler, in_eights
+from cfpp_rt.device.capture import Capture, CudaCapture
 
 Key = tuple[int, int, int]  # clips side by side, height and width of a latent
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from cfpp_rt.core.schedule import TABLE_SIZE, FlowMatchSchedule
 from cfpp_rt.distill.batch import Batch
-from cfpp_rt.distill.draws import block_indices, normal_like, rows
 from cfpp_rt.distill.forward import Condition, Denoiser
+from cfpp_rt.distill.rng import block_indices, normal_like, rows
 from cfpp_rt.distill.stage import clips
-from cfpp_rt.schedule import TABLE_SIZE, FlowMatchSchedule
 
 
 def mix(clean: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:

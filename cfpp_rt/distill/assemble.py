@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cfpp_rt.checkpoint import read_tensors
 from cfpp_rt.config import ModelConfig
+from cfpp_rt.core.schedule import FlowMatchSchedule
 from cfpp_rt.distill.ar_diffusion import ArDiffusion, Bidirectional
 from cfpp_rt.distill.causal_cd import CausalCD, Guidance, timestep_table
 from cfpp_rt.distill.causal_ode import KEPT, CausalODE
@@ -21,9 +21,9 @@ from cfpp_rt.distill.settings import Settings, StageSettings
 from cfpp_rt.distill.stage import Stage
 from cfpp_rt.distill.train import Feed
 from cfpp_rt.errors import InputError
+from cfpp_rt.io.checkpoint import read_tensors
 from cfpp_rt.model.transformer import CausalWanTransformer, add_camera_branch, random_model
 from cfpp_rt.model.weights import load_model
-from cfpp_rt.schedule import FlowMatchSchedule
 from cfpp_rt.values import DTYPES
 
 _FROM_NOTHING = ("base", "ar")  # what these learn does not have to be there before

@@ -5,8 +5,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from cfpp_rt.distill.draws import sent
 from cfpp_rt.distill.forward import Condition
+from cfpp_rt.distill.rng import sent
 
 
 @dataclasses.dataclass(frozen=True)

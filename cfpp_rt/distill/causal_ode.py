@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from cfpp_rt.core.schedule import FlowMatchSchedule
 from cfpp_rt.distill.batch import Batch
 from cfpp_rt.distill.causal_cd import Guidance, clean_estimate, consistency_loss, ode_step
-from cfpp_rt.distill.draws import block_indices
 from cfpp_rt.distill.forward import Condition, Denoiser
+from cfpp_rt.distill.rng import block_indices
 from cfpp_rt.distill.stage import clips
 from cfpp_rt.errors import InputError
-from cfpp_rt.schedule import FlowMatchSchedule
 
 KEPT = (0, 12, 24, 36)  # entries of the 48-step table whose states are stored
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from cfpp_rt.checkpoint import read_tensors
 from cfpp_rt.errors import CheckpointError, InputError
+from cfpp_rt.io.checkpoint import read_tensors
 
 _NAME = re.compile(r"step-([0-9]{7})")
 _STATE = "state.pt"

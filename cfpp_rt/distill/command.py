@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cfpp_rt.checkpoint import write_atomically
 from cfpp_rt.distill.assemble import Weights, build_stage, open_feed
 from cfpp_rt.distill.batch import Batch
 from cfpp_rt.distill.checkpoint import checkpoints
@@ -20,6 +19,7 @@ from cfpp_rt.distill.settings import STAGES, Settings
 from cfpp_rt.distill.stage import Stage
 from cfpp_rt.distill.train import Feed, Trainer, Work
 from cfpp_rt.errors import InputError
+from cfpp_rt.io.checkpoint import write_atomically
 from cfpp_rt.model.transformer import CausalWanTransformer
 from cfpp_rt.values import DTYPES
 

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from cfpp_rt.core.schedule import TABLE_SIZE
 from cfpp_rt.distill.ar_diffusion import flow_loss, mix
 from cfpp_rt.distill.batch import Batch
 from cfpp_rt.distill.causal_cd import Guidance, guided
-from cfpp_rt.distill.draws import normal_like, rows
 from cfpp_rt.distill.forward import Condition, Denoiser
+from cfpp_rt.distill.rng import normal_like, rows
 from cfpp_rt.distill.self_rollout import Exits, SelfRollout
 from cfpp_rt.distill.stage import clips
-from cfpp_rt.schedule import TABLE_SIZE
 
 _LEAST, _MOST = 20.0, 980.0  # timesteps between which scores are compared, as published
 

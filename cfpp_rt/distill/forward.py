@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cfpp_rt.camera import Cameras, Projections
+from cfpp_rt.core.camera import Cameras, Projections
 from cfpp_rt.distill import masks
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.transformer import CausalWanTransformer

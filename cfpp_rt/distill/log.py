@@ -4,8 +4,8 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from cfpp_rt.checkpoint import write_atomically
 from cfpp_rt.errors import MissingExtraError
+from cfpp_rt.io.checkpoint import write_atomically
 
 
 class Log:

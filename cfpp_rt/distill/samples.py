@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfpp_rt.checkpoint import write_atomically
 from cfpp_rt.codec.base import Codec
+from cfpp_rt.codec.streaming import to_uint8
 from cfpp_rt.config import RolloutConfig
-from cfpp_rt.decode import to_uint8
 from cfpp_rt.distill.batch import Batch
-from cfpp_rt.distill.draws import normal_like
+from cfpp_rt.distill.rng import normal_like
 from cfpp_rt.distill.self_rollout import Exits, SelfRollout
 from cfpp_rt.distill.settings import SampleSettings
 from cfpp_rt.distill.stage import clips
 from cfpp_rt.errors import InputError, MissingExtraError
+from cfpp_rt.io.checkpoint import write_atomically
 from cfpp_rt.model.transformer import CausalWanTransformer
 from cfpp_rt.values import Frames
 
@@ -75,7 +75,7 @@ class Samples:
             with write_atomically(path) as temporary:
                 save_file({"latents": latents.cpu().contiguous()}, temporary)
             return
-        from cfpp_rt.video import Mp4Writer
+        from cfpp_rt.io.video import Mp4Writer
 
         pictures = [to_uint8(self.codec.decode(clip[None])).cpu() for clip in latents]  # one by one: pixels are large
         with Mp4Writer(path, self.fps) as writer:

@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cfpp_rt.cache import CacheShape, KVCache, LayerCache
-from cfpp_rt.camera import Projections
 from cfpp_rt.config import RolloutConfig
-from cfpp_rt.distill.draws import index, normal_like
+from cfpp_rt.core.camera import Projections
+from cfpp_rt.core.frame_ring import FrameRing, slots_for
+from cfpp_rt.core.schedule import FlowMatchSchedule, add_noise
 from cfpp_rt.distill.forward import Condition
 from cfpp_rt.distill.processes import gather, release
+from cfpp_rt.distill.rng import index, normal_like
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.attention import Attend, CachePass, CameraPass
 from cfpp_rt.model.transformer import CausalWanTransformer, LayerText
-from cfpp_rt.ring import FrameRing, slots_for
-from cfpp_rt.schedule import FlowMatchSchedule, add_noise
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cfpp_rt.cache import LayerCache
-from cfpp_rt.camera import Projections
 from cfpp_rt.config import ModelConfig
+from cfpp_rt.core.camera import Projections
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.rope import rotate
 from cfpp_rt.ops.block_attention import block_attention
@@ -64,7 +64,7 @@ def per_frame(x: Tensor, matrices: Tensor) -> Tensor:
 class SelfAttention(nn.Module):
     """Attention with rotary positions; with cameras, plus attention with projective ones: o(rope) + prope_o(camera).
 
-    The camera branch (`cfpp_rt.camera`) takes the same queries, keys and values: with P of a token's own frame, groups
+    The camera branch (`cfpp_rt.core.camera`) takes the same queries, keys and values: with P of its own frame, groups
     of 4 channels become P^T q, P^-1 k and P^-1 v, and what is read is multiplied by P of the query's frame.
     """
 

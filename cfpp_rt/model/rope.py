@@ -1,7 +1,7 @@
 """Rotary position tables over (frame, row, column), small enough to be made for any position.
 
 A head's D/2 channel pairs are split between time, rows and columns: n_row = n_col = (D/2) // 3, the rest is time
-(22, 21, 21 for D = 128). The angles are those of `cfpp_rt.angles`.
+(22, 21, 21 for D = 128). The angles are those of `cfpp_rt.core.rope_angles`.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from cfpp_rt.angles import axis_table, pairs_of
+from cfpp_rt.core.rope_angles import axis_table, pairs_of
 
 _SPAN = 256  # frames whose time table is made together
 _SPANS_KEPT = 4

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cfpp_rt.cache import KVCache
-from cfpp_rt.camera import Projections
 from cfpp_rt.config import ModelConfig
+from cfpp_rt.core.camera import Projections
+from cfpp_rt.device.transfer import to_device
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.attention import Attend, CachePass, MaskedCamera
 from cfpp_rt.model.block import TransformerBlock
 from cfpp_rt.model.rope import RotaryTables
 from cfpp_rt.ops.adaln_modulate import adaln_modulate
-from cfpp_rt.transfer import to_device
 
 LayerText = tuple[Tensor, Tensor] | None  # None: a model without text
 

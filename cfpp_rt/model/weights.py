@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfpp_rt.checkpoint import read_sharded, read_tensors, require_exact
 from cfpp_rt.config import ModelConfig
 from cfpp_rt.errors import CheckpointError
+from cfpp_rt.io.checkpoint import read_sharded, read_tensors, require_exact
 from cfpp_rt.model.transformer import CausalWanTransformer
 
 CONTAINER_KEYS = ("generator_ema", "generator")

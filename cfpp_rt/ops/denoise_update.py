@@ -20,7 +20,7 @@ def denoise_update(
     velocity.) Without noise, after the last step, next_sigma is not read and x_next is x0 itself.
 
     Where gradients are enabled and an argument requires one, plain PyTorch computes the same, differentiably.
-    Raises InputError naming the argument, what was wanted and what came. Source: see `cfpp_rt.schedule`.
+    Raises InputError naming the argument, what was wanted and what came. Source: see `cfpp_rt.core.schedule`.
     """
     tensors = (x, velocity, sigma) if noise is None else (x, velocity, sigma, noise)
     if plain(tensors):

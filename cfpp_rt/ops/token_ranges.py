@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cfpp_rt.core.frame_ring import Range
+from cfpp_rt.device.transfer import to_device
 from cfpp_rt.errors import InputError
-from cfpp_rt.ring import Range
-from cfpp_rt.transfer import to_device
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cfpp_rt.checkpoint import read_tensors, require_exact
 from cfpp_rt.codec.base import require_latents, require_pixels
 from cfpp_rt.errors import InputError
+from cfpp_rt.io.checkpoint import read_tensors, require_exact
 from cfpp_rt.world.policy import Wanderer
 from cfpp_rt.world.simulator import Simulator
 from cfpp_rt.world.sprites import TILE, render

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.pipeline import Pipeline
 from cfpp_rt.values import Conditioning
-from cfpp_rt.world import look
+from cfpp_rt.world import perception
 from cfpp_rt.world.policy import Wanderer
 from cfpp_rt.world.simulator import Simulator, State
 from cfpp_rt.world.sprites import SIZE, STEP
@@ -99,12 +99,12 @@ def score(played: Play) -> dict[str, float]:
         simulator = Simulator([0] * len(pictures))
         simulator.state = shown.copy()
         wanted = simulator.step(played.actions[:, f]).agent
-        found = look.find(pictures, "agent")
+        found = perception.find(pictures, "agent")
         followed.append(abs(found - STEP * wanted).max(axis=1) <= _FOLLOWED)
         moving.append((wanted != shown.agent).any(axis=1))
         errors.append(abs(found - STEP * played.truth[f].agent).max(axis=1))
-        shown = look.read(pictures, played.truth[f])
-        clean.append(look.blemish(pictures, shown) < _CLEAN)
+        shown = perception.read(pictures, played.truth[f])
+        clean.append(perception.blemish(pictures, shown) < _CLEAN)
     follow, moves, error = np.stack(followed), np.stack(moving), np.stack(errors)
     part = min(30, frames)
     begin, end = (played.pictures[:, frame].mean(axis=(1, 2, 3)) for frame in (slice(0, part), slice(-part, None)))

@@ -4,7 +4,7 @@ import argparse
 import time
 
 from cfpp_rt.errors import InputError
-from cfpp_rt.session import Stream
+from cfpp_rt.runtime.stream import Stream
 from cfpp_rt.world.simulator import ACTIONS
 from cfpp_rt.world.student import SHIPPED, load_student, start
 from cfpp_rt.world.terminal import screen

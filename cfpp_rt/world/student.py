@@ -11,7 +11,7 @@ from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import CheckpointError
 from cfpp_rt.model.weights import load_model
 from cfpp_rt.pipeline import Pipeline
-from cfpp_rt.session import Stream
+from cfpp_rt.runtime.stream import Stream
 from cfpp_rt.speed import fuse_gelu, fuse_qkv, has_fused_gelu
 from cfpp_rt.values import Conditioning
 from cfpp_rt.world.codec import PatchCodec, to_pixels

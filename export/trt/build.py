@@ -1,99 +1,120 @@
-"""Builds engines, each in a process with a time limit whose memory is watched and whose crash is reported as one."""
+"""An ONNX bundle to an engine bundle: one engine per graph and architecture."""
 
 import dataclasses
-import json
-import re
-import subprocess
-import sys
-import tempfile
-import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from cfpp_rt.errors import InputError
-from cfpp_rt.export.trt.compile import Job
+from cfpp_rt.export.bundle import Bundle, new_folder
+from cfpp_rt.export.contract import PASSES, network_graphs
+from cfpp_rt.export.trt.build_worker import Job
+from cfpp_rt.export.trt.builder_process import DEFAULT_TIME_LIMIT_S, Built, build_engine
+from cfpp_rt.export.trt.bundle import write_card
+from cfpp_rt.export.trt.cuda import Device
+from cfpp_rt.export.trt.library import CURRENT, Library, load_library
+from cfpp_rt.export.trt.parser import weight_bytes
 
-DEFAULT_TIME_LIMIT_S = 1800.0
+EMBEDDINGS = ("embed_time", "embed_text")
+_WITHOUT_FLOAT8 = ("sm75", "sm80", "sm86")
+DEFAULT_TARGETS = ("sm80", "sm86", "sm89", "sm120")
 
 
-@dataclasses.dataclass(frozen=True)
-class Built:
-    """One built engine. parse_s, build_s: seconds. peak_mib: largest resident memory of the process. bytes: file size.
+def make_bundle(
+    source: Bundle,
+    folder: str | Path,
+    parity: Mapping[str, Any],
+    *,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    graphs: Sequence[str] | None = None,
+    library: str = "auto",
+    weights: str = "embedded",
+    timing_cache: str | None = None,
+    time_limit_s: float = DEFAULT_TIME_LIMIT_S,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Build the network's graphs of an opened ONNX bundle for every target into a new folder.
 
-    activation_mib: GPU memory of a pass besides weights, inputs and outputs, as the builder says. network: the
-    `NetworkReport` as a mapping. warnings: what the library warned of, each once.
+    parity: what the card is to say of the comparison with PyTorch. targets: "sm89" etc., or "current". graphs: names,
+    None = all of the network; a codec's graphs stay with ONNX Runtime. say: is told of every engine.
+
+    Nothing is left behind unless every engine is built. Raises InputError as `build_engine` does, and for a target that
+    cannot be built here, a folder that exists or a disk too small.
     """
-
-    target: str
-    library: str
-    version: str
-    bytes: int
-    parse_s: float
-    build_s: float
-    peak_mib: float
-    activation_mib: float | None
-    network: dict[str, Any]
-    warnings: list[str]
-
-
-def build_engine(job: Job, *, time_limit_s: float = DEFAULT_TIME_LIMIT_S) -> Built:
-    """Build `job.engine`; the file is there and whole when this returns.
-
-    Raises InputError in one line for a graph that is refused, a build that fails, a builder that crashes, runs out of
-    memory, or takes longer than `time_limit_s` seconds.
-    """
-    with tempfile.TemporaryDirectory(prefix="cfpp-build-") as folder:
-        job = dataclasses.replace(job, result=str(Path(folder, "result.json")))
-        Path(folder, "job.json").write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
-        command = [sys.executable, "-m", "cfpp_rt.export.trt.compile", str(Path(folder, "job.json"))]
-        with Path(folder, "output").open("w+", encoding="utf-8", errors="replace") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-            code, peak_mib = _watch(process, time_limit_s)
-            output.seek(0)
-            said = output.read()
-        if code != 0:
-            Path(job.engine).unlink(missing_ok=True)
-            raise InputError(_failure(job, code, said, peak_mib, time_limit_s))
-        result = json.loads(Path(job.result).read_text(encoding="utf-8"))
-    return Built(target=job.target, bytes=Path(job.engine).stat().st_size, peak_mib=peak_mib, **result)
-
-
-def _watch(process: "subprocess.Popen[bytes]", time_limit_s: float) -> tuple[int | None, float]:
-    """Exit code (None: stopped at the limit) and the largest resident memory seen, MiB."""
-    deadline, peak = time.monotonic() + time_limit_s, 0.0
-    try:
-        while True:
-            peak = max(peak, _peak_mib(process.pid))
-            try:
-                return process.wait(timeout=0.05), peak
-            except subprocess.TimeoutExpired:
-                if time.monotonic() > deadline:
-                    return None, peak
-    finally:  # also when the command itself is interrupted: no builder stays behind
-        process.kill()
-        process.wait()
+    loaded = require_buildable(library, targets, graphs, timing_cache, linear_dtype=source.card.linear_dtype)
+    known = network_graphs(source.card.sizes)
+    names = [name for name in known if graphs is None or name in graphs]
+    architectures = [Device().architecture if target == CURRENT else target for target in targets]
+    if not names or len(set(architectures)) != len(architectures):
+        raise InputError(
+            f"graphs and targets must be some of {', '.join(known)} for different architectures,"
+            f" got {', '.join(names) or 'no graph'} for {', '.join(architectures)}"
+        )
+    sizes = {name: 0 if weights == "stripped" else weight_bytes(source.path(name)) for name in names}
+    builds: dict[str, dict[str, Any]] = {}
+    with new_folder(folder, len(targets) * sum(sizes.values())) as made:
+        for target, architecture in zip(targets, architectures, strict=True):
+            (made / architecture).mkdir()
+            builds[architecture] = {}
+            for name in sorted(names, key=lambda name: sizes[name]):  # what is quickly refused comes first
+                engine = str(made / architecture / f"{name}.engine")
+                job = Job(str(source.path(name)), engine, loaded.name, target, known[name], weights, timing_cache)
+                built = build_engine(job, time_limit_s=time_limit_s)
+                builds[architecture][name] = _facts(built)
+                say(
+                    f"{architecture} {name}: {built.bytes / 2**20:.1f} MiB in {built.parse_s + built.build_s:.1f} s,"
+                    f" {built.peak_mib:.0f} MiB at most"
+                )
+        values = {
+            "cfpp_rt": version("cfpp-rt"),
+            "library": loaded.name,
+            "library_version": loaded.version,
+            "weights": weights,
+            "parity": dict(parity),
+            "student": source.card.to_dict(),
+            "contract": {name: dataclasses.asdict(known[name]) for name in names},
+        }
+        write_card(made, values, builds)
 
 
-def _peak_mib(pid: int) -> float:
-    """High-water mark of a process's resident memory; 0 where it has ended or the system has no /proc."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-    except OSError:
-        return 0.0
-    found = re.search(r"VmHWM:\s+(\d+) kB", status)
-    return int(found[1]) / 1024 if found else 0.0
+def require_buildable(
+    library: str,
+    targets: Sequence[str],
+    graphs: Sequence[str] | None,
+    timing_cache: str | None,
+    *,
+    linear_dtype: str | None = None,
+) -> Library:
+    """Load the library; raise InputError for what it cannot build whatever the graphs are."""
+    loaded = load_library(library)
+    if not targets or len(set(targets)) != len(targets):
+        raise InputError(f"targets must be different architectures, got {', '.join(targets) or 'none'}")
+    for target in targets:
+        loaded.require_target(target)
+    wide = [target for target in targets if target in _WITHOUT_FLOAT8]
+    if linear_dtype is not None and wide:
+        raise InputError(f"targets must be sm89 or newer for linears in {linear_dtype}, got {', '.join(wide)}")
+    if CURRENT in targets:
+        Device().close()  # raises without a GPU and its driver
+    unknown = [name for name in graphs or () if name not in (*EMBEDDINGS, *PASSES)]
+    if unknown or graphs == []:
+        raise InputError(
+            f"graphs must be some of {', '.join((*EMBEDDINGS, *PASSES))}, got {', '.join(unknown) or 'none'}"
+        )
+    if timing_cache is not None and loaded.name == "tensorrt-rtx":
+        raise InputError("timing_cache must be None with tensorrt-rtx: it measures nothing while it builds")
+    return loaded
 
 
-def _failure(job: Job, code: int | None, said: str, peak_mib: float, time_limit_s: float) -> str:
-    what = f"engine for {job.target}"
-    if code is None:
-        return f"{what}: the build was stopped after {time_limit_s:.0f} s ({peak_mib:.0f} MiB): raise --time-limit"
-    refusals = [line.removeprefix("refused: ") for line in said.splitlines() if line.startswith("refused: ")]
-    if code == 2 and refusals:
-        return f"{what}: {refusals[-1]}"
-    last = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "no message")
-    if code == -9:
-        return f"{what}: the build was killed at {peak_mib:.0f} MiB, most likely for want of memory ({last})"
-    if code < 0:
-        return f"{what}: the builder crashed (exit code {128 - code}, signal {-code}, {peak_mib:.0f} MiB; {last})"
-    return f"{what}: the build ended with exit code {code} ({last})"
+def _facts(built: Built) -> dict[str, Any]:
+    return {
+        "build_s": round(built.parse_s + built.build_s, 2),
+        "peak_mib": round(built.peak_mib),
+        "activation_mib": None if built.activation_mib is None else round(built.activation_mib, 1),
+        "float8_linears": built.network["float8_linears"],
+        "self_attentions": len(built.network["sites"]),
+        "cross_attentions": built.network["cross_attentions"],
+        "notes": list(built.network["notes"]),
+        "warnings": built.warnings,
+    }

@@ -13,7 +13,7 @@ from typing import Any
 
 from cfpp_rt.errors import InputError
 from cfpp_rt.export.bundle import CARD, Card, fits_together, read_card, require_file, sha256_of
-from cfpp_rt.export.trt.compile import WEIGHTS
+from cfpp_rt.export.trt.build_worker import WEIGHTS
 
 FORMAT, FORMAT_VERSION = "cfpp-rt TensorRT bundle", 2
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.export.bundle import open_bundle
-from cfpp_rt.export.to_onnx import export_onnx
-from cfpp_rt.export.verify import require_passed, verify
+from cfpp_rt.export.export_bundle import export_onnx
+from cfpp_rt.export.parity import require_passed, verify
 from cfpp_rt.model.transformer import CausalWanTransformer
 
 

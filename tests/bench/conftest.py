@@ -3,14 +3,14 @@ import argparse
 import pytest
 import torch
 
-from cfpp_rt.bench import subject
+from cfpp_rt.bench.latency import workload
 
 
 @pytest.fixture
-def world() -> subject.Subject:
+def world() -> workload.Subject:
     """A world-sized student of random weights and a request of 8 pictures."""
     parser = argparse.ArgumentParser()
-    subject.add_arguments(parser)
+    workload.add_arguments(parser)
     threads = torch.get_num_threads()
-    yield subject.build(parser.parse_args(["--random-weights", "--model", "world", "--frames", "8"]))
+    yield workload.build(parser.parse_args(["--random-weights", "--model", "world", "--frames", "8"]))
     torch.set_num_threads(threads)

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from cfpp_rt.bench import latency
+from cfpp_rt.bench.latency import metrics
+from cfpp_rt.bench.latency.workload import SMALL, WORLD, WORLD_ROLLOUT
 from cfpp_rt.bench.roofline import block_flops, pass_flops
-from cfpp_rt.bench.subject import SMALL, WORLD, WORLD_ROLLOUT
-from cfpp_rt.cli import main
+from cfpp_rt.cli.main import main
 from cfpp_rt.config import RolloutConfig
 
 SMALLEST = ["bench", "--random-weights", "--model", "world", "--frames", "8"]
@@ -34,7 +34,7 @@ def test_words_and_rows(tmp_path, capsys):
     for name in ("ours", "eager"):
         row = next(row for row in found if row["bench"] == "latency" and row["contender"] == name)
         wanted = {"ttff_ms", "frame_ms_p50", "frame_ms_p90", "frame_ms_p99", "fps", "diffuse_ms", "decode_ms"}
-        assert wanted | {"percent_of_roof"} <= row.keys() and wanted <= latency.WORDS.keys()
+        assert wanted | {"percent_of_roof"} <= row.keys() and wanted <= metrics.WORDS.keys()
         assert row["frame_ms_p50"] <= row["frame_ms_p90"] <= row["frame_ms_p99"]
         assert ("refresh_ms" in row) == (name == "eager"), "of ours it travels with the next block's first step"
         assert 0 < row["percent_of_roof"] < 110

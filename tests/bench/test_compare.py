@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from cfpp_rt.bench.compare import METRICS, compare, differing_machines, parse_tolerances
-from cfpp_rt.cli import main
+from cfpp_rt.bench.latency.compare import METRICS, compare, differing_machines, parse_tolerances
+from cfpp_rt.cli.main import main
 from cfpp_rt.errors import InputError
 
 ROW = {"bench": "latency", "contender": "ours", "model": "world", "commit": "a", "frame_ms_p50": 10.0, "fps": 100.0}

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from cfpp_rt.bench.eager import EagerRollout, layer
+from cfpp_rt.bench.latency.baseline import EagerRollout, layer
 from cfpp_rt.config import ModelConfig, RolloutConfig
 from cfpp_rt.model.transformer import random_model
-from cfpp_rt.rollout import Rollout
+from cfpp_rt.runtime.rollout import Rollout
 from cfpp_rt.values import Conditioning
 from tests.closeness import assert_close_max
 

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from cfpp_rt.bench.requests import WORDS, Client, arrivals, serve, summary
+from cfpp_rt.bench.latency.load import WORDS, Client, arrivals, serve, summary
 from cfpp_rt.values import Frames
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from cfpp_rt.bench import world_parts, world_study
-from cfpp_rt.bench.world_plan import FEW, INITS, LAYOUTS, Run, Study
-from cfpp_rt.bench.world_table import groups, spread, table
-from cfpp_rt.cli import COMMANDS
+from cfpp_rt.bench.world_study import run as study_run
+from cfpp_rt.bench.world_study import steps
+from cfpp_rt.bench.world_study.plan import FEW, INITS, LAYOUTS, Run, Study
+from cfpp_rt.bench.world_study.table import groups, spread, table
+from cfpp_rt.cli.main import COMMANDS
 from cfpp_rt.distill.settings import Settings
 
 CONFIG = Path(__file__).parents[2] / "configs" / "world-study.yaml"
@@ -47,7 +48,7 @@ def test_every_run_waits_for_what_it_reads(study):
 
 
 def test_configs_of_layouts_and_seeds(study):
-    world_parts.write_configs(study)
+    steps.write_configs(study)
     for layout, (block, window) in LAYOUTS.items():
         for seed in range(study.seeds):
             found = Settings.read(study.work / "configs" / f"{layout}-s{seed}.yaml")
@@ -63,14 +64,14 @@ def test_a_run_that_fails_takes_only_those_that_wait_for_it(study, monkeypatch, 
     bad = Run("bad", (), (("world-eval", "--frames", "0"),))
     runs = [bad, Run("child", ("bad",), ()), Run("grandchild", ("child",), ()), Run("other", (), ())]
     monkeypatch.setattr(Study, "runs", lambda self: runs)
-    assert world_study.conduct(study, 60) == {
+    assert study_run.conduct(study, 60) == {
         "bad": "failed (2)",
         "child": "not begun: bad is not there",
         "grandchild": "not begun: child is not there",
         "other": "done",
     }
     assert "--frames must be >= 1, got 0" in capsys.readouterr().out
-    late = world_study.conduct(study, -1)
+    late = study_run.conduct(study, -1)
     assert late["bad"] == late["other"] == "not begun: no time was left" and late["child"].startswith("not begun")
 
 

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
+from cfpp_rt.core.schedule import FlowMatchSchedule
 from cfpp_rt.distill.ar_diffusion import ArDiffusion, Bidirectional, ar_diffusion_loss, flow_loss, mix
 from cfpp_rt.distill.batch import Batch
 from cfpp_rt.distill.forward import Condition, Denoiser, Layout
 from cfpp_rt.errors import InputError
-from cfpp_rt.schedule import FlowMatchSchedule
 
 
 @pytest.fixture

@@ -6,23 +6,23 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cfpp_rt.camera import Cameras, parse_trajectory
 from cfpp_rt.config import ModelConfig, RolloutConfig
+from cfpp_rt.core.camera import Cameras, parse_trajectory
+from cfpp_rt.core.schedule import FlowMatchSchedule
 from cfpp_rt.distill.ar_diffusion import ArDiffusion, Bidirectional
 from cfpp_rt.distill.assemble import Weights, build_stage, fresh_model
 from cfpp_rt.distill.batch import Batch
 from cfpp_rt.distill.causal_cd import CausalCD, Guidance, timestep_table
 from cfpp_rt.distill.causal_ode import CausalODE
 from cfpp_rt.distill.dmd import DMD
-from cfpp_rt.distill.draws import normal_like
 from cfpp_rt.distill.forward import Condition, Denoiser, Layout
+from cfpp_rt.distill.rng import normal_like
 from cfpp_rt.distill.self_rollout import Exits, SelfRollout
 from cfpp_rt.distill.settings import Settings, StageSettings
 from cfpp_rt.errors import CheckpointError, InputError
 from cfpp_rt.model.attention import per_frame
 from cfpp_rt.model.transformer import CausalWanTransformer, random_model
-from cfpp_rt.rollout import Rollout
-from cfpp_rt.schedule import FlowMatchSchedule
+from cfpp_rt.runtime.rollout import Rollout
 from cfpp_rt.values import Conditioning
 from tests.closeness import assert_close_max
 

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 
+from cfpp_rt.core.schedule import FlowMatchSchedule
 from cfpp_rt.distill.ar_diffusion import mix
 from cfpp_rt.distill.batch import Batch
 from cfpp_rt.distill.causal_cd import (
@@ -20,7 +21,6 @@ from cfpp_rt.distill.causal_cd import (
 from cfpp_rt.distill.causal_ode import CausalODE, solve
 from cfpp_rt.distill.forward import Condition, Denoiser
 from cfpp_rt.errors import InputError
-from cfpp_rt.schedule import FlowMatchSchedule
 from tests.closeness import assert_close_max
 
 SCHEDULE = FlowMatchSchedule(5.0)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from cfpp_rt.camera import INTRINSICS, parse_trajectory
-from cfpp_rt.cli import main
+from cfpp_rt.cli.main import main
+from cfpp_rt.core.camera import INTRINSICS, parse_trajectory
 from cfpp_rt.distill.causal_cd import Guidance, timestep_table
 from cfpp_rt.distill.causal_ode import solve
 from cfpp_rt.distill.data import make

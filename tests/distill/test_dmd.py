@@ -8,12 +8,12 @@ import torch
 from cfpp_rt.config import ModelConfig, RolloutConfig
 from cfpp_rt.distill.batch import Batch
 from cfpp_rt.distill.dmd import DMD, clean_score, matching_loss, score_timesteps
-from cfpp_rt.distill.draws import normal_like
 from cfpp_rt.distill.forward import Condition, Denoiser
+from cfpp_rt.distill.rng import normal_like
 from cfpp_rt.distill.self_rollout import Exits, SelfRollout
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.transformer import random_model
-from cfpp_rt.rollout import Rollout
+from cfpp_rt.runtime.rollout import Rollout
 from cfpp_rt.values import Conditioning
 from tests.closeness import assert_close_max
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from cfpp_rt.config import MODELS, ModelConfig, RolloutConfig
+from cfpp_rt.core.schedule import FlowMatchSchedule
 from cfpp_rt.distill.ar_diffusion import ArDiffusion
 from cfpp_rt.distill.batch import Batch
 from cfpp_rt.distill.causal_cd import CausalCD, Guidance, timestep_table
@@ -17,7 +18,6 @@ from cfpp_rt.distill.forward import Condition, Denoiser, Layout
 from cfpp_rt.distill.self_rollout import SelfRollout
 from cfpp_rt.distill.settings import Settings, StageSettings
 from cfpp_rt.model.transformer import random_model
-from cfpp_rt.schedule import FlowMatchSchedule
 
 TINY = ModelConfig(dim=32, ffn_dim=96, num_heads=2, num_layers=3, freq_dim=16, text_len=5, text_dim=8)
 FRAMES, TOKENS = 4, 6

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
+from cfpp_rt.core.schedule import FlowMatchSchedule
 from cfpp_rt.distill import checkpoint
 from cfpp_rt.distill.ar_diffusion import ArDiffusion
 from cfpp_rt.distill.batch import Batch
@@ -13,7 +14,6 @@ from cfpp_rt.distill.forward import Condition, Denoiser, Layout
 from cfpp_rt.distill.precision import Master
 from cfpp_rt.distill.settings import StageSettings
 from cfpp_rt.distill.train import Trainer
-from cfpp_rt.schedule import FlowMatchSchedule
 from tests.distill.tiny import tiny_model
 
 

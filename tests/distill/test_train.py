@@ -40,7 +40,7 @@ stages:
 RUN = (
     "import sys, functools, cfpp_rt.world.feed as feed;"
     "feed.fit_codec = functools.partial(feed.fit_codec, episodes=32, frames=24);"
-    "from cfpp_rt.cli import main; sys.exit(main(sys.argv[1:]))"
+    "from cfpp_rt.cli.main import main; sys.exit(main(sys.argv[1:]))"
 )
 
 
@@ -245,7 +245,7 @@ BAD = {
 
 @pytest.mark.parametrize(("old", "new", "message"), BAD.values(), ids=BAD.keys())
 def test_a_bad_config_is_one_line_and_leaves_nothing(config, tmp_path, capsys, old, new, message):
-    from cfpp_rt.cli import main
+    from cfpp_rt.cli.main import main
 
     assert old in CONFIG
     config.write_text(CONFIG.replace(old, new))
@@ -258,7 +258,7 @@ def test_a_bad_config_is_one_line_and_leaves_nothing(config, tmp_path, capsys, o
 def test_what_a_stage_needs_is_asked_for(config, tmp_path, capsys, monkeypatch):
     import functools
 
-    from cfpp_rt.cli import main
+    from cfpp_rt.cli.main import main
     from cfpp_rt.world import feed
 
     monkeypatch.setattr(feed, "fit_codec", functools.partial(feed.fit_codec, episodes=32, frames=24))

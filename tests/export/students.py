@@ -10,7 +10,7 @@ import torch
 
 from cfpp_rt.config import ModelConfig, RolloutConfig
 from cfpp_rt.export.bundle import Bundle, Card, open_bundle
-from cfpp_rt.export.to_onnx import export_onnx
+from cfpp_rt.export.export_bundle import export_onnx
 from cfpp_rt.model.transformer import random_model
 
 TINY = ModelConfig(dim=64, ffn_dim=128, num_heads=2, num_layers=2, freq_dim=16, text_dim=32, text_len=8)

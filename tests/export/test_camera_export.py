@@ -12,19 +12,19 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from cfpp_rt.camera import Cameras, parse_trajectory, walk
-from cfpp_rt.cli import main
+from cfpp_rt.cli.main import main
 from cfpp_rt.config import ModelConfig, RolloutConfig
+from cfpp_rt.core.camera import Cameras, parse_trajectory, walk
 from cfpp_rt.errors import InputError
 from cfpp_rt.export.bundle import open_bundle
+from cfpp_rt.export.bundle_rollout import Engine, EngineRollout
 from cfpp_rt.export.cameras import EngineCameras
 from cfpp_rt.export.contract import PASSES
-from cfpp_rt.export.runner import Engine, EngineRollout
-from cfpp_rt.export.to_onnx import export_onnx
-from cfpp_rt.export.verify import require_passed, verify
+from cfpp_rt.export.export_bundle import export_onnx
+from cfpp_rt.export.parity import require_passed, verify
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.model.weights import build_model
-from cfpp_rt.rollout import Rollout
+from cfpp_rt.runtime.rollout import Rollout
 from cfpp_rt.values import Conditioning
 from tests.export.needs import needs_tensorrt
 from tests.export.students import TINY
@@ -168,9 +168,9 @@ def test_bad_cameras_are_named(published, moving, tmp_path):
 @needs_tensorrt
 def test_every_pass_is_proven(tmp_path):
     """Two attentions per layer, each with caches of its own, each cache updated once and in place."""
+    from cfpp_rt.export.trt.check_network import prove
     from cfpp_rt.export.trt.library import load_library
-    from cfpp_rt.export.trt.network import parse
-    from cfpp_rt.export.trt.prove import prove
+    from cfpp_rt.export.trt.parser import parse
 
     model = random_model(SMALL, seed=0, dtype=torch.float16)
     export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 6), frames=None)
@@ -188,8 +188,8 @@ def test_every_pass_is_proven(tmp_path):
 @needs_tensorrt
 def test_an_engine_of_a_camera_model_is_built(tmp_path):
     """The fused pass: four attentions with a mask, none of whose caches is another's."""
-    from cfpp_rt.export.trt.build import build_engine
-    from cfpp_rt.export.trt.compile import Job
+    from cfpp_rt.export.trt.build_worker import Job
+    from cfpp_rt.export.trt.builder_process import build_engine
 
     model = random_model(SMALL, seed=0, dtype=torch.bfloat16)
     export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 6), frames=None)

@@ -7,18 +7,18 @@ import torch
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
+from cfpp_rt.codec.streaming import to_uint8
 from cfpp_rt.codec.taehv import TAEHV
 from cfpp_rt.config import RolloutConfig
-from cfpp_rt.decode import to_uint8
 from cfpp_rt.errors import InputError
 from cfpp_rt.export.bundle import open_bundle
-from cfpp_rt.export.codec_graphs import export_decoder
+from cfpp_rt.export.bundle_rollout import Engine
+from cfpp_rt.export.bundle_stream import EngineDecoder, EngineStream
+from cfpp_rt.export.bundle_stream import to_uint8 as to_uint8_without_torch
+from cfpp_rt.export.codec_onnx import export_decoder
 from cfpp_rt.export.contract import Sizes
-from cfpp_rt.export.runner import Engine
-from cfpp_rt.export.stream import EngineDecoder, EngineStream
-from cfpp_rt.export.stream import to_uint8 as to_uint8_without_torch
-from cfpp_rt.export.to_onnx import export_onnx
-from cfpp_rt.export.verify import verify
+from cfpp_rt.export.export_bundle import export_onnx
+from cfpp_rt.export.parity import verify
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.world.codec import PatchCodec
 from tests.test_actions import ACTING
@@ -39,7 +39,7 @@ def patches():
 
 def wan():
     pytest.importorskip("diffusers")
-    from cfpp_rt.untrained import random_pipeline
+    from cfpp_rt.random_weights import random_pipeline
 
     return random_pipeline(RolloutConfig(), dtype=torch.float32, device=torch.device("cpu")).codec
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from cfpp_rt.cli import main
+from cfpp_rt.cli.main import main
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.world.simulator import ACTIONS
@@ -57,8 +57,8 @@ def test_a_film_from_a_bundle_is_that_of_pytorch(world, tmp_path, capsys, refres
 def test_a_film_from_text_embeddings(tmp_path):
     pytest.importorskip("onnxscript")
     from cfpp_rt.codec.taehv import TAEHV
-    from cfpp_rt.export.to_onnx import export_onnx
-    from cfpp_rt.untrained import SMALL
+    from cfpp_rt.export.export_bundle import export_onnx
+    from cfpp_rt.random_weights import SMALL
 
     torch.manual_seed(0)
     model = random_model(dataclasses.replace(SMALL, num_layers=1), seed=0, dtype=torch.float32)

@@ -18,11 +18,11 @@ from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import InputError
 from cfpp_rt.export.bundle import open_bundle, write_card
 from cfpp_rt.export.contract import PASSES
+from cfpp_rt.export.export_bundle import export_onnx
 from cfpp_rt.export.float8 import FLOAT8, LINEARS, quantize_weight
-from cfpp_rt.export.passes import fixed_inputs, run_in_torch
-from cfpp_rt.export.session import GraphSession
-from cfpp_rt.export.to_onnx import export_onnx
-from cfpp_rt.export.verify import require_passed, verify
+from cfpp_rt.export.onnx_runner import GraphSession
+from cfpp_rt.export.parity import require_passed, verify
+from cfpp_rt.export.torch_oracle import fixed_inputs, run_in_torch
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.speed.quantize import quantize_linears
 from tests.export.needs import needs_tensorrt
@@ -145,8 +145,8 @@ def test_other_linears_are_refused(tmp_path):
 @pytest.mark.parametrize("dtype,target", [("bfloat16", "sm89"), ("float16", "sm120")])
 def test_an_engine_multiplies_in_8_bits(tmp_path, dtype, target):
     """The text in an engine names every tensor: the weights of all linears are in 8 bits, and so are their inputs."""
-    from cfpp_rt.export.trt.build import build_engine
-    from cfpp_rt.export.trt.compile import Job
+    from cfpp_rt.export.trt.build_worker import Job
+    from cfpp_rt.export.trt.builder_process import build_engine
 
     model = random_model(TINY, seed=0, dtype=getattr(torch, dtype))
     export_onnx(model, ROLLING, tmp_path / "b", latent_size=(4, 6), frames=None, linear_dtype=FLOAT8)
@@ -164,9 +164,9 @@ def test_an_engine_multiplies_in_8_bits(tmp_path, dtype, target):
 
 @needs_tensorrt
 def test_a_network_that_lost_a_product_in_8_bits_is_refused(student):
+    from cfpp_rt.export.trt.check_network import prove
     from cfpp_rt.export.trt.library import load_library
-    from cfpp_rt.export.trt.network import parse
-    from cfpp_rt.export.trt.prove import prove
+    from cfpp_rt.export.trt.parser import parse
 
     library, (_, bundle) = load_library("tensorrt-rtx"), student
     network = parse(library, bundle.path("fused"))
@@ -178,7 +178,7 @@ def test_a_network_that_lost_a_product_in_8_bits_is_refused(student):
 
 @needs_tensorrt
 def test_architectures_without_8_bits_are_refused_before_any_work():
-    from cfpp_rt.export.trt.make import require_buildable
+    from cfpp_rt.export.trt.build import require_buildable
 
     with pytest.raises(InputError, match="targets must be sm89 or newer for linears in float8_e4m3, got sm80, sm86"):
         require_buildable("tensorrt-rtx", ["sm80", "sm86", "sm89"], None, None, linear_dtype=FLOAT8)

@@ -11,11 +11,11 @@ import torch
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from cfpp_rt.cli import main
+from cfpp_rt.cli.main import main
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import InputError
 from cfpp_rt.export.bundle import CARD, WEIGHTS, Card, open_bundle
-from cfpp_rt.export.to_onnx import export_onnx, make_card
+from cfpp_rt.export.export_bundle import export_onnx, make_card
 from cfpp_rt.model.transformer import random_model
 from tests.test_actions import ACTING
 from tests.test_cli import fault
@@ -106,7 +106,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
     def full(weights, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cfpp_rt.export.onnx_graph.WeightFile._write", full)
+    monkeypatch.setattr("cfpp_rt.export.graph_builder.WeightFile._write", full)
     with pytest.raises(InputError, match="no space left on the disk"):
         export(tmp_path / "b")
     assert not list(tmp_path.iterdir())
@@ -146,7 +146,7 @@ def test_a_wrong_card_is_named(copied, tmp_path):
 
 
 def test_a_card_of_other_sizes_does_not_load(copied):
-    from cfpp_rt.export.runner import Engine, EngineRollout
+    from cfpp_rt.export.bundle_rollout import Engine, EngineRollout
 
     sizes = json.loads((copied / CARD).read_text())["sizes"]
     change_card(copied, sizes={**sizes, "latent_size": [4, 8]})
@@ -170,7 +170,7 @@ def test_damage_is_found(copied):
 
 
 def test_bfloat16_says_what_runs_here(tmp_path):
-    from cfpp_rt.export.runner import Engine, EngineRollout
+    from cfpp_rt.export.bundle_rollout import Engine, EngineRollout
 
     export(tmp_path / "b", torch.bfloat16)
     with pytest.raises(InputError, match="no bfloat16 on the CPU: export with --dtype float32 or float16"):
@@ -189,7 +189,7 @@ def test_a_missing_package_is_named_with_its_command(bundle, tmp_path, package):
         f"        if name.split('.')[0] == {package!r}:\n"
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Block())\n"
-        "from cfpp_rt.cli import main\n"
+        "from cfpp_rt.cli.main import main\n"
         f"sys.exit(main({export_line if package == 'onnx' else verify_line}))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -11,16 +11,16 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from cfpp_rt.config import RolloutConfig
+from cfpp_rt.core.frame_ring import FrameRing
+from cfpp_rt.core.schedule import FlowMatchSchedule
 from cfpp_rt.errors import InputError, NonFiniteError
-from cfpp_rt.export.passes import fixed_inputs
-from cfpp_rt.export.runner import Engine, EngineRollout
-from cfpp_rt.export.session import Buffer
-from cfpp_rt.export.to_onnx import export_onnx
+from cfpp_rt.export.bundle_rollout import Engine, EngineRollout
+from cfpp_rt.export.export_bundle import export_onnx
+from cfpp_rt.export.onnx_runner import Buffer
+from cfpp_rt.export.torch_oracle import fixed_inputs
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.model.weights import build_model
-from cfpp_rt.ring import FrameRing
-from cfpp_rt.rollout import Rollout
-from cfpp_rt.schedule import FlowMatchSchedule
+from cfpp_rt.runtime.rollout import Rollout
 from cfpp_rt.values import Conditioning
 from tests import plain_model
 from tests.export.students import bytes_moved
@@ -154,7 +154,7 @@ def test_a_switched_prompt_is_that_of_the_runtime(engine_of, model, vectors, met
 
 def test_caches_are_updated_in_place(acting, capfd, monkeypatch):
     """onnxruntime warns of every cache that it copies; the arrays bound at the start are the ones that change."""
-    monkeypatch.setattr("cfpp_rt.export.session.LOG_SEVERITY", 2)
+    monkeypatch.setattr("cfpp_rt.export.onnx_runner.LOG_SEVERITY", 2)
     engine = Engine(acting[1].bundle, threads=1)
     rollout = EngineRollout(engine, frames=7)
     held = {name: (buffer, buffer.array.copy()) for name, buffer in rollout.caches.items()}
@@ -174,7 +174,9 @@ def test_no_cache_travels_between_passes(acting, monkeypatch):
     for _ in range(6):
         next(rollout)
     moved = []
-    monkeypatch.setattr("cfpp_rt.export.runner.Buffer", lambda array: moved.append(array.nbytes) or Buffer(array))
+    monkeypatch.setattr(
+        "cfpp_rt.export.bundle_rollout.Buffer", lambda array: moved.append(array.nbytes) or Buffer(array)
+    )
     next(rollout)
     velocities = 2 * rollout._velocity.array.nbytes
     assert sum(moved) + velocities == bytes_moved(engine.card, "fused", "step", resident=("modulation",))
@@ -246,7 +248,7 @@ def test_the_runner_needs_no_torch(acting):
         "        if name.split('.')[0] in ('torch', 'onnx', 'safetensors'):\n"
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Block())\n"
-        "from cfpp_rt.export.runner import Engine, EngineRollout\n"
+        "from cfpp_rt.export.bundle_rollout import Engine, EngineRollout\n"
         f"rollout = EngineRollout(Engine({str(acting[1].bundle.folder)!r}, threads=1), frames=6, seed=3)\n"
         "rollout.act(2)\n"
         "print(sum(float(abs(block.values).sum()) for block in rollout))\n"

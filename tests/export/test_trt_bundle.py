@@ -6,7 +6,7 @@ import pytest
 
 from cfpp_rt.errors import InputError
 from cfpp_rt.export.bundle import new_folder
-from cfpp_rt.export.to_onnx import make_card
+from cfpp_rt.export.export_bundle import make_card
 from cfpp_rt.export.trt.bundle import open_bundle, write_card
 from cfpp_rt.model.transformer import random_model
 from tests.export.students import ROLLING, TINY

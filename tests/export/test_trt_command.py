@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cfpp_rt.cli import main
-from cfpp_rt.export.trt import gate, make
+from cfpp_rt.cli.main import main
+from cfpp_rt.export.trt import build, gate
 from cfpp_rt.export.trt.bundle import open_bundle
-from cfpp_rt.export.trt.faults import FAULTS
 from cfpp_rt.export.trt.library import load_library
+from cfpp_rt.export.trt.messages import FAULTS
 from tests.export.needs import needs_tensorrt
 
 pytestmark = needs_tensorrt
@@ -64,7 +64,7 @@ def test_a_graph_that_disagrees_is_never_built(tmp_path, capsys, monkeypatch):
             model.blocks[1].self_attn.v.weight[0] = kept
 
     monkeypatch.setattr(gate, "export_onnx", spoil)
-    monkeypatch.setattr(make, "build_engine", lambda *arguments, **options: pytest.fail("an engine was built"))
+    monkeypatch.setattr(build, "build_engine", lambda *arguments, **options: pytest.fail("an engine was built"))
     assert "does not agree with PyTorch" in fault(capsys, command(tmp_path / "engines"))
     assert not list(tmp_path.iterdir())
 

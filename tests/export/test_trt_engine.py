@@ -8,17 +8,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cfpp_rt.bench import bench_tensorrt
+from cfpp_rt.bench.export import tensorrt as bench_tensorrt
 from cfpp_rt.errors import InputError
 from cfpp_rt.export.bundle import new_folder
-from cfpp_rt.export.runner import Engine, EngineRollout
-from cfpp_rt.export.trt import engine as engines
-from cfpp_rt.export.trt import memory
+from cfpp_rt.export.bundle_rollout import Engine, EngineRollout
+from cfpp_rt.export.trt import cuda
+from cfpp_rt.export.trt import tensorrt_runner as engines
+from cfpp_rt.export.trt.build import make_bundle
 from cfpp_rt.export.trt.bundle import write_card
-from cfpp_rt.export.trt.engine import TensorRTEngine
+from cfpp_rt.export.trt.cuda import Device, Memory
 from cfpp_rt.export.trt.library import Library
-from cfpp_rt.export.trt.make import make_bundle
-from cfpp_rt.export.trt.memory import Device, Memory
+from cfpp_rt.export.trt.tensorrt_runner import TensorRTEngine
 from tests.export.students import TINY, WORLD, bytes_moved, exported
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -65,13 +65,13 @@ class PretendedDevice:
         return self.memory[pointer][:size].view(dtype).reshape(tensor.shape)
 
     def write(self, memory, values):
-        self.calls.append(memory.pointer)
+        self.calls.append(cuda.pointer)
         self.copied += values.nbytes
-        self.memory[memory.pointer][: values.nbytes] = np.frombuffer(values.tobytes(), np.uint8)
+        self.memory[cuda.pointer][: values.nbytes] = np.frombuffer(values.tobytes(), np.uint8)
 
     def read(self, memory, values):
         self.copied += values.nbytes
-        values[...] = self.memory[memory.pointer][: values.nbytes].view(values.dtype).reshape(values.shape)
+        values[...] = self.memory[cuda.pointer][: values.nbytes].view(values.dtype).reshape(values.shape)
 
     def close(self):
         self.memory.clear()
@@ -238,7 +238,7 @@ def test_every_cuda_call_exists():
     """The names are right, though nothing here can call them without a GPU."""
     runtime = pytest.importorskip("cuda.bindings.runtime", reason="pip install 'cfpp-rt[tensorrt]'")
     named = set()
-    for module in (memory, engines):
+    for module in (cuda, engines):
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             if isinstance(node, ast.Attribute) and node.attr.startswith("cuda"):
                 inner = isinstance(node.value, ast.Attribute) and node.value.attr.startswith("cuda")

@@ -6,11 +6,11 @@ import pytest
 
 from cfpp_rt.errors import InputError, MissingExtraError
 from cfpp_rt.export.trt import library as libraries
-from cfpp_rt.export.trt import network
-from cfpp_rt.export.trt.faults import explain
+from cfpp_rt.export.trt import parser
+from cfpp_rt.export.trt.check_network import prove
 from cfpp_rt.export.trt.library import Library, load_library
-from cfpp_rt.export.trt.network import parse
-from cfpp_rt.export.trt.prove import prove
+from cfpp_rt.export.trt.messages import explain
+from cfpp_rt.export.trt.parser import parse
 from tests.export.graphs import cached_attention, contract
 from tests.export.needs import needs_tensorrt
 
@@ -42,7 +42,7 @@ def test_a_sound_graph_is_proven(library, tmp_path, dtype):
 
 def test_the_parser_alone_drops_the_length(library, tmp_path, monkeypatch):
     """The reason why `parse` mends the network: without that step the length reaches nothing, and the proof says so."""
-    monkeypatch.setattr(network, "_restore_lengths", lambda *arguments: [])
+    monkeypatch.setattr(parser, "_restore_lengths", lambda *arguments: [])
     with pytest.raises(InputError, match="a0 sees the whole cache.*input length reaches no output"):
         prove(library, parsed(library, tmp_path), contract())
 

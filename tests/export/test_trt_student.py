@@ -6,12 +6,12 @@ import pytest
 
 from cfpp_rt.errors import InputError
 from cfpp_rt.export.contract import PASSES
-from cfpp_rt.export.trt.build import build_engine
+from cfpp_rt.export.trt.build import make_bundle
+from cfpp_rt.export.trt.builder_process import build_engine
 from cfpp_rt.export.trt.bundle import open_bundle
+from cfpp_rt.export.trt.check_network import prove
 from cfpp_rt.export.trt.library import load_library
-from cfpp_rt.export.trt.make import make_bundle
-from cfpp_rt.export.trt.network import parse, weight_bytes
-from cfpp_rt.export.trt.prove import prove
+from cfpp_rt.export.trt.parser import parse, weight_bytes
 from tests.export.needs import needs_tensorrt
 from tests.export.students import ROLLING, TINY, WORLD, exported
 
@@ -116,7 +116,7 @@ def test_a_failed_engine_takes_the_others_with_it(tmp_path, source, monkeypatch)
             raise InputError("engine for sm89: the builder crashed")
         return build_engine(job, **options)
 
-    monkeypatch.setattr("cfpp_rt.export.trt.make.build_engine", fail_at_last)
+    monkeypatch.setattr("cfpp_rt.export.trt.build.build_engine", fail_at_last)
     with pytest.raises(InputError, match="crashed"):
         make_bundle(
             source, tmp_path / "x", {}, targets=("sm89",), graphs=("embed_time", "fused"), library="tensorrt-rtx"

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from cfpp_rt.core.schedule import add_noise, to_clean
 from cfpp_rt.errors import InputError
 from cfpp_rt.ops.denoise_update import denoise_update
 from cfpp_rt.reference.denoise_update import denoise_update as reference
-from cfpp_rt.schedule import add_noise, to_clean
 from tests.ops.backends import BACKENDS, COMPILED, DTYPES, assert_as_good, bits, device_of, implementation
 
 SHAPES = {

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cfpp_rt.cache import CacheShape, KVCache
+from cfpp_rt.core.frame_ring import FrameRing
 from cfpp_rt.errors import InputError
 from cfpp_rt.ops import backends
 from cfpp_rt.ops.block_attention import block_attention
@@ -15,7 +16,6 @@ from cfpp_rt.ops.token_ranges import TokenRanges
 from cfpp_rt.reference.block_attention import block_attention as attention_reference
 from cfpp_rt.reference.kv_dequantize import kv_dequantize_ as reference
 from cfpp_rt.reference.kv_update import to_float8
-from cfpp_rt.ring import FrameRing
 from tests.ops.backends import bits
 from tests.ops.test_kv_update import DEVICES, DTYPES
 from tests.ops.test_kv_update_float8 import OPCHECKS

@@ -123,6 +123,6 @@ def test_a_demand_for_kernels_without_triton_is_refused(monkeypatch):
 
 
 def test_the_package_imports_without_triton():
-    code = "import sys; sys.modules['triton'] = None; import cfpp_rt, cfpp_rt.model.transformer, cfpp_rt.rollout"
+    code = "import sys; sys.modules['triton'] = None; import cfpp_rt.model.transformer, cfpp_rt.runtime.rollout"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

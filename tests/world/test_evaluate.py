@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cfpp_rt.errors import InputError
-from cfpp_rt.world import look
+from cfpp_rt.world import perception
 from cfpp_rt.world.actions import parse_actions
 from cfpp_rt.world.evaluate import Play, score
 from cfpp_rt.world.policy import Wanderer
@@ -25,10 +25,10 @@ def truth() -> Play:
 
 def test_states_are_read_from_pictures(truth):
     for f, state in enumerate(truth.truth):
-        seen = look.read(truth.pictures[:, f], state)
+        seen = perception.read(truth.pictures[:, f], state)
         for name in ("agent", "crate", "coin", "gate_open"):
             assert np.array_equal(getattr(seen, name), getattr(state, name)), (f, name)
-        assert look.blemish(truth.pictures[:, f], seen).max() == 0
+        assert perception.blemish(truth.pictures[:, f], seen).max() == 0
 
 
 def test_the_simulators_own_pictures_score_full_marks(truth):

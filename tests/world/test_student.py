@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from cfpp_rt.cli import main
+from cfpp_rt.cli.main import main
 from cfpp_rt.errors import CheckpointError
-from cfpp_rt.world import look
+from cfpp_rt.world import perception
 from cfpp_rt.world.evaluate import UNSEEN, pace, play, score
-from cfpp_rt.world.film import SCALE
+from cfpp_rt.world.scripted import SCALE
 from cfpp_rt.world.simulator import RIGHT, Simulator
 from cfpp_rt.world.sprites import STEP
 from cfpp_rt.world.student import SHIPPED, load_student, start
@@ -63,7 +63,7 @@ def test_it_moves_as_the_simulator_does_and_a_seed_gives_the_same_film_twice(pip
     assert np.array_equal(*films) and films[0].shape == (6, 48, 48, 3)
     for _ in range(5):
         state = simulator.step(np.array([RIGHT]))
-    assert abs(look.find(films[0][-1:], "agent") - STEP * state.agent).max() <= 1
+    assert abs(perception.find(films[0][-1:], "agent") - STEP * state.agent).max() <= 1
 
 
 def test_files_of_something_else_are_named(tmp_path):

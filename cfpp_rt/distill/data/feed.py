@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cfpp_rt.camera import INTRINSICS, Cameras
+from cfpp_rt.core.camera import INTRINSICS, Cameras
 from cfpp_rt.distill.batch import Batch
 from cfpp_rt.distill.data.shards import ShardFolder
 from cfpp_rt.distill.forward import Condition

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfpp_rt.checkpoint import write_atomically
 from cfpp_rt.errors import CheckpointError, InputError
+from cfpp_rt.io.checkpoint import write_atomically
 
 INDEX = "index.json"
 _FORMAT = "cfpp-shards-1"

@@ -1,0 +1,1 @@
+"""Latency of a student beside its baselines: `cfpp bench`."""

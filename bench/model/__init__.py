@@ -1,0 +1,1 @@
+"""Benchmarks of forward passes, rollouts, decoding and training."""

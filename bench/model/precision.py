@@ -1,0 +1,188 @@
+"""What do products in 8 bits cost in accuracy, and what do they gain in time?
+
+Accuracy, against float32 on the same device: the published rollouts of the tests' small student (root mean square of
+the latents' difference, of that of the latents; mean over the rollouts), and a film of the built-in world (PSNR of its
+pictures, the generated ones alone). Emulated float8 has the same codes and scales, and sums in float32.
+
+Time: the linear layers of one 1.3B block on one frame at 480x832 (1560 tokens), and a whole pass over one frame, one
+visible. Plain and 8-bit layers take turns; float8 is fed as in the block, by a norm that has quantised already or by
+GELU, whose time is in that of "ffn" for both.
+
+    python -m cfpp_rt.bench.model.precision [--device cuda] [--layers 30] [--rounds 20] [--json PATH]
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cfpp_rt.bench import harness
+from cfpp_rt.config import MODELS, ModelConfig, RolloutConfig
+from cfpp_rt.errors import InputError
+from cfpp_rt.model.transformer import CausalWanTransformer, random_model
+from cfpp_rt.model.weights import build_model
+from cfpp_rt.ops.quantize_rows import quantize_rows
+from cfpp_rt.runtime.rollout import Rollout
+from cfpp_rt.speed import fuse_gelu, fuse_qkv, quantize_linears
+from cfpp_rt.values import Conditioning
+from cfpp_rt.world.student import load_student, start
+
+ONE_PASS = RolloutConfig(steps=(1000,), refresh="skip", window=1)
+LATENT = (60, 104)  # 480x832
+TOKENS = 1560
+FILM = (*[3] * 8, *[2] * 8, *[4] * 8, *[1] * 8, 5)  # actions of the world: about the arena, then interact
+SEEDS = range(4)
+
+Change = Callable[[CausalWanTransformer], CausalWanTransformer]
+
+
+def precisions(device: torch.device) -> dict[str, tuple[torch.dtype, Change]]:
+    """Name to the dtype of a model, and what is then done to it."""
+    wide, narrow = torch.float32, torch.bfloat16
+    emulated = partial(quantize_linears, dtype="float8_e4m3", emulated=True)
+    found: dict[str, tuple[torch.dtype, Change]] = {"bfloat16": (narrow, lambda model: model)}
+    found |= {"float8_e4m3 emulated": (wide, emulated), "float8_e4m3 emulated, rest bfloat16": (narrow, emulated)}
+    if device.type == "cuda":
+        return {**found, "float8_e4m3, rest bfloat16": (narrow, partial(quantize_linears, dtype="float8_e4m3"))}
+    int8 = partial(quantize_linears, dtype="int8")
+    return {**found, "int8": (wide, int8), "int8, rest bfloat16": (narrow, int8)}
+
+
+def golden_rollouts(folder: Path, device: torch.device) -> Callable[[torch.dtype, Change], list[Tensor]]:
+    """The latents of every published rollout by the tests' student of that dtype, changed."""
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    weights = {name: tensor.float() for name, tensor in load_file(folder / "weights.safetensors").items()}
+    vectors = load_file(folder / "vectors.safetensors")
+    names = [name for name, entry in meta.items() if isinstance(entry, dict) and "steps" in entry]
+
+    def run(dtype: torch.dtype, change: Change) -> list[Tensor]:
+        sizes = ModelConfig.from_dict(meta["config"])
+        model = change(build_model(weights, sizes, dtype=dtype, device=str(device)))
+        made = []
+        for name in names:
+            entry, noise, initial = meta[name], vectors[f"{name}.noise"], vectors.get(f"{name}.initial")
+            settings = RolloutConfig(
+                steps=tuple(entry["steps"]),
+                first_steps=tuple(entry["first_chunk_steps"] or entry["steps"]),
+                frames_per_block=entry["frames_per_block"],
+                window=None if entry["local_attn_size"] == -1 else entry["local_attn_size"],
+                sinks=entry["sink_size"],
+                shift=meta["shift"],
+                context_noise=entry["context_noise"],
+            )
+            rollout = Rollout(
+                model,
+                Conditioning(vectors["prompt_embeds"]),
+                settings,
+                latent_size=(noise.shape[-2], noise.shape[-1]),
+                frames=noise.shape[1] + (0 if initial is None else initial.shape[1]),
+                initial=initial,
+                noise=noise,
+                renoise=list(vectors[f"{name}.renoise"]),
+            )
+            made.append(torch.cat([block.values for block in rollout], dim=1).cpu())
+        return made
+
+    return run
+
+
+def film(device: torch.device, dtype: torch.dtype, change: Change) -> Tensor:
+    """Generated pictures of the world, uint8 [films * T, 48, 48, 3]."""
+    pipeline = load_student(dtype=dtype, device=device, fuse=False)
+    change(pipeline.model)
+    pictures = []
+    for seed in SEEDS:
+        stream = start(pipeline, seed, frames=1 + len(FILM))
+        next(stream)  # the given one
+        for action in FILM:
+            stream.act(action)
+            pictures.append(next(stream).pixels[0])
+    return torch.cat(pictures)
+
+
+def rms_percent(made: list[Tensor], wanted: list[Tensor]) -> float:
+    """Mean over the pairs of the difference's root mean square, in percent of that of what is wanted."""
+    shares = [float((a - b).double().norm() / b.double().norm()) for a, b in zip(made, wanted, strict=True)]
+    return 100 * sum(shares) / len(shares)
+
+
+def psnr(made: Tensor, wanted: Tensor) -> float:
+    """In dB, over all pictures together; infinite where they are the same."""
+    error = float((made.double() - wanted.double()).square().mean())
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+def accuracy(folder: Path, device: torch.device) -> Iterator[dict[str, Any]]:
+    run, unchanged = golden_rollouts(folder, device), (torch.float32, lambda model: model)
+    latents, pictures = run(*unchanged), film(device, *unchanged)
+    for name, changed in precisions(device).items():
+        error, decibels = rms_percent(run(*changed), latents), psnr(film(device, *changed), pictures)
+        print(f"{name:<36} latents off by {error:.2f} % rms, pictures of the world {decibels:.1f} dB", flush=True)
+        yield {"what": "accuracy", "precision": name, "latents_rms_percent": error, "world_psnr_db": decibels}
+
+
+def linear_times(device: torch.device, dtype: str, rounds: int) -> Iterator[dict[str, Any]]:
+    """Each kind of linear layer of a 1.3B block in bfloat16: alone, in 8 bits, in 8 bits with its tokens quantised."""
+    sizes = dataclasses.replace(MODELS["wan-1.3b"], num_layers=1)
+    plain = fuse_qkv(random_model(sizes, seed=0, dtype=torch.bfloat16, device=str(device)))
+    changed = quantize_linears(copy.deepcopy(plain), dtype).blocks[0]
+    block = fuse_gelu(plain).blocks[0]
+    for layer in ("self_attn.qkv", "self_attn.o", "ffn"):
+        name, ours, eight = layer.split(".")[-1], block.get_submodule(layer), changed.get_submodule(layer)
+        x = torch.randn(1, TOKENS, sizes.dim, device=device, dtype=torch.bfloat16)
+        turns: dict[str, Callable[[], object]] = {"bfloat16": partial(ours, x), dtype: partial(eight, x)}
+        if dtype == "float8_e4m3" and name != "o":  # what is read from attention has no norm before it
+            turns["quantised before"] = partial(eight, quantize_rows(x))
+        with torch.inference_mode():
+            times = harness.measure_in_turns(turns, device, rounds=rounds)
+        text = ", ".join(f"{turn} {1000 * time.median_ms:.0f} us" for turn, time in times.items())
+        print(f"{name:<4} of {TOKENS} tokens: {text}", flush=True)
+        found = {f"{turn.replace(' ', '_')}_ms": time.median_ms for turn, time in times.items()}
+        yield {"what": "linear", "layer": name, "precision": dtype, **found}
+
+
+def pass_times(device: torch.device, dtype: str, layers: int, rounds: int) -> Iterator[dict[str, Any]]:
+    sizes = dataclasses.replace(MODELS["wan-1.3b"], num_layers=layers)
+    text = Conditioning(torch.randn(1, sizes.text_len, sizes.text_dim, generator=torch.Generator().manual_seed(0)))
+    turns: dict[str, Callable[[], object]] = {}
+    for name in ("bfloat16", dtype):
+        model = random_model(sizes, seed=0, dtype=torch.bfloat16, device=str(device))
+        model = fuse_gelu(fuse_qkv(model)) if name == "bfloat16" else quantize_linears(model, dtype)
+        turns[name] = partial(next, Rollout(model, text, ONE_PASS, latent_size=LATENT, frames=rounds + 2))
+    times = harness.measure_in_turns(turns, device, rounds=rounds)
+    plain, eight = (times[name].median_ms for name in turns)
+    print(f"pass of {layers} layers: bfloat16 {plain:.1f} ms, {dtype} {eight:.1f} ms, {plain / eight:.2f} x")
+    yield {"what": "pass", "layers": layers, "precision": dtype, "bfloat16_ms": plain, f"{dtype}_ms": eight}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--layers", type=int, help="of the pass (default: 30, on a CPU 2)")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--golden", type=Path, default=Path("tests/data"), help="folder of the published rollouts")
+    parser.add_argument("--json", metavar="PATH", help="append the rows as JSON lines")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    if not (arguments.golden / "vectors.safetensors").exists():
+        raise InputError(f"--golden must be tests/data of a checkout, got {arguments.golden}")
+    dtype = "float8_e4m3" if device.type == "cuda" else "int8"
+    rows = [
+        *accuracy(arguments.golden, device),
+        *linear_times(device, dtype, arguments.rounds),
+        *pass_times(device, dtype, arguments.layers or (30 if device.type == "cuda" else 2), arguments.rounds),
+    ]
+    harness.record([{"bench": "precision", **row} for row in rows], arguments.json, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""One benchmark per op of `cfpp_rt.ops`."""

@@ -1,0 +1,1 @@
+"""The study of the built-in world: which distillation pipeline makes the best student."""

@@ -1,0 +1,1 @@
+"""The device: CUDA graph capture, copies that do not wait, timings."""

@@ -1,0 +1,1 @@
+"""Files: checkpoints, images, videos and contact sheets."""

@@ -1,0 +1,116 @@
+"""A student to an ONNX bundle: graphs, one shared weight file and the card, whole or not at all.
+
+The graphs are written node by node (`graphs.py`), so no tracer decides what is in them, the same student gives the same
+bytes, and the memory that it takes is that of the model.
+"""
+
+import dataclasses
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cfpp_rt.codec.base import Codec
+from cfpp_rt.config import RolloutConfig
+from cfpp_rt.core.frame_ring import slots_for
+from cfpp_rt.core.schedule import FlowMatchSchedule
+from cfpp_rt.errors import InputError
+from cfpp_rt.export.bundle import LINEAR_DTYPES, WEIGHTS, Card, new_folder, steps_of, write_card
+from cfpp_rt.export.check_onnx import check_graph
+from cfpp_rt.export.codec_onnx import export_decoder
+from cfpp_rt.export.contract import Sizes
+from cfpp_rt.export.graph_builder import OPSET, WeightFile, require_onnx
+from cfpp_rt.export.transformer_onnx import build_graph
+from cfpp_rt.model.transformer import CausalWanTransformer
+from cfpp_rt.runtime.rollout import PREFILL_TIMESTEP
+
+
+def make_card(
+    model: CausalWanTransformer,
+    rollout: RolloutConfig,
+    *,
+    latent_size: tuple[int, int],
+    frames: int | None,
+    batch: int = 1,
+    linear_dtype: str | None = None,
+    about: dict[str, Any] | None = None,
+) -> Card:
+    """The card of a student before it is exported. Arguments and errors as for `export_onnx`."""
+    if rollout.kv_dtype is not None:
+        raise InputError(f"kv_dtype must be None: graphs keep the cache in the model's dtype, got {rollout.kv_dtype!r}")
+    if linear_dtype not in (None, *LINEAR_DTYPES):
+        raise InputError(f"linear_dtype must be None or {', '.join(LINEAR_DTYPES)}, got {linear_dtype!r}")
+    block = rollout.frames_per_block
+    if rollout.window is not None and (rollout.window - rollout.sinks) % block:
+        raise InputError(
+            f"window must be the sinks and whole blocks of {block} frames, so that a full ring is what is seen,"
+            f" got window={rollout.window} and sinks={rollout.sinks}"
+        )
+    if frames is not None and (frames < 1 or frames % block):
+        raise InputError(f"frames must be a multiple >= {block} of frames_per_block={block}, got {frames}")
+    if rollout.window is not None:
+        frames = None  # the ring is of the window's size, whatever the length of the video
+    sinks, ring = slots_for(rollout.replace(refresh="separate"), frames)  # no graph needs the spare slot
+    schedule = FlowMatchSchedule(rollout.shift)
+    lists = [schedule.warp(steps) for steps in (rollout.steps, rollout.first_steps or rollout.steps)]
+    context = float(rollout.context_noise)
+    known = sorted({context, PREFILL_TIMESTEP, *lists[0].tolist(), *lists[1].tolist()}, reverse=True)
+    steps, first_steps = (steps_of(t.tolist(), schedule.sigma(t).tolist(), known) for t in lists)
+    dtype = str(model.dtype).removeprefix("torch.")
+    return Card(
+        sizes=Sizes(model.config, batch, latent_size, block, sinks, ring, len(known), dtype),
+        rollout=rollout,
+        frames=frames,
+        timesteps=tuple(known),
+        steps=steps,
+        first_steps=first_steps,
+        context=known.index(context),
+        given=known.index(PREFILL_TIMESTEP),
+        linear_dtype=linear_dtype,
+        codec=None,
+        temporal_factor=1,
+        about=about or {},
+    )
+
+
+def export_onnx(
+    model: CausalWanTransformer,
+    rollout: RolloutConfig,
+    folder: str | Path,
+    *,
+    latent_size: tuple[int, int],
+    frames: int | None,
+    batch: int = 1,
+    linear_dtype: str | None = None,
+    codec: Codec | None = None,
+    about: dict[str, Any] | None = None,
+) -> Card:
+    """Write a bundle of the network's graphs in the model's dtype to a new folder; returns its card.
+
+    latent_size: (h, w). frames: latent frames of a video without a window, which the cache must hold; not used with
+    one. batch: rows made together. linear_dtype: "float8_e4m3" for the linear layers of the blocks in 8 bits. codec:
+    its streaming decoder becomes part of the bundle, in its own dtype. about: what the card is to say of the student
+    besides.
+
+    Raises InputError for a folder that exists, settings that the graphs do not cover and a full disk, and
+    MissingExtraError without the onnx package.
+    """
+    onnx = require_onnx()
+    about = {**(about or {}), "versions": {"cfpp_rt": version("cfpp-rt"), "onnx": onnx.__version__, "opset": OPSET}}
+    card = make_card(
+        model, rollout, latent_size=latent_size, frames=frames, batch=batch, linear_dtype=linear_dtype, about=about
+    )
+    times = torch.tensor(card.timesteps, dtype=torch.float64)
+    with new_folder(folder, sum(parameter.nbytes for parameter in model.parameters())) as made:
+        with torch.inference_mode(), WeightFile(made / WEIGHTS, card.sizes.dtype) as weights:
+            for spec in card.graphs.values():
+                graph = build_graph(model, card.sizes, spec, weights, times, linear_dtype)
+                (made / f"{spec.name}.onnx").write_bytes(graph.SerializeToString(deterministic=True))
+        if codec is not None:
+            decoders = export_decoder(codec, card.sizes, made)
+            card = dataclasses.replace(card, codec=decoders, temporal_factor=codec.temporal_factor)
+        for name, spec in card.graphs.items():
+            check_graph(made / f"{name}.onnx", spec, linear_dtype)
+        write_card(made, card)
+    return card

@@ -1,0 +1,139 @@
+"""The passes of the contract in PyTorch, on the same inputs as the graphs: what the verifier compares them with."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cfpp_rt.cache import CacheShape, KVCache
+from cfpp_rt.core.camera import Projections
+from cfpp_rt.core.frame_ring import FrameRing
+from cfpp_rt.export.bundle import Card
+from cfpp_rt.export.contract import GraphSpec, caches_of_layer, text_names, updated
+from cfpp_rt.model.attention import CachePass, CameraPass
+from cfpp_rt.model.transformer import CausalWanTransformer, LayerText, TimeEmbedding
+from cfpp_rt.ops.token_ranges import TokenRanges
+
+Array = NDArray[Any]
+
+
+def fixed_inputs(card: Card, spec: GraphSpec, seed: int = 0) -> dict[str, Array]:
+    """Inputs of a graph that exercise it: normal numbers, the last slot written, and less than everything seen."""
+    random, sizes = np.random.default_rng(seed), card.sizes
+    inputs: dict[str, Array] = {}
+    for tensor in spec.inputs:
+        if tensor.name == "visible":
+            value = np.ones(tensor.shape, bool)
+            value[0, -sizes.block :] = False  # the finished block does not see the noisy one
+            value[1, : sizes.block] = sizes.slots == sizes.block  # which sees all but the oldest
+        elif tensor.name in ("write_index", "valid"):
+            value = np.full(tensor.shape, tensor.high, np.int64)
+        elif tensor.name == "projections":
+            matrices = np.eye(4) + 0.2 * random.standard_normal((*tensor.shape[:2], 4, 4))
+            value = np.stack([matrices, np.linalg.inv(matrices)], axis=2).astype(np.float32)
+        elif tensor.low is not None and tensor.high is not None:
+            value = random.integers(tensor.low, tensor.high + 1, tensor.shape)
+        else:
+            value = random.standard_normal(tensor.shape, dtype=np.float32)
+            if tensor.name == "modulation":  # the runtime has rows, without the 1, in the dtype of the model
+                value = (0.3 * value).astype(sizes.dtype).astype(np.float32)
+                value[:, :, _factor_rows(sizes.model.num_layers)] += 1
+            value = value.astype(tensor.dtype)
+        inputs[tensor.name] = value
+    return inputs
+
+
+def run_in_torch(
+    model: CausalWanTransformer, card: Card, spec: GraphSpec, inputs: dict[str, Array]
+) -> dict[str, Array]:
+    """Every output of the graph, float64 or in the model's dtype, from the runtime's own network."""
+    with torch.inference_mode():
+        if spec.name == "embed_time":
+            made = {"modulation": _modulation(model, card, inputs)}
+        elif spec.name == "embed_text":
+            text = model.embed_text(torch.from_numpy(inputs["embeds"]))
+            made = dict(zip(text_names(len(text)), (t for pair in text if pair for t in pair), strict=True))
+        else:
+            made = _pass(model, card, spec, inputs)
+    return {name: tensor.numpy() for name, tensor in made.items()}
+
+
+def _factor_rows(layers: int) -> list[int]:
+    """Rows of `modulation` that hold 1 + scale."""
+    return [row for row in range(6 * layers) if row % 6 in (1, 4)] + [6 * layers + 1]
+
+
+def _modulation(model: CausalWanTransformer, card: Card, inputs: dict[str, Array]) -> Tensor:
+    sizes = card.sizes
+    timestep = torch.tensor([card.timesteps[int(inputs["timestep"][0])]] * sizes.block)
+    actions = torch.from_numpy(inputs["actions"]) if "actions" in inputs else None
+    time = model.embed_time(timestep, actions)
+    blocks = time.blocks.expand(-1, sizes.batch, -1, -1, -1).movedim(0, 2).flatten(2, 3)
+    rows = torch.cat([blocks, time.head.expand(sizes.batch, -1, -1, -1)], dim=2).float()
+    rows[:, :, _factor_rows(model.config.num_layers)] += 1
+    return rows
+
+
+def _pass(model: CausalWanTransformer, card: Card, spec: GraphSpec, inputs: dict[str, Array]) -> dict[str, Tensor]:
+    sizes, layers = card.sizes, model.config.num_layers
+    fused = spec.name == "fused"
+    # The noisy block of a fused pass is written too, behind the graph's slots: the runtime's pass knows no other way.
+    slots = sizes.slots + (sizes.block if fused else 0)
+    shape = CacheShape.of(model.config, sizes.batch, slots, sizes.tokens, camera=model.config.camera)
+    cache = KVCache(shape, FrameRing(0, slots, sizes.block), model.dtype, "cpu")
+    length = sizes.slots * sizes.tokens
+    held = {}  # name to the part of the cache that the graph has as well
+    for layer in range(layers):
+        parts = [*cache.data[layer], *(() if cache.camera_data is None else cache.camera_data[layer])]
+        for name, part in zip(caches_of_layer(model.config, layer), parts, strict=True):
+            held[name] = part[:, :, :length]
+            held[name].copy_(torch.from_numpy(inputs[name]))
+    write = torch.from_numpy(inputs["write_index"]).to(torch.int32)[:, None]
+    if fused:
+        write = torch.cat([write, torch.full_like(write, length)], dim=1)
+        seen = [[(i * sizes.tokens, (i + 1) * sizes.tokens) for i in np.flatnonzero(row)] for row in inputs["visible"]]
+    else:
+        seen = [[(0, int(inputs["valid"][0]) if "valid" in inputs else length)]]
+    space = model.rotary_tables(*sizes.latent_size)
+    place = CachePass(
+        write_index=write,
+        ranges=TokenRanges.of(seen, capacity=slots * sizes.tokens, batch=sizes.batch, device="cpu"),
+        rope_time=torch.from_numpy(inputs["rope_time"])[None].expand(sizes.batch, -1, -1, -1).contiguous(),
+        rope_rows=space.rows,
+        rope_columns=space.columns,
+        camera=_cameras(inputs, write // sizes.tokens, sizes.block),
+    )
+    rows = torch.from_numpy(inputs["modulation"].copy())
+    rows[:, :, _factor_rows(layers)] -= 1
+    rows = rows.to(model.dtype)
+    blocks = rows[:, :, : 6 * layers].unflatten(2, (layers, 6)).movedim(2, 0).contiguous()
+    time = TimeEmbedding(blocks, rows[:, :, 6 * layers :].contiguous())
+    velocity = model(
+        torch.from_numpy(inputs["latents"]),
+        time,
+        _text(model, inputs),
+        cache,
+        place,
+        groups=0 if spec.name == "refresh" else 1,
+    )
+    made = {} if velocity is None else {"velocity": velocity}
+    return {**made, **{updated(name): part for name, part in held.items()}}
+
+
+def _cameras(inputs: dict[str, Array], slots: Tensor, block: int) -> CameraPass | None:
+    """slots: first slot of each block of the pass, [B, G]."""
+    if "projections" not in inputs:
+        return None
+    matrices, inverses = torch.from_numpy(inputs["projections"]).unbind(2)
+    of_frames = (slots[0, :, None] + torch.arange(block)).flatten().long()
+    return CameraPass(Projections(matrices.contiguous(), inverses.contiguous()), of_frames)
+
+
+def _text(model: CausalWanTransformer, inputs: dict[str, Array]) -> list[LayerText]:
+    if not model.config.text_len:
+        return [None] * model.config.num_layers
+    names = iter(text_names(model.config.num_layers))
+    read = [torch.from_numpy(inputs[name]).to(model.dtype) if name in inputs else None for name in names]
+    return [(k, v) if k is not None and v is not None else None for k, v in zip(read[::2], read[1::2], strict=True)]

@@ -1,0 +1,136 @@
+"""The process that builds one engine: `python -m cfpp_rt.export.trt.build_worker JOB.json`.
+
+`builder_process` starts and watches it.
+
+A builder may crash or hang; in a process of its own that is a report, not the end of the command. The process leaves
+the engine and RESULT.json where the job says, or one line on stderr and exit code 2.
+"""
+
+import dataclasses
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from cfpp_rt.errors import InputError, MissingExtraError
+from cfpp_rt.export.contract import GraphSpec
+from cfpp_rt.export.trt.check_network import prove
+from cfpp_rt.export.trt.library import Library, load_library
+from cfpp_rt.export.trt.messages import explain
+from cfpp_rt.export.trt.parser import Network, parse
+
+WEIGHTS = ("embedded", "refittable", "stripped")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One engine to build.
+
+    onnx, engine: paths. library: "tensorrt-rtx" or "tensorrt". target: "sm89" etc., or "current". spec: the
+    contract of the graph. weights: "embedded" for good, "refittable", or "stripped" (left out, refitted from the ONNX
+    file when the engine is loaded). timing_cache: file of measured tactics, read if it is there and written back;
+    TensorRT-RTX has none. Every shape of a contract is static, so no optimisation profile is needed.
+    result: path of RESULT.json, chosen by `build_engine`.
+    """
+
+    onnx: str
+    engine: str
+    library: str
+    target: str
+    spec: GraphSpec
+    weights: str = "embedded"
+    timing_cache: str | None = None
+    result: str = ""
+
+    def __post_init__(self) -> None:
+        if self.weights not in WEIGHTS:
+            raise InputError(f"weights must be {', '.join(WEIGHTS)}, got {self.weights!r}")
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Job":
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        return cls(**{**values, "spec": GraphSpec.from_dict(values["spec"])})
+
+
+def compile_engine(job: Job) -> dict[str, Any]:
+    """Parse, prove, build, write the engine. Returns what RESULT.json holds. Raises InputError for every refusal."""
+    library = load_library(job.library)
+    library.require_target(job.target)
+    begin = time.perf_counter()
+    network = parse(library, job.onnx)
+    report = prove(library, network, job.spec)
+    parsed = time.perf_counter()
+    engine = _build(library, network, job)
+    _refuse_fatal(library)
+    Path(job.engine).write_bytes(engine)
+    return {
+        "library": library.name,
+        "version": library.version,
+        "parse_s": parsed - begin,
+        "build_s": time.perf_counter() - parsed,
+        "activation_mib": _activation_mib(library),
+        "network": dataclasses.asdict(report),
+        "warnings": sorted(set(library.messages("WARNING"))),
+    }
+
+
+def _build(library: Library, network: Network, job: Job) -> memoryview:
+    config = network.builder.create_builder_config()
+    flags = {"embedded": (), "refittable": ("REFIT",), "stripped": ("STRIP_PLAN",)}[job.weights]
+    for flag in flags:
+        config.set_flag(getattr(library.api.BuilderFlag, flag))
+    if library.name == "tensorrt-rtx":  # TensorRT itself builds for the GPU it finds, the only target it has
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(library.api.ComputeCapability, job.target.upper()), 0)
+    cache = _read_timing_cache(config, job.timing_cache) if job.timing_cache is not None else None
+    engine = network.builder.build_serialized_network(network.definition, config)
+    if engine is None:
+        errors = library.messages("INTERNAL_ERROR", "ERROR") or ["the builder returned nothing and said nothing"]
+        raise InputError(f"not built: {explain('; '.join(dict.fromkeys(errors)))}")
+    if cache is not None and job.timing_cache is not None:
+        Path(job.timing_cache).write_bytes(memoryview(config.get_timing_cache().serialize()))
+    return memoryview(engine)
+
+
+def _read_timing_cache(config: Any, path: str) -> Any:
+    known = Path(path)
+    cache = config.create_timing_cache(known.read_bytes() if known.exists() else b"")
+    if not config.set_timing_cache(cache, False):
+        raise InputError(f"{path}: a timing cache of another TensorRT or GPU: delete it or give another --timing-cache")
+    return cache
+
+
+def _activation_mib(library: Library) -> float | None:
+    """GPU memory that the builder says a pass needs besides weights, inputs and outputs; None where it does not say."""
+    found = [re.search(r"Total Activation Memory: (\d+) bytes", text) for text in library.messages("INFO")]
+    sizes = [int(match[1]) for match in found if match]
+    return sizes[-1] / 2**20 if sizes else None
+
+
+def _refuse_fatal(library: Library) -> None:
+    fatal = library.fatal_messages()
+    if fatal:
+        raise InputError(f"refused: the engine would ignore a part of the graph: {fatal[0]}")
+
+
+def main() -> int:
+    job = Job.read(sys.argv[1])
+    try:
+        result = compile_engine(job)
+        Path(job.result).write_text(json.dumps(result), encoding="utf-8")
+    except (InputError, MissingExtraError) as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename or job.engine}: {error.strerror or error}"
+    except MemoryError:
+        message = "the build needs more memory than this machine has"
+    else:
+        return 0
+    print(f"refused: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

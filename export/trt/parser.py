@@ -1,0 +1,150 @@
+"""ONNX to a TensorRT network: parse, then mend the one thing that the parser leaves out.
+
+The parser reads `Attention` without its last input, the number of valid keys, and reports success: such an engine would
+attend to keys that were never written. The number is put back on the layer here; `prove` then checks the result.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cfpp_rt.errors import InputError, MissingExtraError
+from cfpp_rt.export.trt.library import Library
+from cfpp_rt.export.trt.messages import explain
+
+_LENGTH_INPUT = 6  # Q, K, V, attn_mask, past_key, past_value, nonpad_kv_seqlen
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A parsed network. builder and parser are kept because the definition is only valid while they live.
+
+    notes: what was changed after parsing, one line each. source_attentions, source_float8: `Attention` nodes of the
+    ONNX graph, and products of two operands in 8 bits.
+    """
+
+    definition: Any
+    builder: Any
+    parser: Any
+    source_attentions: int
+    source_float8: int
+    notes: tuple[str, ...]
+
+
+def parse(library: Library, path: str | Path) -> Network:
+    """Parse an ONNX file (weights may lie in a file beside it) as a strongly typed network and restore its lengths.
+
+    Raises InputError with the parser's own words for a graph that TensorRT does not take.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    api = library.api
+    builder = api.Builder(library.logger)
+    strongly_typed = getattr(api.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    definition = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
+    parser = api.OnnxParser(definition, library.logger)
+    if not parser.parse_from_file(str(path)):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        raise InputError(f"{path.name}: {explain('; '.join(_parse_error(error) for error in errors))}")
+    graph = _onnx().load(path, load_external_data=False).graph
+    lengths, attentions = _read_lengths(graph)
+    notes = _restore_lengths(library, definition, lengths)
+    notes += _decompose_float32(library, definition)
+    return Network(definition, builder, parser, attentions, _float8_products(graph), tuple(notes))
+
+
+def layers(library: Library, definition: Any, kind: str | None = None) -> Iterator[Any]:
+    """The layers of a network in order; with a LayerType's name only those, as objects of their own class."""
+    classes = {
+        "ATTENTION_INPUT": "IAttentionInputLayer",
+        "ATTENTION_OUTPUT": "IAttentionOutputLayer",
+        "KV_CACHE_UPDATE": "IKVCacheUpdateLayer",
+    }
+    for index in range(definition.num_layers):
+        layer = definition.get_layer(index)
+        if kind is None or layer.type.name == kind:
+            if kind in classes:  # get_layer returns the base class, without the attributes of the layer
+                layer.__class__ = getattr(library.api, classes[kind])
+            yield layer
+
+
+def inputs_of(layer: Any) -> list[Any]:
+    """The tensors that a layer reads, an attention's mask and lengths included; None where one is absent."""
+    return [layer.get_input(i) for i in range(layer.num_inputs)]
+
+
+def weight_bytes(path: str | Path) -> int:
+    """Bytes of all weights of an ONNX graph, wherever they lie: about the size of an engine of it."""
+    onnx = _onnx()
+    return sum(
+        math.prod(tensor.dims) * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer
+    )
+
+
+def _onnx() -> Any:
+    try:
+        import onnx
+    except ImportError as error:
+        raise MissingExtraError("onnx", "tensorrt", "reading an ONNX graph") from error
+    return onnx
+
+
+def _float8_products(graph: Any) -> int:
+    made = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    return sum(node.op_type == "MatMul" and made.issuperset(node.input) for node in graph.node)
+
+
+def _read_lengths(graph: Any) -> tuple[dict[str, str], int]:
+    """Of each `Attention` node of the graph: name of its output -> name of its valid length. And how many there are."""
+    nodes = [node for node in graph.node if node.op_type == "Attention"]
+    lengths = {
+        node.output[0]: node.input[_LENGTH_INPUT]
+        for node in nodes
+        if len(node.input) > _LENGTH_INPUT and node.input[_LENGTH_INPUT]
+    }
+    return lengths, len(nodes)
+
+
+def _restore_lengths(library: Library, definition: Any, lengths: dict[str, str]) -> list[str]:
+    if not lengths:
+        return []
+    tensors = {definition.get_input(i).name: definition.get_input(i) for i in range(definition.num_inputs)}
+    for layer in layers(library, definition):
+        tensors.update((layer.get_output(i).name, layer.get_output(i)) for i in range(layer.num_outputs))
+    cast: dict[str, Any] = {}  # IAttention wants int32 where ONNX has int64; all layers of one length share the cast
+    restored = 0
+    for layer in list(layers(library, definition, "ATTENTION_OUTPUT")):
+        name = lengths.get(layer.get_output(0).name)
+        if name is None:
+            continue
+        if name not in tensors:
+            raise InputError(f"valid length {name!r} of attention {layer.name} is no tensor of the parsed network")
+        if name not in cast:
+            cast[name] = definition.add_cast(tensors[name], library.api.int32).get_output(0)
+        layer.attention.key_value_lengths = cast[name]
+        restored += 1
+    if restored != len(lengths):
+        raise InputError(f"{len(lengths)} attentions have a valid length, the parsed network knows {restored} of them")
+    return [f"valid length set on {restored} attentions, from {', '.join(cast)}"]
+
+
+def _decompose_float32(library: Library, definition: Any) -> list[str]:
+    """Attention in float32 has no fused kernel: it must be allowed to fall apart, or the build fails."""
+    found = [
+        layer.attention
+        for layer in layers(library, definition, "ATTENTION_INPUT")
+        if layer.get_input(0).dtype == library.api.float32
+    ]
+    for attention in found:
+        attention.decomposable = True
+    if not found:
+        return []
+    return [f"{len(found)} attentions in float32 run as separate kernels: there is no fused one for that dtype"]
+
+
+def _parse_error(error: Any) -> str:
+    return f"node {error.node()} ({error.node_name() or error.node_operator()}): {error.desc()}"
