@@ -17,7 +17,7 @@ from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import InputError
 from cfpp_rt.pipeline import Pipeline
 from cfpp_rt.world.evaluate import LOOKED_AT, pace, play, score
-from cfpp_rt.world.student import SHIPPED, load_student
+from cfpp_rt.world.student import SHIPPED, load_world_pipeline
 
 _COLUMNS = {  # of the table: figure, heading, digits
     "follow": ("follow", 3),
@@ -56,9 +56,9 @@ def run(arguments: argparse.Namespace) -> None:
     shown = [key for key in _COLUMNS if key not in hidden]
     print(f"{'student':<16}{'steps':<22}" + "".join(f"{_COLUMNS[key][0]:>10}" for key in shown))
     for name, folder in students.items():
-        pipeline = load_student(folder, device=device)
-        for own in steps or [pipeline.rollout.steps]:
-            rollout = pipeline.rollout.replace(steps=own)
+        pipeline = load_world_pipeline(folder, device=device)
+        for own in steps or [pipeline.config.steps]:
+            rollout = pipeline.config.replace(steps=own)
             made = [_row(name, pipeline, rollout, arguments, seed) for seed in range(arguments.seeds)]
             rows += made
             print(_line(name, own, made, shown))
@@ -70,7 +70,7 @@ def _row(
 ) -> dict[str, Any]:
     n = rollout.frames_per_block
     frames = -(-arguments.frames // n) * n
-    played = play(pipeline, rollout, episodes=arguments.episodes, frames=frames, seed=seed, noise_seed=seed)
+    played = play(pipeline, rollout, episodes=arguments.episodes, num_frames=frames, seed=seed, noise_seed=seed)
     return {
         "bench": "world_eval",
         "student": name,
@@ -80,7 +80,7 @@ def _row(
         "episodes": arguments.episodes,
         "seed": seed,
         **score(played),
-        **({} if arguments.no_pace else pace(pipeline, rollout, frames=60, seed=seed)),
+        **({} if arguments.no_pace else pace(pipeline, rollout, num_frames=60, seed=seed)),
     }
 
 

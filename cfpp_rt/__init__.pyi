@@ -3,10 +3,10 @@ from cfpp_rt.codec.streaming import decode_stream as decode_stream
 from cfpp_rt.codec.taehv import TAEHV as TAEHV
 from cfpp_rt.codec.wan import WanVAE as WanVAE
 from cfpp_rt.config import MODELS as MODELS
-from cfpp_rt.config import STUDENTS as STUDENTS
+from cfpp_rt.config import PRESETS as PRESETS
 from cfpp_rt.config import ModelConfig as ModelConfig
 from cfpp_rt.config import RolloutConfig as RolloutConfig
-from cfpp_rt.config import student as student
+from cfpp_rt.config import rollout_preset as rollout_preset
 from cfpp_rt.core.camera import Cameras as Cameras
 from cfpp_rt.core.camera import parse_trajectory as parse_trajectory
 from cfpp_rt.core.camera import walk as walk
@@ -20,9 +20,8 @@ from cfpp_rt.model.transformer import CausalWanTransformer as CausalWanTransform
 from cfpp_rt.model.weights import load_model as load_model
 from cfpp_rt.pipeline import Pipeline as Pipeline
 from cfpp_rt.runtime.rollout import Rollout as Rollout
-from cfpp_rt.runtime.rollout_batch import StreamBatch as StreamBatch
+from cfpp_rt.runtime.rollout_batch import RolloutBatch as RolloutBatch
 from cfpp_rt.runtime.stream import Stream as Stream
 from cfpp_rt.text import TextEncoder as TextEncoder
-from cfpp_rt.values import Conditioning as Conditioning
 from cfpp_rt.values import Frames as Frames
 from cfpp_rt.values import Latents as Latents

@@ -24,15 +24,15 @@ _VALUE_HEADROOM = 16.0  # how far later values may outgrow those of the first pa
 
 @dataclasses.dataclass(frozen=True)
 class CacheShape:
-    """Size of a cache before it is allocated: layers, batch, heads, capacity in frames, tokens per frame, head dim.
+    """Size of a KV cache before it is allocated.
 
-    camera: with the keys and values of the camera branch, which are as many again.
+    capacity: in latent frames. camera: with the keys and values of the camera branch, which are as many again.
     """
 
     layers: int
     batch: int
     heads: int
-    frames: int
+    capacity: int
     tokens_per_frame: int
     head_dim: int
     camera: bool = False
@@ -43,19 +43,19 @@ class CacheShape:
         return (4 if self.camera else 2) * self.layers * self.batch * self.heads * self.tokens_per_frame * self.head_dim
 
     def bytes_per_frame(self, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> int:
-        """Of one frame slot; with a kv_dtype also of its part of the room for one layer in `dtype`."""
+        """Bytes of one frame slot over all layers; with kv_dtype, plus its share of the one-layer dequantization buffer."""
         if kv_dtype is None:
             return self.per_frame * dtype.itemsize
         return self.per_frame * kv_dtype.itemsize + self.per_frame // self.layers * dtype.itemsize
 
     def bytes(self, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> int:
-        return self.bytes_per_frame(dtype, kv_dtype) * self.frames
+        return self.bytes_per_frame(dtype, kv_dtype) * self.capacity
 
     @classmethod
     def of(
-        cls, model: ModelConfig, batch: int, frames: int, tokens_per_frame: int, *, camera: bool = False
+        cls, model: ModelConfig, batch: int, capacity: int, tokens_per_frame: int, *, camera: bool = False
     ) -> "CacheShape":
-        return cls(model.num_layers, batch, model.num_heads, frames, tokens_per_frame, model.head_dim, camera)
+        return cls(model.num_layers, batch, model.num_heads, capacity, tokens_per_frame, model.head_dim, camera)
 
 
 def _power_of_two_above(x: Tensor) -> Tensor:
@@ -131,15 +131,15 @@ class KVCache:
         kv_dtype: torch.dtype | None = None,
     ):
         """dtype: of the model. Raises InputError for a kv_dtype but None and float8_e4m3fn, or another capacity."""
-        if shape.frames != ring.capacity:
-            raise InputError(f"shape.frames must be the ring's capacity {ring.capacity}, got {shape.frames}")
+        if shape.capacity != ring.capacity:
+            raise InputError(f"shape.capacity must be the ring's capacity {ring.capacity}, got {shape.capacity}")
         if kv_dtype not in (None, torch.float8_e4m3fn):
             raise InputError(f"kv_dtype must be None or torch.float8_e4m3fn, got {kv_dtype}")
         if shape.camera and kv_dtype is not None:  # as the camera moves away, its keys outgrow scales that are set once
             raise InputError(f"kv_dtype must be None for a rollout with cameras, got {kv_dtype}")
         self.ring = ring
         self.tokens_per_frame = shape.tokens_per_frame
-        layer = (2, shape.batch, shape.heads, shape.frames * shape.tokens_per_frame, shape.head_dim)
+        layer = (2, shape.batch, shape.heads, shape.capacity * shape.tokens_per_frame, shape.head_dim)
         scales = wide = None
         try:
             self.data = torch.empty((shape.layers, *layer), dtype=kv_dtype or dtype, device=device)
@@ -150,7 +150,7 @@ class KVCache:
         except RuntimeError as error:
             wanted = shape.bytes(dtype, kv_dtype) / 2**30
             raise OutOfMemoryError(
-                f"the KV cache of {shape.frames} frames needs {wanted:.2f} GiB on {device}, which cannot be allocated:"
+                f"the KV cache of {shape.capacity} frames needs {wanted:.2f} GiB on {device}, which cannot be allocated:"
                 " a smaller window, picture or batch is needed"
             ) from error
         self.layers = [
@@ -224,33 +224,33 @@ def available_bytes(device: torch.device) -> int | None:
     return free
 
 
-def require_cache_fits(shape: CacheShape, dtype: torch.dtype, device: torch.device, rollout: RolloutConfig) -> None:
+def require_cache_fits(shape: CacheShape, dtype: torch.dtype, device: torch.device, config: RolloutConfig) -> None:
     """Raise OutOfMemoryError, saying which window would fit, if the cache does not fit in free memory."""
     available = available_bytes(device)
-    per_frame = shape.bytes_per_frame(dtype, None if rollout.kv_dtype is None else KV_DTYPES[rollout.kv_dtype])
-    wanted = per_frame * shape.frames
+    per_frame = shape.bytes_per_frame(dtype, None if config.kv_dtype is None else KV_DTYPES[config.kv_dtype])
+    wanted = per_frame * shape.capacity
     if available is None or wanted + _HEADROOM_BYTES <= available:
         return
-    block, fits = rollout.frames_per_block, max(available - _HEADROOM_BYTES, 0) // per_frame
-    spare = block if rollout.refresh == "fused" else 0
+    block, fits = config.frames_per_block, max(available - _HEADROOM_BYTES, 0) // per_frame
+    spare = block if config.refresh == "fused" else 0
     window = fits // block * block - spare
-    least = rollout.sinks + block
+    least = config.sinks + block
     remedy = f"a window of {window} frames fits" if window >= least else "a smaller picture or batch is needed"
     raise OutOfMemoryError(
-        f"the KV cache of {shape.frames} frames x batch {shape.batch} needs {wanted / 2**30:.2f} GiB on {device},"
+        f"the KV cache of {shape.capacity} frames x batch {shape.batch} needs {wanted / 2**30:.2f} GiB on {device},"
         f" {available / 2**30:.2f} GiB are free: {remedy}"
     )
 
 
 def allocate(
-    shape: CacheShape, ring: FrameRing, dtype: torch.dtype, device: torch.device, rollout: RolloutConfig
+    shape: CacheShape, ring: FrameRing, dtype: torch.dtype, device: torch.device, config: RolloutConfig
 ) -> KVCache:
-    """The cache of a rollout. Raises OutOfMemoryError, if possible before anything is taken."""
-    require_cache_fits(shape, dtype, device, rollout)
-    return KVCache(shape, ring, dtype, device, None if rollout.kv_dtype is None else KV_DTYPES[rollout.kv_dtype])
+    """The cache of a config. Raises OutOfMemoryError, if possible before anything is taken."""
+    require_cache_fits(shape, dtype, device, config)
+    return KVCache(shape, ring, dtype, device, None if config.kv_dtype is None else KV_DTYPES[config.kv_dtype])
 
 
-def give_back(device: torch.device) -> None:
-    """Return to the device what torch keeps of freed memory."""
+def empty_device_cache(device: torch.device) -> None:
+    """Return freed memory that torch keeps in its allocator to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

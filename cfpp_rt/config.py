@@ -111,7 +111,7 @@ MODELS: dict[str, ModelConfig] = {
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    """How a student is rolled out; `STUDENTS` holds the published settings.
+    """How a student is rolled out; `PRESETS` holds the published settings.
 
     steps: denoising steps, as integers in 1..1000 of the unshifted schedule, descending, e.g. (1000, 500).
     first_steps: own list for the first generated block; None means `steps`.
@@ -178,7 +178,7 @@ class RolloutConfig:
 
 _FOUR = (1000, 750, 500, 250)
 
-STUDENTS: dict[str, RolloutConfig] = {
+PRESETS: dict[str, RolloutConfig] = {
     "framewise-2step": RolloutConfig(steps=(1000, 500), first_steps=_FOUR),
     "framewise-1step": RolloutConfig(steps=(1000,), first_steps=_FOUR),
     "framewise-4step": RolloutConfig(steps=_FOUR),
@@ -187,8 +187,8 @@ STUDENTS: dict[str, RolloutConfig] = {
 }
 
 
-def student(name: str) -> RolloutConfig:
-    """The published rollout settings of a student. Raises InputError for a name not in `STUDENTS`."""
-    if name not in STUDENTS:
-        raise InputError(f"student must be one of {', '.join(STUDENTS)}, got {name!r}")
-    return STUDENTS[name]
+def rollout_preset(name: str) -> RolloutConfig:
+    """The published rollout settings of a student. Raises InputError for a name not in `PRESETS`."""
+    if name not in PRESETS:
+        raise InputError(f"student must be one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name]

@@ -1,4 +1,4 @@
-"""Text to Conditioning: the umT5 encoder of Wan2.1, through transformers' `UMT5EncoderModel`."""
+"""Prompts to text embeddings: the umT5 encoder of Wan2.1, through transformers' `UMT5EncoderModel`."""
 
 import html
 import re
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from cfpp_rt.errors import CheckpointError, InputError, MissingExtraError
 from cfpp_rt.io.checkpoint import read_sharded, read_tensors, require_exact
-from cfpp_rt.values import Conditioning
 
 ORIGINAL_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 ORIGINAL_TOKENIZER = "google/umt5-xxl"
@@ -129,7 +128,7 @@ class TextEncoder:
         """
         return self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).last_hidden_state
 
-    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Prompts to embeddings [B, text_len, text_dim] in the encoder's dtype; rows past a prompt's end are zero.
 
         Raises InputError unless prompts is a list of at least one string.
@@ -150,7 +149,7 @@ class TextEncoder:
         length = max(int(mask.sum(dim=1).max()), 1)
         embeds = self.encode_ids(ids[:, :length], mask[:, :length])
         embeds = embeds * mask[:, :length, None].to(embeds)
-        return Conditioning(torch.nn.functional.pad(embeds, (0, 0, 0, self.text_len - length)))
+        return torch.nn.functional.pad(embeds, (0, 0, 0, self.text_len - length))
 
 
 def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,35 +1,25 @@
-"""What flows through the runtime: text becomes Conditioning, Conditioning becomes Latents, Latents become Frames."""
+"""The values that pass between the parts of the runtime, and the dtypes that they may have."""
 
 import dataclasses
 
 import torch
 
-# What weights and cache may be held in, by the name that commands and files use.
+# Dtypes of weights and KV cache, by the names that commands and files use.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-KV_DTYPES = {"float8_e4m3": torch.float8_e4m3fn}  # what the cache alone may be held in: approximate
+KV_DTYPES = {"float8_e4m3": torch.float8_e4m3fn}  # further dtypes of the KV cache; approximate
+LINEAR_DTYPES = ("float8_e4m3", "int8")  # further dtypes of the blocks' linear layers; approximate
 
-LINEAR_DTYPES = ("float8_e4m3", "int8")  # what the blocks' products alone may be computed in: approximate
 
-
-@dataclasses.dataclass(frozen=True)
-class Conditioning:
-    """Text embeddings, float [B, text_len, text_dim]. Rows past the prompt's end are zero, and are attended to.
-
-    A model without text takes [B, 0, text_dim]: it is `Conditioning.none(B, text_dim)`.
-    """
-
-    embeds: torch.Tensor
-
-    @classmethod
-    def none(cls, batch: int, text_dim: int) -> "Conditioning":
-        return cls(torch.zeros(batch, 0, text_dim))
+def empty_prompt_embeds(batch: int, text_dim: int) -> torch.Tensor:
+    """Return the prompt_embeds of a model without text: [B, 0, text_dim]."""
+    return torch.zeros(batch, 0, text_dim)
 
 
 @dataclasses.dataclass(frozen=True)
 class Latents:
-    """One finished block of normalised latents.
+    """A finished block of normalised latents.
 
-    values: float [B, n, C, h, w] with n = frames_per_block (or the given frames of a prefill).
+    values: float32 [B, n, C, h, w] with n = frames_per_block.
     start: index of its first latent frame in the video.
     """
 
@@ -39,9 +29,10 @@ class Latents:
 
 @dataclasses.dataclass(frozen=True)
 class Frames:
-    """Decoded pictures in host memory.
+    """Consecutive decoded frames of a video, in host memory.
 
-    pixels: uint8 [B, T, height, width, 3], RGB, 0..255. start: index of its first picture in the video.
+    pixels: uint8 [B, T, height, width, 3], RGB, 0..255.
+    start: index of the first of them in the video.
     """
 
     pixels: torch.Tensor

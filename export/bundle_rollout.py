@@ -4,7 +4,6 @@ The caches are allocated once and bound to each pass as input and as output: Ten
 Between passes nothing of them is copied; what travels is a block's latents, its modulation rows and its velocity.
 """
 
-import operator
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cfpp_rt.core.rng import Draws
+from cfpp_rt.core.controls import Actions, action_rows, check_camera_count, check_latent_frames, no_actions
+from cfpp_rt.core.rng import NoiseGenerator
 from cfpp_rt.core.rope_angles import axis_table
 from cfpp_rt.errors import InputError, NonFiniteError
 from cfpp_rt.export.bundle import Bundle, open_bundle
@@ -22,7 +22,6 @@ from cfpp_rt.export.contract import text_names
 from cfpp_rt.export.onnx_runner import Array, Buffer, GraphSession
 
 Floats = NDArray[np.float32]
-Actions = tuple[tuple[int, ...], ...]
 _MOST_TIMES = 512  # embedded timesteps and actions kept
 
 
@@ -43,7 +42,7 @@ class _Group(NamedTuple):
     projections: Floats | None
 
 
-class Engine:
+class OnnxRunner:
     """The sessions of a bundle, opened when first used and shared by its rollouts, one after the other."""
 
     def __init__(self, bundle: Bundle | str | Path, threads: int | None = None):
@@ -70,36 +69,38 @@ class Engine:
         given = {"actions": np.array(actions, np.int64)} if actions else {}
         return self.session("embed_time")(timestep=np.array([timestep], np.int64), **given)["modulation"]
 
-    def embed_text(self, embeds: Floats | None) -> dict[str, Buffer]:
+    def embed_text(self, prompt_embeds: Floats | None) -> dict[str, Buffer]:
         """Text embeddings float32 [B, text_len, text_dim] to each layer's keys and values; none without text."""
         sizes = self.card.sizes
         if not sizes.model.text_len:
-            if embeds is not None and embeds.size:
-                raise InputError(f"embeds must not be given to a model without text, got {list(embeds.shape)}")
+            if prompt_embeds is not None and prompt_embeds.size:
+                raise InputError(
+                    f"prompt_embeds must not be given to a model without text, got {list(prompt_embeds.shape)}"
+                )
             return {}
-        if embeds is None or not np.isfinite(embeds).all():
-            raise InputError("embeds must be given and finite for a model with text")
-        made = self.session("embed_text")(embeds=np.asarray(embeds, np.float32))
+        if prompt_embeds is None or not np.isfinite(prompt_embeds).all():
+            raise InputError("prompt_embeds must be given and finite for a model with text")
+        made = self.session("embed_text")(embeds=np.asarray(prompt_embeds, np.float32))
         return {name: Buffer(made[name]) for name in text_names(sizes.model.num_layers)}
 
 
-class EngineRollout:
+class BundleRollout:
     """One batch of videos in the making: an iterator of finished blocks, `Latents`; arguments as for `Rollout`.
 
-    embeds: text embeddings, None for a model without text. frames: latent frames in all, None = without end (needs a
-    bundle with a window). cameras: for a student with the camera branch, and needed there; one per latent frame, or a
-    single one that stands still until `move`. refresh: None = the student's own. The batch is the bundle's.
+    prompt_embeds: text embeddings, None for a model without text. latent_frames: latent frames in all, None = without
+    end (needs a bundle with a window). cameras: for a student with the camera branch, and needed there; one per latent frame, or a
+    single one that stands still until `set_cameras`. refresh: None = the student's own. The batch is the bundle's.
 
     Raises InputError for sizes that do not fit together.
     """
 
     def __init__(
         self,
-        engine: Engine,
-        embeds: Floats | None = None,
+        engine: OnnxRunner,
+        prompt_embeds: Floats | None = None,
         *,
-        frames: int | None,
-        initial: Floats | None = None,
+        latent_frames: int | None,
+        initial_latents: Floats | None = None,
         cameras: EngineCameras | None = None,
         seed: int | Sequence[int] = 0,
         noise: Floats | None = None,
@@ -108,43 +109,42 @@ class EngineRollout:
     ):
         card, sizes = engine.card, engine.card.sizes
         block, self.frame_shape = sizes.block, sizes.frame_shape(1)[2:]
-        self.engine, self.card, self.frames = engine, card, frames
+        self.engine, self.card, self.latent_frames = engine, card, latent_frames
         self.config = card.rollout.replace(refresh=refresh or card.rollout.refresh)
-        if frames is None and card.rollout.window is None:
-            raise InputError("frames must be given for a bundle without a window, got None")
-        if frames is not None and (not isinstance(frames, int) or frames < 1 or frames % block):
-            raise InputError(f"frames must be a multiple >= {block} of frames_per_block={block}, got {frames}")
-        if frames is not None and card.frames is not None and frames > card.frames:
-            raise InputError(f"frames must be <= {card.frames}, what the bundle was exported for, got {frames}")
-        given = 0 if initial is None else self._require(initial, "initial").shape[1]
-        if given % block or (frames is not None and given >= frames):
+        if latent_frames is None and card.rollout.window is None:
+            raise InputError("latent_frames must be given for a bundle without a window, got None")
+        if latent_frames is not None and card.frames is not None and latent_frames > card.frames:
             raise InputError(
-                f"initial must hold a multiple of {block} frames and fewer than frames={frames}, got {given}"
+                f"latent_frames must be <= {card.frames}, what the bundle was exported for, got {latent_frames}"
             )
+        given = 0 if initial_latents is None else self._require(initial_latents, "initial_latents").shape[1]
+        check_latent_frames(latent_frames, given, block)
         if (cameras is not None) != sizes.model.camera:
             wanted = "be given for a model with" if sizes.model.camera else "not be given to a model without"
             raise InputError(f"cameras must {wanted} the camera branch")
-        if cameras is not None and frames is not None and len(cameras) not in (1, frames):
-            raise InputError(f"cameras must be one per latent frame, {frames}, or a single one, got {len(cameras)}")
+        if cameras is not None:
+            check_camera_count(len(cameras), latent_frames)
         self._path, self._path_start = None if cameras is None else self._rows(cameras), 0  # of that frame and on
         self._world = None if self._path is None else self._path.views[:, :1]
-        self._draws = Draws(sizes.frame_shape(1)[2:], sizes.batch, seed)
+        self._draws = NoiseGenerator(sizes.frame_shape(1)[2:], sizes.batch, seed)
         self._noise = None if noise is None else self._require(noise, "noise")
-        if self._noise is not None and frames is not None and self._noise.shape[1] != frames - given:
-            raise InputError(f"noise must cover the {frames - given} generated frames, got {self._noise.shape[1]}")
+        if self._noise is not None and latent_frames is not None and self._noise.shape[1] != latent_frames - given:
+            raise InputError(
+                f"noise must cover the {latent_frames - given} generated frames, got {self._noise.shape[1]}"
+            )
         self._renoise = None if renoise is None else iter(renoise)
         self._taken = 0
         self.ring = card.ring()
         step = engine.session("step").spec
         self.caches = {tensor.updates: Buffer.zeros(tensor) for tensor in step.outputs if tensor.updates is not None}
         self._velocity = Buffer.zeros(step.outputs[0])
-        self._text = engine.embed_text(embeds)
+        self._text = engine.embed_text(prompt_embeds)
         self.next_frame = 0
-        self._actions: Actions = ((0,) * block,) * sizes.batch if sizes.model.num_actions else ()
+        self._actions = no_actions(sizes.batch, block, sizes.model.num_actions)
         self._newest: _Group | None = None  # the finished block that still waits for its clean pass
         self._generated = self._broken = False
         for start in range(0, given, block):
-            self._prefill(initial[:, start : start + block])  # type: ignore[index]
+            self._prefill(initial_latents[:, start : start + block])  # type: ignore[index]
 
     def __iter__(self) -> Iterator[Latents]:
         return self
@@ -161,27 +161,19 @@ class EngineRollout:
             with self._whole():
                 self._run_refresh()
 
-    def switch_prompt(self, embeds: Floats) -> None:
+    def set_prompt(self, prompt_embeds: Floats) -> None:
         """Follow another prompt from the next block on; the newest block's clean pass still runs under the old one."""
-        text = self.engine.embed_text(embeds)
+        text = self.engine.embed_text(prompt_embeds)
         with self._whole():
             self._run_refresh()
             self._text = text
 
-    def act(self, actions: int | Sequence[int] | Sequence[Sequence[int]] | Array) -> None:
+    def set_actions(self, actions: int | Sequence[int] | Sequence[Sequence[int]] | Array) -> None:
         """Take these actions from the next block on, until others are given; as `Rollout.act`."""
         sizes = self.card.sizes
-        known, batch, n = sizes.model.num_actions, sizes.batch, sizes.block
-        if not known:
-            raise InputError(f"actions must not be given to a model without actions, got {actions}")
-        given = np.asarray(actions)
-        fits = (given.ndim < 2 and given.size in (1, batch)) or given.shape == (batch, n)
-        if not fits or given.dtype.kind not in "iu" or (given < 0).any() or (given >= known).any():
-            raise InputError(f"actions must be integers in 0..{known - 1}: one, [B={batch}] or [B, {n}], got {actions}")
-        rows = given if given.ndim == 2 else np.broadcast_to(given.reshape(-1, 1), (batch, n))
-        self._actions = tuple(tuple(operator.index(action) for action in row) for row in rows)
+        self._actions = action_rows(actions, sizes.batch, sizes.block, sizes.model.num_actions)
 
-    def move(self, cameras: EngineCameras) -> None:
+    def set_cameras(self, cameras: EngineCameras) -> None:
         """Take these cameras from the next block on, one per latent frame; as `Rollout.move`."""
         if self._path is None:
             raise InputError("cameras must not be given to a model without the camera branch")
@@ -205,7 +197,7 @@ class EngineRollout:
 
     @property
     def _finished(self) -> bool:
-        return self.frames is not None and self.next_frame >= self.frames
+        return self.latent_frames is not None and self.next_frame >= self.latent_frames
 
     @contextmanager
     def _whole(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cfpp_rt.errors import InputError
-from cfpp_rt.export.bundle_rollout import Engine, EngineRollout, Floats
+from cfpp_rt.export.bundle_rollout import BundleRollout, Floats, OnnxRunner
 from cfpp_rt.export.cameras import EngineCameras
 from cfpp_rt.export.contract import DECODERS, ENCODER, updated
 from cfpp_rt.export.onnx_runner import Array
@@ -20,10 +20,10 @@ class Frames(NamedTuple):
     start: int
 
 
-class EngineDecoder:
+class BundleDecoder:
     """The decoder of one clip. Its state is handed from call to call as it is."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: OnnxRunner):
         if engine.card.codec is None:
             raise InputError(f"{engine.bundle.folder}: has no decoder: export it with a codec, or take the latents")
         self._engine = engine
@@ -40,7 +40,7 @@ class EngineDecoder:
         return np.concatenate(pictures, axis=1)
 
 
-def encode_first(engine: Engine, pixels: Floats) -> Floats:
+def encode_first(engine: OnnxRunner, pixels: Floats) -> Floats:
     """The first picture, float32 [B, 1, 3, height, width] in [-1, 1], to latents [B, 1, C, h, w]."""
     if ENCODER not in (engine.card.codec or {}):
         raise InputError(f"{engine.bundle.folder}: has no encoder: it cannot begin with a picture")
@@ -53,16 +53,16 @@ def to_uint8(pixels: Floats) -> NDArray[np.uint8]:
     return np.ascontiguousarray(np.moveaxis(scaled.astype(np.uint8), 2, -1))
 
 
-class EngineStream:
-    """An iterator of `Frames`, block by block; arguments as for `EngineRollout`.
+class BundleStream:
+    """An iterator of `Frames`, block by block; arguments as for `BundleRollout`.
 
-    initial: latents that the video continues; their pictures are delivered first.
+    initial_latents: latents that the video continues; their frames are delivered first.
     """
 
-    def __init__(self, engine: Engine, embeds: Floats | None = None, **options: Any):
-        self._decoder = EngineDecoder(engine)
-        self._given: Floats | None = options.get("initial")
-        self.rollout = EngineRollout(engine, embeds, **options)
+    def __init__(self, engine: OnnxRunner, prompt_embeds: Floats | None = None, **options: Any):
+        self._decoder = BundleDecoder(engine)
+        self._given: Floats | None = options.get("initial_latents")
+        self.rollout = BundleRollout(engine, prompt_embeds, **options)
         self._delivered = 0
 
     def __iter__(self) -> Iterator[Frames]:
@@ -89,14 +89,14 @@ class EngineStream:
         """Run the newest block's clean pass now if it still waits: for idle time before the next input arrives."""
         self.rollout.refresh()
 
-    def act(self, actions: int | Sequence[int] | Array) -> None:
+    def set_actions(self, actions: int | Sequence[int] | Array) -> None:
         """Take these actions from the next block on, until others are given."""
-        self.rollout.act(actions)
+        self.rollout.set_actions(actions)
 
-    def move(self, cameras: EngineCameras) -> None:
+    def set_cameras(self, cameras: EngineCameras) -> None:
         """Take these cameras from the next block on, one per latent frame."""
-        self.rollout.move(cameras)
+        self.rollout.set_cameras(cameras)
 
-    def switch_prompt(self, embeds: Floats) -> None:
+    def set_prompt(self, prompt_embeds: Floats) -> None:
         """Follow another prompt from the next block on."""
-        self.rollout.switch_prompt(embeds)
+        self.rollout.set_prompt(prompt_embeds)

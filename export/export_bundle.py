@@ -31,7 +31,7 @@ def make_card(
     rollout: RolloutConfig,
     *,
     latent_size: tuple[int, int],
-    frames: int | None,
+    latent_frames: int | None,
     batch: int = 1,
     linear_dtype: str | None = None,
     about: dict[str, Any] | None = None,
@@ -47,11 +47,13 @@ def make_card(
             f"window must be the sinks and whole blocks of {block} frames, so that a full ring is what is seen,"
             f" got window={rollout.window} and sinks={rollout.sinks}"
         )
-    if frames is not None and (frames < 1 or frames % block):
-        raise InputError(f"frames must be a multiple >= {block} of frames_per_block={block}, got {frames}")
+    if latent_frames is not None and (latent_frames < 1 or latent_frames % block):
+        raise InputError(
+            f"latent_frames must be a multiple >= {block} of frames_per_block={block}, got {latent_frames}"
+        )
     if rollout.window is not None:
-        frames = None  # the ring is of the window's size, whatever the length of the video
-    sinks, ring = slots_for(rollout.replace(refresh="separate"), frames)  # no graph needs the spare slot
+        latent_frames = None  # the ring is of the window's size, whatever the length of the video
+    sinks, ring = slots_for(rollout.replace(refresh="separate"), latent_frames)  # no graph needs the spare slot
     schedule = FlowMatchSchedule(rollout.shift)
     lists = [schedule.warp(steps) for steps in (rollout.steps, rollout.first_steps or rollout.steps)]
     context = float(rollout.context_noise)
@@ -61,7 +63,7 @@ def make_card(
     return Card(
         sizes=Sizes(model.config, batch, latent_size, block, sinks, ring, len(known), dtype),
         rollout=rollout,
-        frames=frames,
+        frames=latent_frames,
         timesteps=tuple(known),
         steps=steps,
         first_steps=first_steps,
@@ -80,7 +82,7 @@ def export_onnx(
     folder: str | Path,
     *,
     latent_size: tuple[int, int],
-    frames: int | None,
+    latent_frames: int | None,
     batch: int = 1,
     linear_dtype: str | None = None,
     codec: Codec | None = None,
@@ -88,7 +90,7 @@ def export_onnx(
 ) -> Card:
     """Write a bundle of the network's graphs in the model's dtype to a new folder; returns its card.
 
-    latent_size: (h, w). frames: latent frames of a video without a window, which the cache must hold; not used with
+    latent_size: (h, w). latent_frames: length of a video without a window, which the cache must hold; not used with
     one. batch: rows made together. linear_dtype: "float8_e4m3" for the linear layers of the blocks in 8 bits. codec:
     its streaming decoder becomes part of the bundle, in its own dtype. about: what the card is to say of the student
     besides.
@@ -99,7 +101,13 @@ def export_onnx(
     onnx = require_onnx()
     about = {**(about or {}), "versions": {"cfpp_rt": version("cfpp-rt"), "onnx": onnx.__version__, "opset": OPSET}}
     card = make_card(
-        model, rollout, latent_size=latent_size, frames=frames, batch=batch, linear_dtype=linear_dtype, about=about
+        model,
+        rollout,
+        latent_size=latent_size,
+        latent_frames=latent_frames,
+        batch=batch,
+        linear_dtype=linear_dtype,
+        about=about,
     )
     times = torch.tensor(card.timesteps, dtype=torch.float64)
     with new_folder(folder, sum(parameter.nbytes for parameter in model.parameters())) as made:

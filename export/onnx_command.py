@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> None:
         source.rollout,
         arguments.output,
         latent_size=source.latent_size,
-        frames=source.frames,
+        latent_frames=source.frames,
         batch=arguments.batch,
         linear_dtype=arguments.linear_dtype,
         codec=source.codec,

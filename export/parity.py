@@ -24,8 +24,8 @@ from cfpp_rt.codec.base import Codec
 from cfpp_rt.core.camera import Cameras, walk
 from cfpp_rt.errors import InputError
 from cfpp_rt.export.bundle import Bundle
-from cfpp_rt.export.bundle_rollout import Engine, EngineRollout
-from cfpp_rt.export.bundle_stream import EngineDecoder
+from cfpp_rt.export.bundle_rollout import BundleRollout, OnnxRunner
+from cfpp_rt.export.bundle_stream import BundleDecoder
 from cfpp_rt.export.cameras import EngineCameras
 from cfpp_rt.export.check_onnx import check_graph
 from cfpp_rt.export.contract import TensorSpec, network_graphs
@@ -35,7 +35,6 @@ from cfpp_rt.export.torch_oracle import fixed_inputs, run_in_torch
 from cfpp_rt.model.transformer import CausalWanTransformer
 from cfpp_rt.runtime.rollout import Rollout
 from cfpp_rt.speed.quantize import quantize_linears
-from cfpp_rt.values import Conditioning
 
 TOLERANCE = 1e-4  # of float32, absolute: latents and activations are of the order of 1
 FACTOR = 2.0  # of float16: how much more than PyTorch's a graph's error may be
@@ -208,18 +207,18 @@ def _rollout(
     if card.sizes.model.camera:
         path = Cameras.of(walk([_KEYS[frame % len(_KEYS)] for frame in range(frames)], torch.eye(4)))
     ours = _drive(
-        EngineRollout(
-            Engine(bundle, threads),
+        BundleRollout(
+            OnnxRunner(bundle, threads),
             embeds if card.sizes.model.text_len else None,
-            frames=frames,
+            latent_frames=frames,
             cameras=None if path is None else EngineCameras.of(path.views, path.focal, card.sizes.batch),
         ),
         bundle,
     )
 
     def in_torch(network: CausalWanTransformer) -> Array:
-        text, size = Conditioning(torch.from_numpy(embeds)), card.sizes.latent_size
-        rollout = Rollout(network, text, card.rollout, latent_size=size, frames=frames, cameras=path)
+        text, size = torch.from_numpy(embeds), card.sizes.latent_size
+        rollout = Rollout(network, text, card.rollout, latent_size=size, latent_frames=frames, cameras=path)
         return _drive(rollout, bundle)
 
     theirs = in_torch(model)
@@ -243,21 +242,21 @@ def _decoder(bundle: Bundle, codec: Codec, tolerance: float, threads: int | None
     """The streaming decoder of the bundle against the codec's, on a few latent frames of noise."""
     shape = bundle.card.sizes.frame_shape(_DECODED)
     latents = np.random.default_rng(2).standard_normal(shape, dtype=np.float32)
-    ours = EngineDecoder(Engine(bundle, threads)).decode(latents)
+    ours = BundleDecoder(OnnxRunner(bundle, threads)).decode(latents)
     exact = codec.decode(torch.from_numpy(latents)).numpy()
     half = any(tensor.dtype != "float32" for graph in (bundle.card.codec or {}).values() for tensor in graph.outputs)
     limit = _HALF_PIXELS if half else tolerance
     return _compare("decoder", TensorSpec("pixels", ours.shape, "float32"), ours, exact, limit)
 
 
-def _drive(rollout: Rollout | EngineRollout, bundle: Bundle) -> Array:
+def _drive(rollout: Rollout | BundleRollout, bundle: Bundle) -> Array:
     """All latents, an action of its own for each block where the model knows actions."""
     actions = bundle.card.sizes.model.num_actions
     made: list[Array] = []
     blocks: Iterator[Any] = rollout
     while True:
         if actions:
-            rollout.act(len(made) % actions)
+            rollout.set_actions(len(made) % actions)
         block = next(blocks, None)
         if block is None:
             return np.concatenate(made, axis=1)

@@ -6,17 +6,17 @@ import re
 from pathlib import Path
 
 from cfpp_rt.codec.base import Codec
-from cfpp_rt.config import STUDENTS, ModelConfig, RolloutConfig, student
+from cfpp_rt.config import PRESETS, ModelConfig, RolloutConfig, rollout_preset
+from cfpp_rt.core.frame_counts import count_latent_frames
 from cfpp_rt.errors import InputError
 from cfpp_rt.export.bundle import LINEAR_DTYPES
 from cfpp_rt.model.transformer import CausalWanTransformer, random_model
 from cfpp_rt.model.weights import load_model
 from cfpp_rt.pipeline import load_codec
 from cfpp_rt.random_weights import SMALL
-from cfpp_rt.runtime.stream import latent_frames
 from cfpp_rt.values import DTYPES
 from cfpp_rt.world.sprites import SIZE
-from cfpp_rt.world.student import SHIPPED, load_student
+from cfpp_rt.world.student import SHIPPED, load_world_pipeline
 
 WORLD = "world"
 _SPATIAL_FACTOR = 8  # of every codec there is
@@ -37,7 +37,7 @@ class Source:
 def add_source(parser: argparse.ArgumentParser) -> None:
     source = parser.add_argument_group("the student")
     source.add_argument("checkpoint", nargs="?", help="student: .pt, .safetensors, or a directory")
-    names = f"{', '.join(STUDENTS)}, {WORLD} (default: %(default)s)"
+    names = f"{', '.join(PRESETS)}, {WORLD} (default: %(default)s)"
     source.add_argument("--student", default="framewise-2step", help=names)
     source.add_argument("--key", help="entry of a .pt container (default: generator_ema, else generator)")
     source.add_argument("--config", metavar="JSON", help="model sizes, where the checkpoint does not tell them")
@@ -74,11 +74,11 @@ def load_source(arguments: argparse.Namespace) -> Source:
     codec: Codec | None = None
     factor = 4
     if world:
-        pipeline = load_student(arguments.checkpoint or SHIPPED, dtype=dtype, fuse=False)
-        model, rollout, codec = pipeline.model, pipeline.rollout, pipeline.codec
+        pipeline = load_world_pipeline(arguments.checkpoint or SHIPPED, dtype=dtype, fuse=False)
+        model, rollout, codec = pipeline.model, pipeline.config, pipeline.codec
         factor = codec.temporal_factor
     else:
-        rollout = student(arguments.student)
+        rollout = rollout_preset(arguments.student)
         if arguments.random_weights:
             camera = arguments.student.startswith("camera-")
             model = random_model(dataclasses.replace(SMALL, camera=camera), seed=0, dtype=dtype)
@@ -88,7 +88,7 @@ def load_source(arguments: argparse.Namespace) -> Source:
             config = None if arguments.config is None else ModelConfig.from_json(arguments.config)
             model = load_model(arguments.checkpoint, config=config, key=arguments.key, dtype=dtype)
         if arguments.base is not None or arguments.tiny_vae is not None:
-            codec = load_codec(arguments.base or "", tiny=arguments.tiny_vae, dtype=dtype, device="cpu")
+            codec = load_codec(arguments.base or "", tiny_vae=arguments.tiny_vae, dtype=dtype, device="cpu")
     changes = {name: getattr(arguments, name) for name in ("window", "sinks") if getattr(arguments, name) is not None}
     if arguments.steps is not None:
         if not re.fullmatch(r"[0-9]{1,6}(,[0-9]{1,6})*", arguments.steps):
@@ -99,7 +99,7 @@ def load_source(arguments: argparse.Namespace) -> Source:
     block = rollout.frames_per_block
     frames = max(21 // block, 1) * block  # as `cfpp generate` makes by default
     if arguments.frames is not None:
-        frames = latent_frames(arguments.frames, factor, block)
+        frames = count_latent_frames(arguments.frames, factor, block)
     name = (
         arguments.student if arguments.checkpoint is None else f"{arguments.student}: {Path(arguments.checkpoint).name}"
     )

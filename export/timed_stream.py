@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from cfpp_rt.core.camera import parse_cameras
+from cfpp_rt.core.frame_counts import count_latent_frames
 from cfpp_rt.device.timing import Timings
 from cfpp_rt.errors import InputError
-from cfpp_rt.export.bundle_rollout import Engine, EngineRollout, Floats
-from cfpp_rt.export.bundle_stream import EngineStream, encode_first
+from cfpp_rt.export.bundle_rollout import BundleRollout, Floats, OnnxRunner
+from cfpp_rt.export.bundle_stream import BundleStream, encode_first
 from cfpp_rt.export.cameras import EngineCameras
 from cfpp_rt.io.video import DEFAULT_FPS
-from cfpp_rt.runtime.stream import latent_frames
 from cfpp_rt.values import Frames
 from cfpp_rt.world import scripted
 from cfpp_rt.world.actions import parse_actions
@@ -40,11 +40,11 @@ _SETTLED = (
 )
 
 
-class EngineFilm:
-    """An `EngineStream` with the times of `Stream`: an iterator of `Frames` as the writers take them."""
+class TimedBundleStream:
+    """An `BundleStream` with the times of `Stream`: an iterator of `Frames` as the writers take them."""
 
-    def __init__(self, stream: EngineStream):
-        self.rollout: EngineRollout = stream.rollout
+    def __init__(self, stream: BundleStream):
+        self.rollout: BundleRollout = stream.rollout
         self.timings = Timings(torch.device("cpu"))
         self._stream = stream
 
@@ -59,11 +59,11 @@ class EngineFilm:
         self.timings.deliver(made.pixels.shape[1])
         return Frames(torch.from_numpy(made.pixels), made.start)
 
-    def act(self, actions: Any) -> None:
-        self._stream.act(actions)
+    def set_actions(self, actions: Any) -> None:
+        self._stream.set_actions(actions)
 
 
-def open_film(arguments: argparse.Namespace) -> tuple[EngineFilm, Iterator[Frames], int, float]:
+def open_film(arguments: argparse.Namespace) -> tuple[TimedBundleStream, Iterator[Frames], int, float]:
     """The stream, its pictures as they are made, how many there will be, and at how many a second to play them.
 
     arguments: of `cfpp generate`. Raises InputError for options that are settled in the bundle.
@@ -73,7 +73,7 @@ def open_film(arguments: argparse.Namespace) -> tuple[EngineFilm, Iterator[Frame
             raise InputError(f"--engine takes no --{name.replace('_', '-')}: the bundle has settled it")
     if arguments.random_weights:
         raise InputError("--engine takes no --random-weights: the bundle has weights")
-    engine = Engine(arguments.engine)
+    engine = OnnxRunner(arguments.engine)
     card = engine.card
     if card.sizes.batch != 1:
         raise InputError(f"{arguments.engine}: a film is one video, the bundle makes {card.sizes.batch} at a time")
@@ -93,17 +93,17 @@ def open_film(arguments: argparse.Namespace) -> tuple[EngineFilm, Iterator[Frame
     if not acts and card.frames is not None:
         default = min(default, 1 + factor * (card.frames - 1))
     frames = default if arguments.frames is None else arguments.frames
-    total = latent_frames(frames, factor, block)
+    total = count_latent_frames(frames, factor, block)
     initial = None
     if acts:
         initial = np.concatenate([encode_first(engine, first_picture([arguments.seed]).numpy())] * block, axis=1)
-    stream = EngineFilm(
-        EngineStream(
+    stream = TimedBundleStream(
+        BundleStream(
             engine,
             _embeds(arguments, engine),
-            frames=total,
+            latent_frames=total,
             seed=arguments.seed,
-            initial=initial,
+            initial_latents=initial,
             cameras=None if cameras is None else EngineCameras.of(cameras.views, cameras.focal),
             refresh=arguments.refresh,
         )
@@ -113,7 +113,7 @@ def open_film(arguments: argparse.Namespace) -> tuple[EngineFilm, Iterator[Frame
     return stream, stream, frames, DEFAULT_FPS
 
 
-def _embeds(arguments: argparse.Namespace, engine: Engine) -> Floats | None:
+def _embeds(arguments: argparse.Namespace, engine: OnnxRunner) -> Floats | None:
     """Of --embeds, or of --prompt through the text encoder of --base."""
     model = engine.card.sizes.model
     if not model.text_len:
@@ -134,4 +134,4 @@ def _embeds(arguments: argparse.Namespace, engine: Engine) -> Floats | None:
     from cfpp_rt.text import TextEncoder
 
     encoder = TextEncoder.from_pretrained(arguments.base, dtype=torch.bfloat16, device="cpu", text_len=model.text_len)
-    return encoder([arguments.prompt]).embeds.float().numpy()
+    return encoder([arguments.prompt]).float().numpy()

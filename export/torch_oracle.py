@@ -12,7 +12,7 @@ from cfpp_rt.core.camera import Projections
 from cfpp_rt.core.frame_ring import FrameRing
 from cfpp_rt.export.bundle import Card
 from cfpp_rt.export.contract import GraphSpec, caches_of_layer, text_names, updated
-from cfpp_rt.model.attention import CachePass, CameraPass
+from cfpp_rt.model.attention import AttentionMetadata, CameraMetadata
 from cfpp_rt.model.transformer import CausalWanTransformer, LayerText, TimeEmbedding
 from cfpp_rt.ops.token_ranges import TokenRanges
 
@@ -97,7 +97,7 @@ def _pass(model: CausalWanTransformer, card: Card, spec: GraphSpec, inputs: dict
     else:
         seen = [[(0, int(inputs["valid"][0]) if "valid" in inputs else length)]]
     space = model.rotary_tables(*sizes.latent_size)
-    place = CachePass(
+    place = AttentionMetadata(
         write_index=write,
         ranges=TokenRanges.of(seen, capacity=slots * sizes.tokens, batch=sizes.batch, device="cpu"),
         rope_time=torch.from_numpy(inputs["rope_time"])[None].expand(sizes.batch, -1, -1, -1).contiguous(),
@@ -116,19 +116,19 @@ def _pass(model: CausalWanTransformer, card: Card, spec: GraphSpec, inputs: dict
         _text(model, inputs),
         cache,
         place,
-        groups=0 if spec.name == "refresh" else 1,
+        num_outputs=0 if spec.name == "refresh" else 1,
     )
     made = {} if velocity is None else {"velocity": velocity}
     return {**made, **{updated(name): part for name, part in held.items()}}
 
 
-def _cameras(inputs: dict[str, Array], slots: Tensor, block: int) -> CameraPass | None:
+def _cameras(inputs: dict[str, Array], slots: Tensor, block: int) -> CameraMetadata | None:
     """slots: first slot of each block of the pass, [B, G]."""
     if "projections" not in inputs:
         return None
     matrices, inverses = torch.from_numpy(inputs["projections"]).unbind(2)
     of_frames = (slots[0, :, None] + torch.arange(block)).flatten().long()
-    return CameraPass(Projections(matrices.contiguous(), inverses.contiguous()), of_frames)
+    return CameraMetadata(Projections(matrices.contiguous(), inverses.contiguous()), of_frames)
 
 
 def _text(model: CausalWanTransformer, inputs: dict[str, Array]) -> list[LayerText]:

@@ -7,7 +7,7 @@ from cfpp_rt.config import ModelConfig, RolloutConfig
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.runtime.rollout import Rollout
-from cfpp_rt.values import Conditioning
+from cfpp_rt.values import empty_prompt_embeds
 from tests.closeness import assert_close_max
 
 ACTING = ModelConfig(dim=128, ffn_dim=256, num_heads=2, num_layers=2, freq_dim=32, text_len=0, num_actions=3, eps=1e-6)
@@ -16,16 +16,16 @@ ACTING = ModelConfig(dim=128, ffn_dim=256, num_heads=2, num_layers=2, freq_dim=3
 def act_and_roll(model, script, *, batch=1, refresh="fused", block=1, seed=0):
     rollout = Rollout(
         model,
-        Conditioning.none(batch, model.config.text_dim),
+        empty_prompt_embeds(batch, model.config.text_dim),
         RolloutConfig(steps=(1000, 500), frames_per_block=block, window=4, refresh=refresh),
         latent_size=(4, 4),
-        frames=None,
+        latent_frames=None,
         seed=seed,
     )
     made = []
     for actions in script:
         if actions is not None:
-            rollout.act(actions)
+            rollout.set_actions(actions)
         made.append(next(rollout).values)
     return torch.cat(made, dim=1)
 
@@ -63,13 +63,13 @@ def test_frames_of_a_block_act_each_for_itself(acting):
 
 @pytest.mark.parametrize("actions", [3, -1, [0, 1, 2], [[0, 1]], 1.0, [[0], [5]]])
 def test_bad_actions_are_refused_and_change_nothing(acting, actions):
-    rollout = Rollout(acting, Conditioning.none(2, 4096), RolloutConfig(), latent_size=(4, 4), frames=2)
+    rollout = Rollout(acting, empty_prompt_embeds(2, 4096), RolloutConfig(), latent_size=(4, 4), latent_frames=2)
     with pytest.raises(InputError, match="actions must be integers in 0..2"):
-        rollout.act(actions)
+        rollout.set_actions(actions)
     assert rollout._actions == ((0,), (0,))
 
 
 def test_actions_for_a_model_without_any_are_refused(model, config):
-    text = Conditioning(torch.zeros(1, config.text_len, config.text_dim))
+    text = torch.zeros(1, config.text_len, config.text_dim)
     with pytest.raises(InputError, match="without actions"):
-        Rollout(model, text, RolloutConfig(), latent_size=(4, 4), frames=1).act(1)
+        Rollout(model, text, RolloutConfig(), latent_size=(4, 4), latent_frames=1).set_actions(1)

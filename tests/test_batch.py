@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from cfpp_rt.config import RolloutConfig, student
+from cfpp_rt.config import RolloutConfig, rollout_preset
 from cfpp_rt.errors import InputError, NonFiniteError
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.model.weights import build_model
 from cfpp_rt.runtime.rollout import Rollout
-from cfpp_rt.runtime.rollout_batch import StreamBatch
-from cfpp_rt.values import Conditioning
+from cfpp_rt.runtime.rollout_batch import RolloutBatch
+from cfpp_rt.values import empty_prompt_embeds
 from tests.closeness import assert_close_max
 from tests.test_actions import ACTING
 
@@ -19,23 +19,23 @@ CONFIGS = {
     "fused": RING,
     "separate": RING.replace(refresh="separate"),
     "skip": RING.replace(refresh="skip"),
-    "no window": student("framewise-2step"),
-    "chunks": student("chunkwise-4step").replace(window=6),
+    "no window": rollout_preset("framewise-2step"),
+    "chunks": rollout_preset("chunkwise-4step").replace(window=6),
 }
 
 
 def prompt(model, seed: int) -> Conditioning:
     generator = torch.Generator().manual_seed(seed)
-    return Conditioning(torch.randn(1, model.config.text_len, model.config.text_dim, generator=generator))
+    return torch.randn(1, model.config.text_len, model.config.text_dim, generator=generator)
 
 
 def alone(model, config, frames: int, seed: int) -> torch.Tensor:
-    rollout = Rollout(model, prompt(model, seed), config, latent_size=SIZE, frames=frames, seed=seed)
+    rollout = Rollout(model, prompt(model, seed), config, latent_size=SIZE, latent_frames=frames, seed=seed)
     return torch.cat([block.values for block in rollout], dim=1)
 
 
-def poisoned(model, config, frames: int | None, rows: int = 3, size=SIZE) -> StreamBatch:
-    batch = StreamBatch(model, config, latent_size=size, frames=frames, rows=rows)
+def poisoned(model, config, frames: int | None, rows: int = 3, size=SIZE) -> RolloutBatch:
+    batch = RolloutBatch(model, config, latent_size=size, latent_frames=frames, rows=rows)
     batch.cache.data.fill_(float("nan"))
     return batch
 
@@ -92,23 +92,23 @@ def test_every_stream_is_steered_by_itself():
     """Actions of its own, and a prompt switch of one alone; a stream may also be advanced by itself between steps."""
     acting = random_model(ACTING, seed=0, dtype=torch.float32)
     config = RolloutConfig(window=4)
-    text = Conditioning.none(1, acting.config.text_dim)
+    text = empty_prompt_embeds(1, acting.config.text_dim)
     scripts = {0: [1, 0, 2, 0, 1, 1], 3: [2, 2, 0, 1, 0, 1]}
     batch, made = poisoned(acting, config, None, size=(4, 4)), {}
     streams = {batch.join(text, seed=seed): script for seed, script in scripts.items()}
     for number in range(6):
         for stream, script in streams.items():
-            stream.act(script[number])
+            stream.set_actions(script[number])
         if number == 2:
             for stream in streams:
                 collect(made, {stream: next(stream)})
         else:
             collect(made, batch.step())
     for (seed, script), blocks in zip(scripts.items(), made.values(), strict=True):
-        rollout = Rollout(acting, text, config, latent_size=(4, 4), frames=None, seed=seed)
+        rollout = Rollout(acting, text, config, latent_size=(4, 4), latent_frames=None, seed=seed)
         wanted = []
         for action in script:
-            rollout.act(action)
+            rollout.set_actions(action)
             wanted.append(next(rollout).values)
         assert_close_max(torch.cat(blocks, dim=1), torch.cat(wanted, dim=1), 2e-5, f"stream {seed}")
 
@@ -119,11 +119,11 @@ def test_one_stream_switches_its_prompt(model, recache):
     steady, switching = (batch.join(prompt(model, seed), seed=seed) for seed in (0, 1))
     for number in range(8):
         if number == 5:
-            switching.switch_prompt(prompt(model, 9), recache=recache)
+            switching.set_prompt(prompt(model, 9), recache=recache)
         collect(made, batch.step())
-    rollout = Rollout(model, prompt(model, 1), RING, latent_size=SIZE, frames=8, seed=1)
+    rollout = Rollout(model, prompt(model, 1), RING, latent_size=SIZE, latent_frames=8, seed=1)
     wanted = [next(rollout).values for _ in range(5)]
-    rollout.switch_prompt(prompt(model, 9), recache=recache)
+    rollout.set_prompt(prompt(model, 9), recache=recache)
     wanted += [block.values for block in rollout]
     assert_close_max(torch.cat(made[switching], dim=1), torch.cat(wanted, dim=1), 2e-5, "switching")
     assert_close_max(torch.cat(made[steady], dim=1), alone(model, RING, 8, 0), 2e-5, "steady")
@@ -137,7 +137,7 @@ def test_given_frames_begin_a_stream(model):
     continued = batch.join(prompt(model, 1), seed=1, initial=given)
     while continued in batch.streams:
         collect(made, batch.step())
-    rollout = Rollout(model, prompt(model, 1), RING, latent_size=SIZE, frames=6, seed=1, initial=given)
+    rollout = Rollout(model, prompt(model, 1), RING, latent_size=SIZE, latent_frames=6, seed=1, initial_latents=given)
     wanted = torch.cat([block.values for block in rollout], dim=1)
     assert_close_max(torch.cat(made[continued], dim=1), wanted, 2e-5, "continued")
 
@@ -209,7 +209,7 @@ def test_what_cannot_be_is_refused(model):
         poisoned(model, RING.replace(kv_dtype="float8_e4m3"), 6)
     batch = poisoned(model, RING, 6, rows=1)
     with pytest.raises(InputError, match="text must be of one row, got 2"):
-        batch.join(Conditioning(prompt(model, 0).embeds.expand(2, -1, -1)))
+        batch.join(prompt(model, 0).embeds.expand(2, -1, -1))
     stream = batch.join(prompt(model, 0))
     with pytest.raises(InputError, match="a batch of 1 rows is full"):
         batch.join(prompt(model, 1))

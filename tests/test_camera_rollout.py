@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cfpp_rt.cache import CacheShape
-from cfpp_rt.config import ModelConfig, RolloutConfig, student
+from cfpp_rt.config import ModelConfig, RolloutConfig, rollout_preset
 from cfpp_rt.core.camera import Cameras, parse_trajectory
 from cfpp_rt.core.frame_ring import slots_for
 from cfpp_rt.core.schedule import FlowMatchSchedule
@@ -17,10 +17,9 @@ from cfpp_rt.errors import CheckpointError, InputError, OutOfMemoryError
 from cfpp_rt.export.convert import convert
 from cfpp_rt.model.transformer import add_camera_branch, random_model
 from cfpp_rt.model.weights import build_model, infer_config, load_model
-from cfpp_rt.random_weights import random_pipeline, random_text
+from cfpp_rt.random_weights import random_pipeline, random_prompt_embeds
 from cfpp_rt.runtime.rollout import Rollout
 from cfpp_rt.speed.fuse import fuse_qkv
-from cfpp_rt.values import Conditioning
 from tests import plain_model
 from tests.closeness import assert_close_max
 
@@ -61,10 +60,10 @@ def published(model, vectors, cameras, config):
     """The rollout of the vectors: its noise, its text."""
     return Rollout(
         model,
-        Conditioning(vectors["prompt_embeds"]),
+        vectors["prompt_embeds"],
         config,
         latent_size=tuple(META["latent_hw"]),
-        frames=META["frames"],
+        latent_frames=META["frames"],
         cameras=cameras,
         noise=vectors["noise"],
         renoise=list(vectors["renoise"]),
@@ -101,10 +100,10 @@ def roll(model, cameras, rollout, frames, *, batch=1, seed=0, embeds=None, **opt
     embeds = torch.randn(shape, generator=torch.Generator().manual_seed(9)) if embeds is None else embeds
     return Rollout(
         model,
-        Conditioning(embeds),
+        embeds,
         rollout,
         latent_size=(4, 4),
-        frames=frames,
+        latent_frames=frames,
         cameras=cameras,
         seed=seed,
         **options,
@@ -125,7 +124,7 @@ def test_live_cameras_equal_those_given_up_front(model, refresh):
     rollout = roll(model, whole.at([0, 1]), TWO_STEPS.replace(refresh=refresh), None)
     made = [next(rollout).values]
     for start in range(2, 12, 2):
-        rollout.move(whole.at([start, start + 1]))
+        rollout.set_cameras(whole.at([start, start + 1]))
         made.append(next(rollout).values)
     torch.testing.assert_close(torch.cat(made, dim=1), wanted, rtol=0, atol=2e-5)
 
@@ -135,7 +134,7 @@ def test_the_last_camera_stands_still(model):
     assert torch.equal(latents_of(roll(model, one, TWO_STEPS, 6)), latents_of(roll(model, still, TWO_STEPS, 6)))
     moved = roll(model, one, TWO_STEPS, 6)
     next(moved)
-    moved.move(path("w*1").at([1]))
+    moved.set_cameras(path("w*1").at([1]))
     standing = Cameras.of(torch.cat([still.views[0, :2], path("w*1").views[0, 1:].expand(4, 4, 4)]), (0.6, 0.9))
     wanted = latents_of(roll(model, standing, TWO_STEPS, 6))[:, 2:]
     torch.testing.assert_close(latents_of(moved), wanted, rtol=0, atol=2e-5)
@@ -198,7 +197,7 @@ def test_masked_forward_equals_the_plain_model(model, weights, config, vectors):
     )
     tables = model.rotary_tables(4, 4)
     attend = masks.attention(visible, 4, torch.device("cpu"))
-    found = model.masked(
+    found = model.forward_sequence(
         latents,
         timesteps,
         vectors["prompt_embeds"],
@@ -247,8 +246,8 @@ def test_recaching_makes_each_block_with_its_own_cameras(model):
     config, cameras = TWO_STEPS.replace(window=None, sinks=0), path("w*2,l*5")
     rollout = roll(model, cameras, config, 8)
     frames = torch.cat([next(rollout).values for _ in range(3)], dim=1)
-    rollout.move(path("s*1").at([1]))
-    rollout.switch_prompt(Conditioning(embeds), recache=True)
+    rollout.set_cameras(path("s*1").at([1]))
+    rollout.set_prompt(embeds, recache=True)
     prefilled = roll(model, cameras, config, 8, embeds=embeds, initial=frames)
     for ours, theirs in (
         (rollout.cache.data, prefilled.cache.data),
@@ -301,12 +300,12 @@ def test_refused_moves_change_nothing(model):
     rollout = roll(model, cameras, TWO_STEPS, 6)
     two = Cameras(cameras.views.expand(2, -1, -1, -1), cameras.focal.expand(2, -1, -1))
     with pytest.raises(InputError, match="cameras must be of 1 video or of 1, got 2"):
-        rollout.move(two)
+        rollout.set_cameras(two)
     assert torch.equal(latents_of(rollout), latents_of(roll(model, cameras, TWO_STEPS, 6)))
     with pytest.raises(InputError, match="cameras must be of 1 video or of 3, got 2"):
         roll(model, two, TWO_STEPS, 6, batch=3)
     with pytest.raises(InputError, match="cameras must be given when the rollout is made"):
-        roll(model, None, TWO_STEPS, 6).move(cameras)
+        roll(model, None, TWO_STEPS, 6).set_cameras(cameras)
 
 
 def test_cameras_for_a_model_without_the_branch_are_refused():
@@ -345,7 +344,7 @@ def test_a_branch_of_zeros_changes_nothing(weights, config):
 
 
 def test_the_published_student():
-    rollout = student("camera-chunkwise-4step")
+    rollout = rollout_preset("camera-chunkwise-4step")
     assert (rollout.frames_per_block, rollout.steps) == (4, (1000, 750, 500, 250))
     assert sum(slots_for(rollout, 20)) == 20 and len(path("w*19")) == 20
 
@@ -355,11 +354,11 @@ def test_a_stream_moves_its_camera():
     pipeline = random_pipeline(
         RolloutConfig((1000,), frames_per_block=2), dtype=torch.float32, device=torch.device("cpu"), camera=True
     )
-    cameras, text = path("l*40,w*60").at([0, 0, 40, 100]), random_text("x", pipeline.model.config)
+    cameras, text = path("l*40,w*60").at([0, 0, 40, 100]), random_prompt_embeds("x", pipeline.model.config)
     options = {"frames": 13, "size": (32, 48)}
     stream = pipeline.stream(text, cameras=cameras.at([0]), **options)
     made = [next(stream).pixels]
-    stream.move(cameras.at([2, 3]))
+    stream.set_cameras(cameras.at([2, 3]))
     made = torch.cat([*made, next(stream).pixels], dim=1).int()
     assert (made - pipeline.generate(text, cameras=cameras, **options).pixels.int()).abs().max() <= 1
     still = pipeline.generate(text, cameras=cameras.at([0]), **options).pixels.int()

@@ -8,20 +8,19 @@ import weakref
 import pytest
 import torch
 
-from cfpp_rt.config import STUDENTS, ModelConfig, RolloutConfig
+from cfpp_rt.config import PRESETS, ModelConfig, RolloutConfig
 from cfpp_rt.core.camera import Cameras, parse_trajectory
 from cfpp_rt.errors import InputError, NonFiniteError, OutOfMemoryError
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.ops._library import kernels
 from cfpp_rt.random_weights import random_pipeline
-from cfpp_rt.runtime.cuda_graphs import Graphs
+from cfpp_rt.runtime.cuda_graphs import CudaGraphCache
 from cfpp_rt.runtime.rollout import Rollout
-from cfpp_rt.values import Conditioning
 
 TINY = ModelConfig(dim=128, ffn_dim=64, num_heads=2, num_layers=2, freq_dim=16, text_dim=8, text_len=4, num_actions=3)
 RING = RolloutConfig(window=4, sinks=1)
 SETTINGS = {
-    **STUDENTS,
+    **PRESETS,
     "ring": RING,
     "ring separate": RING.replace(refresh="separate"),
     "ring skip": RING.replace(refresh="skip"),
@@ -56,7 +55,7 @@ class StandIn:
 
 def graphs_of(model, stand_in=None):
     made = stand_in or StandIn()
-    return Graphs(model, lambda device: made)
+    return CudaGraphCache(model, lambda device: made)
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +66,19 @@ def small():
 def text(model, seed, batch=1):
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, model.config.text_len, model.config.text_dim)
-    return Conditioning(torch.randn(shape, generator=generator))
+    return torch.randn(shape, generator=generator)
 
 
 def start(model, config, graphs=None, *, batch=1, frames=12, **options):
     return Rollout(
-        model, text(model, 1, batch), config, latent_size=(4, 4), frames=frames, seed=5, graphs=graphs, **options
+        model,
+        text(model, 1, batch),
+        config,
+        latent_size=(4, 4),
+        latent_frames=frames,
+        seed=5,
+        cuda_graphs=graphs,
+        **options,
     )
 
 
@@ -82,11 +88,11 @@ def play(rollout, model, batch=1):
     for index, block in enumerate(rollout):
         made.append(block.values.clone())
         if model.config.num_actions:
-            rollout.act(index % model.config.num_actions)
+            rollout.set_actions(index % model.config.num_actions)
         if index == 1:
             rollout.refresh()
         if index in (2, 3):
-            rollout.switch_prompt(text(model, index, batch), recache=index == 3)
+            rollout.set_prompt(text(model, index, batch), recache=index == 3)
     return torch.cat(made, dim=1)
 
 
@@ -96,15 +102,15 @@ def test_graphed_rollout_is_the_eager_one(small, name, batch):
     config, stand_in = SETTINGS[name], StandIn()
     given = torch.randn(batch, config.frames_per_block, 16, 4, 4, generator=torch.Generator().manual_seed(2))
     frames = 24 if config.window else 12
-    rollout = start(small, config, graphs_of(small, stand_in), batch=batch, frames=frames, initial=given)
-    assert rollout.why_not_graphs is None and stand_in.captured == (3 if config.refresh == "fused" else 2)
+    rollout = start(small, config, graphs_of(small, stand_in), batch=batch, num_frames=frames, initial=given)
+    assert rollout.why_no_cuda_graphs is None and stand_in.captured == (3 if config.refresh == "fused" else 2)
     passes = []
     hook = small.patch_embedding.register_forward_hook(lambda *_: passes.append(1))
     graphed = play(rollout, small, batch)
     hook.remove()
     alone = 1 if config.kv_dtype else 0  # the first pass, which sets the scales
     assert stand_in.replayed >= len(passes) - alone > frames // config.frames_per_block
-    assert torch.equal(graphed, play(start(small, config, batch=batch, frames=frames, initial=given), small, batch))
+    assert torch.equal(graphed, play(start(small, config, batch=batch, num_frames=frames, initial=given), small, batch))
 
 
 def test_graphed_cameras(small):
@@ -113,11 +119,11 @@ def test_graphed_cameras(small):
     path, turn = (Cameras.of(parse_trajectory(keys)) for keys in ("w*3,l*8", "s*2,j*3"))
     made = []
     for graphs in (None, graphs_of(model)):
-        rollout = start(model, config, graphs, cameras=path, frames=None)
+        rollout = start(model, config, graphs, cameras=path, num_frames=None)
         blocks = []
         for index in range(8):
             if index == 4:
-                rollout.move(turn)
+                rollout.set_cameras(turn)
             blocks.append(next(rollout).values.clone())
         made.append(torch.cat(blocks, dim=1))
     assert torch.equal(*made)
@@ -164,10 +170,10 @@ def test_what_graphs_read_lives_as_long_as_they(small):
         run()
         return lambda: None
 
-    graphs = Graphs(small, lambda device: capture)
+    graphs = CudaGraphCache(small, lambda device: capture)
     rollout = start(small, RING, graphs)
     gc.collect()
-    assert rollout.why_not_graphs is None and len(seen) > 3 * 8
+    assert rollout.why_no_cuda_graphs is None and len(seen) > 3 * 8
     assert all(tensor() is not None for tensor in seen)
 
 
@@ -209,11 +215,11 @@ def test_capture_that_fails_half_way(small, error):
     graphs = graphs_of(small, stand_in)
     with pytest.warns(RuntimeWarning, match=f"without CUDA graphs: capture failed: {type(error).__name__}: {error}"):
         rollout = start(small, RING, graphs)
-    assert str(error) in rollout.why_not_graphs and not graphs._sets
+    assert str(error) in rollout.why_no_cuda_graphs and not graphs._sets
     assert torch.equal(play(rollout, small), play(start(small, RING), small))
     stand_in._fail_at = None
     again = start(small, RING, graphs)
-    assert (again.why_not_graphs is None) == isinstance(error, torch.OutOfMemoryError)
+    assert (again.why_no_cuda_graphs is None) == isinstance(error, torch.OutOfMemoryError)
 
 
 @pytest.mark.parametrize("graphed", [False, True])
@@ -238,14 +244,14 @@ def test_memory_that_runs_out_on_the_way(small, monkeypatch, graphed):
 
 
 def test_where_there_are_no_graphs_the_reason_is_told(small, monkeypatch):
-    assert start(small, RING).why_not_graphs == "none were asked for"
+    assert start(small, RING).why_no_cuda_graphs == "none were asked for"
     why = "CUDA graphs need a CUDA GPU, the model is on cpu"
     with pytest.warns(RuntimeWarning, match=f"rollout without CUDA graphs: {why}"):
-        assert start(small, RING, Graphs(small)).why_not_graphs == why
+        assert start(small, RING, CudaGraphCache(small)).why_no_cuda_graphs == why
     monkeypatch.setattr("cfpp_rt.ops.block_attention._forced", lambda: "sdpa")
     with pytest.warns(RuntimeWarning, match="CFPP_BACKEND=sdpa"):
         rollout = start(small, RING, graphs_of(small))
-    assert rollout.why_not_graphs == "CFPP_BACKEND=sdpa gathers keys by ranges that the host knows"
+    assert rollout.why_no_cuda_graphs == "CFPP_BACKEND=sdpa gathers keys by ranges that the host knows"
     assert next(rollout).values.isfinite().all()
 
 
@@ -260,14 +266,14 @@ def test_a_stream_takes_the_graphs_of_its_pipeline():
     captured, replayed = stand_in.captured, stand_in.replayed
     graphed = pipeline.generate(prompt, **options).pixels
     assert (captured, stand_in.captured, stand_in.replayed - replayed) == (3, 3, 3 * 2)
-    assert torch.equal(graphed, pipeline.generate(prompt, graphs=False, **options).pixels)
+    assert torch.equal(graphed, pipeline.generate(prompt, cuda_graphs=False, **options).pixels)
 
 
 def test_a_stream_looks_for_nan_when_pictures_are_on_the_host():
     """No pass waits for the answer; it still names frame, step and layer, and no picture of the block is given out."""
     pipeline = random_pipeline(RING, dtype=torch.float32, device=torch.device("cpu"))
     pipeline.graphs = graphs_of(pipeline.model)
-    stream = pipeline.stream(text(pipeline.model, 1), frames=None, size=(32, 32))
+    stream = pipeline.stream(text(pipeline.model, 1), num_frames=None, height=32, width=32)
     next(stream), next(stream)
     with torch.no_grad():
         pipeline.model.blocks[1].ffn[2].bias[3] = float("nan")

@@ -14,7 +14,7 @@ from cfpp_rt.core.camera import Cameras, parse_trajectory
 from cfpp_rt.errors import OutOfMemoryError
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.pipeline import Pipeline
-from cfpp_rt.runtime.cuda_graphs import Graphs
+from cfpp_rt.runtime.cuda_graphs import CudaGraphCache
 from cfpp_rt.runtime.rollout import Rollout
 from tests.test_graphs import RING, SETTINGS, TINY, play, start, text
 
@@ -33,13 +33,13 @@ def on_gpu(monkeypatch):
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_cuda_graphs_are_the_eager_rollout(on_gpu, name, batch):
-    graphs, config = Graphs(on_gpu), SETTINGS[name]
+    graphs, config = CudaGraphCache(on_gpu), SETTINGS[name]
     given = torch.randn(batch, config.frames_per_block, 16, 4, 4, generator=torch.Generator().manual_seed(2))
     frames = 24 if config.window else 12
-    eager = play(start(on_gpu, config, batch=batch, frames=frames, initial=given), on_gpu, batch)
+    eager = play(start(on_gpu, config, batch=batch, num_frames=frames, initial=given), on_gpu, batch)
     for _ in range(2):  # the second time with graphs that have run before
-        rollout = start(on_gpu, config, graphs, batch=batch, frames=frames, initial=given)
-        assert rollout.why_not_graphs is None
+        rollout = start(on_gpu, config, graphs, batch=batch, num_frames=frames, initial=given)
+        assert rollout.why_no_cuda_graphs is None
         # Into what has been freed:
         junk = [torch.full((64 << i % 16,), float("nan"), device="cuda") for i in range(256)]
         assert torch.equal(play(rollout, on_gpu, batch), eager)
@@ -52,21 +52,23 @@ def test_cuda_graphs_with_cameras(monkeypatch, heads):
     config = dataclasses.replace(TINY, camera=True, num_heads=heads)
     model = random_model(config, seed=0, dtype=torch.bfloat16, device="cuda")
     path = Cameras.of(parse_trajectory("w*3,l*8"))
-    made = [play(start(model, RING, graphs, cameras=path), model) for graphs in (None, Graphs(model))]
+    made = [play(start(model, RING, graphs, cameras=path), model) for graphs in (None, CudaGraphCache(model))]
     assert torch.equal(*made)
 
 
 def test_blocks_decoded_beside_the_next_are_the_same_pictures(on_gpu):
     torch.manual_seed(0)
     pipeline = Pipeline(on_gpu, TAEHV().to("cuda", torch.bfloat16), None, RolloutConfig(steps=(1000, 500), window=4))
-    made = [list(pipeline.stream(text(on_gpu, 0), frames=41, size=(64, 96), ahead=ahead)) for ahead in (0, 1, 3)]
+    made = [
+        list(pipeline.stream(text(on_gpu, 0), num_frames=41, height=64, width=96, ahead=ahead)) for ahead in (0, 1, 3)
+    ]
     for parts in made[1:]:
         assert all(torch.equal(part.pixels, same.pixels) for part, same in zip(parts, made[0], strict=True))
 
 
 def test_no_pass_waits_for_the_device(on_gpu):
     """Between captured passes the host never waits: torch would raise."""
-    rollout = start(on_gpu, RING, Graphs(on_gpu), check_finite=False)
+    rollout = start(on_gpu, RING, CudaGraphCache(on_gpu), check_finite=False)
     for _ in range(3):  # embeds the timesteps
         next(rollout)
     torch.cuda.set_sync_debug_mode("error")
@@ -91,11 +93,11 @@ def test_a_capture_that_cuda_forbids(on_gpu, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr(type(on_gpu), "forward", waits)
         with pytest.warns(RuntimeWarning, match="without CUDA graphs: capture failed"):
-            rollout = start(on_gpu, RING, Graphs(on_gpu))
+            rollout = start(on_gpu, RING, CudaGraphCache(on_gpu))
         assert calls
     eager = play(start(on_gpu, RING), on_gpu)
     assert torch.equal(play(rollout, on_gpu), eager)
-    assert torch.equal(play(start(on_gpu, RING, Graphs(on_gpu)), on_gpu), eager)
+    assert torch.equal(play(start(on_gpu, RING, CudaGraphCache(on_gpu)), on_gpu), eager)
     del rollout
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -108,11 +110,11 @@ def test_a_capture_that_cuda_forbids(on_gpu, monkeypatch):
 
 def test_graphs_that_do_not_fit(on_gpu):
     """A full GPU: the request is refused with a message, and the next one works."""
-    graphs = Graphs(on_gpu)
+    graphs = CudaGraphCache(on_gpu)
     free = torch.cuda.mem_get_info()[0]
     hog = torch.empty(free - (300 << 20), dtype=torch.uint8, device="cuda")
     with pytest.raises(OutOfMemoryError, match="KV cache"):
-        Rollout(on_gpu, text(on_gpu, 1), RolloutConfig(), latent_size=(64, 64), frames=2000, graphs=graphs)
+        Rollout(on_gpu, text(on_gpu, 1), RolloutConfig(), latent_size=(64, 64), latent_frames=2000, cuda_graphs=graphs)
     del hog
     torch.cuda.empty_cache()
     assert torch.equal(play(start(on_gpu, RING, graphs), on_gpu), play(start(on_gpu, RING), on_gpu))
@@ -121,15 +123,15 @@ def test_graphs_that_do_not_fit(on_gpu):
 def test_where_the_kernel_does_not_go_neither_do_graphs():
     model = random_model(TINY, seed=0, dtype=torch.float32, device="cuda")
     with pytest.warns(RuntimeWarning, match="the kernel does not take float32"):
-        rollout = start(model, RING, Graphs(model))
-    assert rollout.why_not_graphs == "the kernel does not take float32, head_dim 64 on cuda"
+        rollout = start(model, RING, CudaGraphCache(model))
+    assert rollout.why_no_cuda_graphs == "the kernel does not take float32, head_dim 64 on cuda"
     assert next(rollout).values.isfinite().all()
 
 
 @pytest.mark.parametrize("graphed", [False, True])
 def test_a_gpu_that_is_full_on_the_way(on_gpu, graphed):
     """Where not one byte more is to be had, the rollout says so, gives all it has back, and the next request works."""
-    graphs = Graphs(on_gpu) if graphed else None
+    graphs = CudaGraphCache(on_gpu) if graphed else None
     large = {"latent_size": (128, 128), "frames": 8, "seed": 5, "graphs": graphs}
     torch.cuda.empty_cache()
     hogs: list[torch.Tensor] = []

@@ -9,12 +9,11 @@ from torch import nn
 
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.weights import build_model
-from cfpp_rt.runtime.cuda_graphs import Graphs
+from cfpp_rt.runtime.cuda_graphs import CudaGraphCache
 from cfpp_rt.runtime.rollout import Rollout
 from cfpp_rt.speed import fuse_gelu, quantize_linears
 from cfpp_rt.speed.float8 import Float8Linear
 from cfpp_rt.speed.int8 import Int8Linear, quantize
-from cfpp_rt.values import Conditioning
 from tests.closeness import assert_close_max
 from tests.test_rollout import ROLLOUTS, run, settings_of
 from tests.test_rollout_float8 import rms
@@ -176,17 +175,17 @@ def test_float8_passes_run_as_cuda_graphs(weights, config, vectors, meta):
     name = "framewise_2step_window"
     model = quantize_linears(build_model(weights, config, dtype=torch.bfloat16, device="cuda"), "float8_e4m3")
     noise, made = vectors[f"{name}.noise"], []
-    for graphs in (None, Graphs(model)):
+    for graphs in (None, CudaGraphCache(model)):
         rollout = Rollout(
             model,
-            Conditioning(vectors["prompt_embeds"]),
+            vectors["prompt_embeds"],
             settings_of(meta[name], meta["shift"], "fused"),
             latent_size=tuple(noise.shape[-2:]),
-            frames=noise.shape[1],
+            latent_frames=noise.shape[1],
             noise=noise,
             renoise=list(vectors[f"{name}.renoise"]),
-            graphs=graphs,
+            cuda_graphs=graphs,
         )
-        assert (rollout.why_not_graphs is None) is (graphs is not None)
+        assert (rollout.why_no_cuda_graphs is None) is (graphs is not None)
         made.append(torch.cat([block.values for block in rollout], dim=1))
     assert rms(made[0] - made[1]) / rms(made[0]) < 0.03

@@ -8,10 +8,9 @@ from cfpp_rt.config import RolloutConfig
 from cfpp_rt.core.frame_ring import FrameRing
 from cfpp_rt.core.schedule import FlowMatchSchedule
 from cfpp_rt.errors import InputError, NonFiniteError, OutOfMemoryError
-from cfpp_rt.model.attention import CachePass
+from cfpp_rt.model.attention import AttentionMetadata
 from cfpp_rt.model.weights import build_model
 from cfpp_rt.runtime.rollout import Rollout
-from cfpp_rt.values import Conditioning
 from tests import plain_model
 
 ROLLOUTS = [
@@ -45,11 +44,11 @@ def run(model, config, vectors, name, dtype=torch.float32):
     initial = vectors.get(f"{name}.initial")
     rollout = Rollout(
         model,
-        Conditioning(vectors["prompt_embeds"]),
+        vectors["prompt_embeds"],
         config,
         latent_size=tuple(noise.shape[-2:]),
-        frames=noise.shape[1] + (0 if initial is None else initial.shape[1]),
-        initial=initial,
+        latent_frames=noise.shape[1] + (0 if initial is None else initial.shape[1]),
+        initial_latents=initial,
         noise=noise,
         renoise=list(vectors[f"{name}.renoise"]),
     )
@@ -91,7 +90,7 @@ def test_single_passes_and_caches_equal_the_published_implementation(model, vect
     schedule = FlowMatchSchedule(meta["shift"])
     for frame, name in enumerate(("pass0", "pass1")):
         slot = ring.write(frame)
-        place = CachePass(
+        place = AttentionMetadata(
             write_index=torch.tensor([[slot * tokens]], dtype=torch.int32),
             ranges=cache.token_ranges([ring.visible(frame + 1, None)]),
             rope_time=tables.time([frame])[None],
@@ -147,7 +146,7 @@ def roll(model, meta, config, frames, *, batch=1, seed=0, embeds=None, **options
     if embeds is None:
         embeds = torch.randn(batch, c.text_len, c.text_dim, generator=torch.Generator().manual_seed(9))
     return Rollout(
-        model, Conditioning(embeds), config, latent_size=tuple(meta["latent_hw"]), frames=frames, seed=seed, **options
+        model, embeds, config, latent_size=tuple(meta["latent_hw"]), latent_frames=frames, seed=seed, **options
     )
 
 
@@ -199,7 +198,7 @@ def test_prompt_switch(model, meta, refresh, recache):
     steady = latents_of(roll(model, meta, config, 8, embeds=first))
     rollout = roll(model, meta, config, 8, embeds=first)
     before = torch.cat([next(rollout).values for _ in range(5)], dim=1)
-    rollout.switch_prompt(Conditioning(second), recache=recache)
+    rollout.set_prompt(second, recache=recache)
     after = latents_of(rollout)
     assert torch.equal(before, steady[:, :5]) and after.shape[1] == 3
     assert (after - steady[:, 5:]).abs().max() > 1e-3
@@ -212,7 +211,7 @@ def test_prompt_switch_does_not_depend_on_the_refresh_mode(model, meta, recache)
         rollout = roll(model, meta, RolloutConfig(window=4, sinks=1, refresh=refresh), 8)
         blocks = [next(rollout).values for _ in range(5)]
         embeds = torch.ones(1, model.config.text_len, model.config.text_dim)
-        rollout.switch_prompt(Conditioning(embeds), recache=recache)
+        rollout.set_prompt(embeds, recache=recache)
         made.append(torch.cat([*blocks, latents_of(rollout)], dim=1))
     torch.testing.assert_close(*made, rtol=0, atol=2e-5)
 
@@ -222,7 +221,7 @@ def test_recached_window_is_that_of_a_rollout_under_the_new_prompt(model, meta):
     embeds = torch.ones(1, model.config.text_len, model.config.text_dim)
     rollout = roll(model, meta, RolloutConfig(), 6)
     frames = torch.cat([next(rollout).values for _ in range(4)], dim=1)
-    rollout.switch_prompt(Conditioning(embeds), recache=True)
+    rollout.set_prompt(embeds, recache=True)
     prefilled = roll(model, meta, RolloutConfig(), 6, embeds=embeds, initial=frames)
     used = 4 * meta["frame_tokens"]
     torch.testing.assert_close(
@@ -324,7 +323,7 @@ def test_a_refused_prompt_switch_changes_nothing(model, meta):
     rollout = roll(model, meta, config, 5)
     made = [next(rollout).values, next(rollout).values]
     with pytest.raises(InputError, match="text embeds must be"):
-        rollout.switch_prompt(Conditioning(torch.randn(1, 3, 16)), recache=True)
+        rollout.set_prompt(torch.randn(1, 3, 16), recache=True)
     assert torch.equal(torch.cat([*made, latents_of(rollout)], dim=1), plain)
 
 
@@ -349,7 +348,7 @@ def test_recaching_under_the_same_prompt_changes_nothing(model, meta, window, bl
     for recache in (False, True):
         rollout = roll(model, meta, config, 3 * block, embeds=embeds, initial=initial)
         if recache:
-            rollout.switch_prompt(Conditioning(embeds), recache=True)
+            rollout.set_prompt(embeds, recache=True)
         made.append(latents_of(rollout))
     torch.testing.assert_close(*made, rtol=0, atol=2e-5)
 

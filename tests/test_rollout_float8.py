@@ -9,7 +9,6 @@ from cfpp_rt.core.frame_ring import FrameRing
 from cfpp_rt.errors import InputError, OutOfMemoryError
 from cfpp_rt.model.weights import build_model
 from cfpp_rt.runtime.rollout import Rollout
-from cfpp_rt.values import Conditioning
 from tests.test_rollout import ROLLOUTS, run, settings_of
 
 
@@ -46,10 +45,10 @@ def test_a_rollout_repeats_itself_and_poison_never_shows(model, vectors, meta):
     def latents(poison: int) -> torch.Tensor:
         rollout = Rollout(
             model,
-            Conditioning(vectors["prompt_embeds"]),
+            vectors["prompt_embeds"],
             float8(meta, name),
             latent_size=tuple(noise.shape[-2:]),
-            frames=noise.shape[1],
+            latent_frames=noise.shape[1],
             noise=noise,
             renoise=list(vectors[f"{name}.renoise"]),
         )
@@ -68,9 +67,11 @@ def test_a_row_does_not_depend_on_its_batch(model, vectors, meta):
     embeds = torch.cat([embeds, 30 * torch.randn(embeds.shape, generator=generator)])
 
     def latents(rows: slice) -> torch.Tensor:
-        text = Conditioning(embeds[rows])
+        text = embeds[rows]
         seeds = [3, 4][rows]
-        rollout = Rollout(model, text, float8(meta, "framewise_2step"), latent_size=(8, 12), frames=3, seed=seeds)
+        rollout = Rollout(
+            model, text, float8(meta, "framewise_2step"), latent_size=(8, 12), latent_frames=3, seed=seeds
+        )
         return torch.cat([block.values for block in rollout], dim=1)
 
     # Products of another batch size may sum in another order, which moves single codes.
@@ -93,7 +94,7 @@ def test_a_cache_that_does_not_fit_is_told_with_its_own_size(model, vectors, mon
     for kv_dtype, fits in ((None, 9), ("float8_e4m3", 12)):
         config = RolloutConfig(window=50, kv_dtype=kv_dtype)
         with pytest.raises(OutOfMemoryError, match=f"KV cache of 51 frames.*a window of {fits} frames fits"):
-            Rollout(model, Conditioning(vectors["prompt_embeds"]), config, latent_size=(8, 12), frames=None)
+            Rollout(model, vectors["prompt_embeds"], config, latent_size=(8, 12), latent_frames=None)
 
 
 def layer(heads: int = 3, head_dim: int = 4, batch: int = 2) -> LayerCache:
@@ -125,12 +126,12 @@ def test_scales_are_sane_whatever_comes():
 def test_scales_are_set_by_the_first_pass_only(model, vectors, meta):
     embeds = vectors["prompt_embeds"]
     rollout = Rollout(
-        model, Conditioning(embeds), float8(meta, "framewise_2step_window"), latent_size=(8, 12), frames=None, seed=1
+        model, embeds, float8(meta, "framewise_2step_window"), latent_size=(8, 12), latent_frames=None, seed=1
     )
     next(rollout)
     scales = [torch.stack(cache.scales) for cache in rollout.cache.layers]
     assert not any(cache.waits_for_scales for cache in rollout.cache.layers)
-    rollout.switch_prompt(Conditioning(embeds.flip(1)), recache=True)
+    rollout.set_prompt(embeds.flip(1), recache=True)
     for _ in range(8):
         assert bool(next(rollout).values.isfinite().all())
     assert all(torch.equal(torch.stack(c.scales), s) for c, s in zip(rollout.cache.layers, scales, strict=True))

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from cfpp_rt.config import ModelConfig, RolloutConfig
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.runtime.rollout import Rollout
-from cfpp_rt.values import Conditioning
 
 TINY = ModelConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=2, freq_dim=16, text_dim=16, text_len=4)
 
@@ -53,21 +52,21 @@ def make(model, case, refresh, frames):
         refresh=refresh,
     )
     generator = torch.Generator().manual_seed(5)
-    texts = [Conditioning(torch.randn(case["batch"], 4, 16, generator=generator)) for _ in range(2)]
+    texts = [torch.randn(case["batch"], 4, 16, generator=generator) for _ in range(2)]
     initial = torch.randn(case["batch"], case["given"] * case["block"], 16, 4, 4, generator=generator)
     rollout = Rollout(
         model,
         texts[0],
         config,
         latent_size=(4, 4),
-        frames=frames,
-        initial=initial if case["given"] else None,
+        latent_frames=frames,
+        initial_latents=initial if case["given"] else None,
         seed=3,
     )
     made = []
     for i in range(case["blocks"] - case["given"]):
         if i == case["switch_at"]:
-            rollout.switch_prompt(texts[1], recache=case["recache"])
+            rollout.set_prompt(texts[1], recache=case["recache"])
         if case["idle_refresh"] and i % 2:
             rollout.refresh()
         made.append(next(rollout).values)

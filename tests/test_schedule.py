@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cfpp_rt.config import STUDENTS, RolloutConfig, student
+from cfpp_rt.config import PRESETS, RolloutConfig, rollout_preset
 from cfpp_rt.core.schedule import FlowMatchSchedule, add_noise, to_clean
 from cfpp_rt.errors import InputError
 
@@ -45,10 +45,10 @@ def test_noising_and_cleaning_are_inverse():
 
 
 def test_students():
-    assert student("framewise-2step").steps == (1000, 500)
-    assert all(("chunkwise" in name) == (config.frames_per_block > 1) for name, config in STUDENTS.items())
+    assert rollout_preset("framewise-2step").steps == (1000, 500)
+    assert all(("chunkwise" in name) == (config.frames_per_block > 1) for name, config in PRESETS.items())
     with pytest.raises(InputError, match="student must be one of framewise-2step, .*got 'framewise'"):
-        student("framewise")
+        rollout_preset("framewise")
 
 
 @pytest.mark.parametrize(

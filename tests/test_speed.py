@@ -6,19 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cfpp_rt.config import student
+from cfpp_rt.config import rollout_preset
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.runtime.rollout import Rollout
 from cfpp_rt.speed import fuse_gelu, fuse_qkv
-from cfpp_rt.values import Conditioning
 from tests.closeness import assert_close_max, assert_no_worse_than
 
 
 def latents(model) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
-    text = Conditioning(torch.randn(1, model.config.text_len, model.config.text_dim, generator=generator))
-    rollout = Rollout(model, text, student("framewise-2step"), latent_size=(8, 8), frames=3, seed=1)
+    text = torch.randn(1, model.config.text_len, model.config.text_dim, generator=generator)
+    rollout = Rollout(model, text, rollout_preset("framewise-2step"), latent_size=(8, 8), latent_frames=3, seed=1)
     return torch.cat([block.values for block in rollout], dim=1)
 
 

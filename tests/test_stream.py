@@ -13,7 +13,6 @@ from cfpp_rt.device.timing import Timings
 from cfpp_rt.errors import InputError, NonFiniteError
 from cfpp_rt.pipeline import Pipeline
 from cfpp_rt.runtime.stream import Stream
-from cfpp_rt.values import Conditioning
 from cfpp_rt.world.codec import CHANNELS, PatchCodec
 
 
@@ -21,9 +20,15 @@ def start(model, frames: int | None = None, ahead: int = 0, initial: torch.Tenso
     generator = torch.Generator().manual_seed(5)
     basis = torch.linalg.qr(torch.randn(192, CHANNELS, generator=generator))[0]
     codec = PatchCodec(torch.zeros(192), basis, torch.ones(CHANNELS))
-    text = Conditioning(torch.randn(1, model.config.text_len, model.config.text_dim, generator=generator))
+    text = torch.randn(1, model.config.text_len, model.config.text_dim, generator=generator)
     return Pipeline(model, codec).stream(
-        text, frames=frames, size=(32, 48), rollout=RolloutConfig(window=3), ahead=ahead, initial=initial
+        text,
+        num_frames=frames,
+        height=32,
+        width=48,
+        config=RolloutConfig(window=3),
+        ahead=ahead,
+        initial_frames=initial,
     )
 
 
@@ -58,13 +63,13 @@ def test_blocks_made_ahead_are_the_same_and_no_more_than_asked_for(model, ahead:
 
 
 def test_what_is_given_reaches_the_first_block_that_is_not_made_ahead(model):
-    another = Conditioning(torch.randn(1, model.config.text_len, model.config.text_dim))
+    another = torch.randn(1, model.config.text_len, model.config.text_dim)
     plain, switched = start(model, 6, ahead=2), start(model, 6, ahead=2)
     same = []
     for number in range(6):
         same.append(torch.equal(next(plain).pixels, next(switched).pixels))
         if number == 0:
-            switched.switch_prompt(another)
+            switched.set_prompt(another)
     assert same == [True, True, True, False, False, False]
 
 

@@ -16,11 +16,11 @@ import torch
 from cfpp_rt.bench import harness
 from cfpp_rt.bench.latency.workload import WORLD
 from cfpp_rt.config import RolloutConfig
-from cfpp_rt.export.bundle_rollout import Engine, EngineRollout
+from cfpp_rt.export.bundle_rollout import BundleRollout, OnnxRunner
 from cfpp_rt.export.export_bundle import export_onnx
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.runtime.rollout import Rollout
-from cfpp_rt.values import DTYPES, Conditioning
+from cfpp_rt.values import DTYPES, empty_prompt_embeds
 
 LATENT = (6, 6)  # 48x48
 WINDOW = 3
@@ -38,9 +38,9 @@ def main() -> None:
     device, run = torch.device("cpu"), RolloutConfig(window=WINDOW, refresh=arguments.refresh)
     model = random_model(WORLD, seed=0, dtype=DTYPES[arguments.dtype])
     with tempfile.TemporaryDirectory() as folder:
-        export_onnx(model, run, Path(folder, "world"), latent_size=LATENT, frames=None)
-        ours = EngineRollout(Engine(Path(folder, "world"), arguments.threads), frames=None)
-        theirs = Rollout(model, Conditioning.none(1, WORLD.text_dim), run, latent_size=LATENT, frames=None)
+        export_onnx(model, run, Path(folder, "world"), latent_size=LATENT, latent_frames=None)
+        ours = BundleRollout(OnnxRunner(Path(folder, "world"), arguments.threads), latent_frames=None)
+        theirs = Rollout(model, empty_prompt_embeds(1, WORLD.text_dim), run, latent_size=LATENT, latent_frames=None)
         for _ in range(WINDOW + 1):
             next(ours), next(theirs)
         calls = {"onnxruntime": lambda: next(ours), "torch": lambda: next(theirs)}

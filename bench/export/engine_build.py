@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from cfpp_rt.bench import harness
-from cfpp_rt.config import MODELS, student
+from cfpp_rt.config import MODELS, rollout_preset
 from cfpp_rt.export.bundle import LINEAR_DTYPES
 from cfpp_rt.export.export_bundle import export_onnx
 from cfpp_rt.export.trt.build_worker import Job
@@ -51,7 +51,7 @@ def main() -> None:
         begin = time.perf_counter()
         graphs = Path(folder, "graphs")
         options = {"latent_size": latent_size, "frames": FRAMES, "linear_dtype": arguments.linear_dtype}
-        card = export_onnx(model, student("framewise-2step"), graphs, **options)
+        card = export_onnx(model, rollout_preset("framewise-2step"), graphs, **options)
         export_s = time.perf_counter() - begin
         del model  # the builder needs the memory
         print(

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from cfpp_rt.bench import harness
-from cfpp_rt.config import MODELS, student
+from cfpp_rt.config import MODELS, rollout_preset
 from cfpp_rt.export.bundle import LINEAR_DTYPES, open_bundle
 from cfpp_rt.export.export_bundle import export_onnx
 from cfpp_rt.model.transformer import random_model
@@ -45,10 +45,10 @@ def main() -> None:
         begin = time.perf_counter()
         export_onnx(
             model,
-            student("framewise-2step"),
+            rollout_preset("framewise-2step"),
             bundle,
             latent_size=LATENT,
-            frames=arguments.frames,
+            latent_frames=arguments.frames,
             linear_dtype=arguments.linear_dtype,
         )
         export_s = time.perf_counter() - begin

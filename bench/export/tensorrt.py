@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from cfpp_rt.bench import harness
-from cfpp_rt.export.bundle_rollout import EngineRollout
-from cfpp_rt.export.trt.tensorrt_runner import TensorRTEngine
+from cfpp_rt.export.bundle_rollout import BundleRollout
+from cfpp_rt.export.trt.tensorrt_runner import TensorRTRunner
 
 STEADY = 50
 
@@ -28,14 +28,14 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
 
     begin = time.perf_counter()
-    engine = TensorRTEngine(arguments.bundle, library=arguments.library)
+    engine = TensorRTRunner(arguments.bundle, library=arguments.library)
     load_s = time.perf_counter() - begin
     sizes = engine.card.sizes
     text = (sizes.batch, sizes.model.text_len, sizes.model.text_dim)
     embeds = np.random.default_rng(0).standard_normal(text, np.float32) if sizes.model.text_len else None
     # Without a window the video ends where the cache does; with one, `STEADY` blocks more are timed at its full length.
     blocks = sizes.slots // sizes.block + (0 if engine.card.frames is not None else STEADY)
-    rollout = EngineRollout(engine, embeds, frames=blocks * sizes.block, refresh=arguments.refresh)
+    rollout = BundleRollout(engine, embeds, latent_frames=blocks * sizes.block, refresh=arguments.refresh)
     rows = []
     for block in range(blocks):
         begin = time.perf_counter()

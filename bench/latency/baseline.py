@@ -26,7 +26,7 @@ from cfpp_rt.reference.adaln_modulate import adaln_modulate
 from cfpp_rt.reference.denoise_update import denoise_update
 from cfpp_rt.reference.gated_residual import gated_residual
 from cfpp_rt.runtime.noise import NoiseSource
-from cfpp_rt.values import Conditioning, Frames, Latents
+from cfpp_rt.values import Frames, Latents
 
 Weights = dict[str, Tensor]
 
@@ -95,31 +95,34 @@ class EagerRollout:
     def __init__(
         self,
         model: CausalWanTransformer,
-        text: Conditioning,
+        prompt_embeds: Tensor,
         config: RolloutConfig,
         *,
         latent_size: tuple[int, int],
-        frames: int,
+        latent_frames: int,
         seed: int = 0,
         run_layer: Layer = layer,
     ):
         if config.kv_dtype is not None:
             raise InputError(f"kv_dtype must be None for the eager baseline, got {config.kv_dtype}")
-        self.model, self.config, self.frames, self.latent_size = model, config, frames, latent_size
-        self._layer, self._batch = run_layer, text.embeds.shape[0]
+        self.model, self.config = model, config
+        self.latent_frames, self.latent_size = latent_frames, latent_size
+        self._layer, self._batch = run_layer, prompt_embeds.shape[0]
         sizes: ModelConfig = model.config
-        self.noise = NoiseSource((sizes.in_dim, *latent_size), self._batch, model.device, frames=frames, seed=seed)
+        self.noise = NoiseSource(
+            (sizes.in_dim, *latent_size), self._batch, model.device, latent_frames=latent_frames, seed=seed
+        )
         self._schedule = FlowMatchSchedule(config.shift)
         self._weights = [_separate(dict(block.named_parameters())) for block in model.blocks]
         self._tables = model.rotary_tables(*latent_size)
         self._tokens = sizes.tokens_per_frame(*latent_size)
-        self._window = min(frames, config.window or frames)
+        self._window = min(latent_frames, config.window or latent_frames)
         shape = (self._batch, sizes.num_heads, self._window * self._tokens, sizes.head_dim)
         self._cache = [
             tuple(torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(2)) for _ in model.blocks
         ]
         with torch.inference_mode():
-            self._text = model.embed_text(text.embeds)
+            self._text = model.embed_text(prompt_embeds)
         self.next_frame = 0
         self._local = 0  # frame slot of the cache that the next block is written to
         self._waiting: Tensor | None = None  # the newest block, until its clean pass
@@ -130,14 +133,14 @@ class EagerRollout:
     @torch.inference_mode()
     def refresh(self) -> None:
         """The clean pass of the newest block, if it waits and another block follows."""
-        if self._waiting is not None and self.next_frame < self.frames:
+        if self._waiting is not None and self.next_frame < self.latent_frames:
             n = self.config.frames_per_block
             self._forward(self._waiting, float(self.config.context_noise), self.next_frame - n, self._local - n)
         self._waiting = None
 
     @torch.inference_mode()
     def __next__(self) -> Latents:
-        if self.next_frame >= self.frames:
+        if self.next_frame >= self.latent_frames:
             raise StopIteration
         self.refresh()
         config, n, start = self.config, self.config.frames_per_block, self.next_frame
@@ -187,22 +190,22 @@ class EagerStream:
         *,
         model: CausalWanTransformer,
         codec: Codec,
-        encode_text: Callable[[list[str]], Conditioning],
-        prompt: list[str] | Conditioning,
+        encode_prompt: Callable[[list[str]], Tensor],
+        prompt: list[str] | Tensor,
         config: RolloutConfig,
-        latents: int,
+        latent_frames: int,
         size: tuple[int, int],
         seed: int,
         run_layer: Layer,
     ):
         self.timings = Timings(model.device)
-        if not isinstance(prompt, Conditioning):
+        if not isinstance(prompt, Tensor):
             with self.timings.stage("encode_text"):
-                prompt = encode_text(prompt)
+                prompt = encode_prompt(prompt)
         self._decoder = codec.library_decoder() if isinstance(codec, WanVAE) else codec.decoder()
         latent_size = (size[0] // codec.spatial_factor, size[1] // codec.spatial_factor)
         self.rollout = EagerRollout(
-            model, prompt, config, latent_size=latent_size, frames=latents, seed=seed, run_layer=run_layer
+            model, prompt, config, latent_size=latent_size, latent_frames=latent_frames, seed=seed, run_layer=run_layer
         )
         self._delivered = 0
 
@@ -210,7 +213,11 @@ class EagerStream:
         return self
 
     def __next__(self) -> Frames:
-        if self._delivered and self.rollout.config.refresh != "skip" and self.rollout.next_frame < self.rollout.frames:
+        if (
+            self._delivered
+            and self.rollout.config.refresh != "skip"
+            and self.rollout.next_frame < self.rollout.latent_frames
+        ):
             with self.timings.stage("refresh"):
                 self.rollout.refresh()
         with self.timings.stage("diffuse"):

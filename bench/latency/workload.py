@@ -12,18 +12,19 @@ from cfpp_rt.bench.latency import baseline
 from cfpp_rt.cli.generate import parse_device, parse_size, rollout_changes
 from cfpp_rt.codec.base import Codec
 from cfpp_rt.codec.taehv import TAEHV
-from cfpp_rt.config import MODELS, STUDENTS, ModelConfig, RolloutConfig, student
+from cfpp_rt.config import MODELS, PRESETS, ModelConfig, RolloutConfig, rollout_preset
+from cfpp_rt.core.frame_counts import count_latent_frames
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.model.weights import load_model
 from cfpp_rt.pipeline import Pipeline, load_codec
-from cfpp_rt.random_weights import SMALL, random_text, random_vae
-from cfpp_rt.runtime.stream import Stream, latent_frames
+from cfpp_rt.random_weights import SMALL, random_prompt_embeds, random_vae
+from cfpp_rt.runtime.stream import Stream
 from cfpp_rt.speed import fuse_gelu, fuse_qkv, has_fused_gelu, quantize_linears
-from cfpp_rt.values import DTYPES, KV_DTYPES, LINEAR_DTYPES, Conditioning
+from cfpp_rt.values import DTYPES, KV_DTYPES, LINEAR_DTYPES
 from cfpp_rt.world.codec import CHANNELS, PatchCodec
 from cfpp_rt.world.sprites import SIZE, TILE
-from cfpp_rt.world.student import load_student
+from cfpp_rt.world.student import load_world_pipeline
 
 # Sizes and settings of the built-in world's student, as in configs/world.yaml.
 WORLD = ModelConfig(
@@ -80,7 +81,7 @@ class Subject:
     """A pipeline and the request that is put to it. frames: pictures. words: what every row of results says of it."""
 
     pipeline: Pipeline
-    prompt: list[str] | Conditioning
+    prompt: list[str] | Tensor
     frames: int
     size: tuple[int, int]
     rollout: RolloutConfig
@@ -99,25 +100,26 @@ class Subject:
 
     def latents(self) -> int:
         """Latent frames of a request."""
-        return latent_frames(
+        return count_latent_frames(
             self.frames, self.pipeline.codec.temporal_factor, self.rollout.frames_per_block, "--frames"
         )
 
     def stream(self, contender: str, seed: int = 0) -> "Stream | baseline.EagerStream":
         """The request put to a contender, its clock running."""
         if contender in ("ours", "ungraphed"):
-            options: dict[str, Any] = {"size": self.size, "seed": seed, "rollout": self.rollout}
-            options |= {"ahead": self.ahead, "graphs": contender == "ours"}
-            return self.pipeline.stream(self.prompt, frames=self.frames, **options)
+            given = {"prompt_embeds" if isinstance(self.prompt, Tensor) else "prompt": self.prompt}
+            options: dict[str, Any] = {**given, "height": self.size[0], "width": self.size[1], "seed": seed}
+            options |= {"config": self.rollout, "ahead": self.ahead, "cuda_graphs": contender == "ours"}
+            return self.pipeline.stream(num_frames=self.frames, **options)
         refresh = "skip" if self.rollout.refresh == "skip" else "separate"
         factor, block = self.pipeline.codec.temporal_factor, self.rollout.frames_per_block
         return baseline.EagerStream(
             model=self.pipeline.model,
             codec=self.pipeline.codec,
-            encode_text=self.pipeline.encode_text,
+            encode_prompt=self.pipeline.encode_prompt,
             prompt=self.prompt,
             config=self.rollout.replace(refresh=refresh),
-            latents=latent_frames(self.frames, factor, block),
+            latent_frames=count_latent_frames(self.frames, factor, block),
             size=self.size,
             seed=seed,
             run_layer=_compiled_layer() if contender == "compiled" else baseline.layer,
@@ -144,7 +146,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     source.add_argument("--model", choices=SIZES, default="small", help="sizes of random weights (default: small)")
     source.add_argument(
-        "--student", help=f"rollout settings: {', '.join(STUDENTS)} (default: framewise-2step; the world has its own)"
+        "--student", help=f"rollout settings: {', '.join(PRESETS)} (default: framewise-2step; the world has its own)"
     )
     source.add_argument("--decode", choices=DECODERS, help="none leaves decoding out (default: wan; world: world)")
     source.add_argument("--prompt", default="a lighthouse in a storm", help="(default: %(default)s)")
@@ -194,11 +196,13 @@ def build(arguments: argparse.Namespace) -> Subject:
     if arguments.threads or world:  # passes of some hundred microseconds: waiting for a second thread costs more
         torch.set_num_threads(arguments.threads or 1)
     dtype = DTYPES[arguments.dtype or ("bfloat16" if device.type == "cuda" and not world else "float32")]
-    settings = WORLD_ROLLOUT if world and arguments.student is None else student(arguments.student or "framewise-2step")
+    settings = (
+        WORLD_ROLLOUT if world and arguments.student is None else rollout_preset(arguments.student or "framewise-2step")
+    )
     decode = arguments.decode or ("world" if world else "wan")
     if arguments.checkpoint and world:
-        pipeline = load_student(arguments.checkpoint, dtype=dtype, device=device)
-        settings = pipeline.rollout if arguments.student is None else settings
+        pipeline = load_world_pipeline(arguments.checkpoint, dtype=dtype, device=device)
+        settings = pipeline.config if arguments.student is None else settings
         if decode != "world":
             pipeline.codec = _codec(arguments, decode, dtype, device)
     else:
@@ -233,7 +237,7 @@ def build(arguments: argparse.Namespace) -> Subject:
 
 
 def _model(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.device):  # type: ignore[no-untyped-def]
-    """As `Pipeline.from_pretrained` and `load_student` leave it."""
+    """As `Pipeline.from_pretrained` and `load_world_pipeline` leave it."""
     if arguments.random_weights:
         model = random_model(SIZES[arguments.model], seed=0, dtype=dtype, device=str(device))
     else:
@@ -257,16 +261,16 @@ def _codec(arguments: argparse.Namespace, decode: str, dtype: torch.dtype, devic
         basis = torch.linalg.qr(torch.randn(3 * TILE * TILE, CHANNELS, generator=torch.Generator().manual_seed(0)))[0]
         return PatchCodec(torch.zeros(len(basis)), basis, torch.ones(CHANNELS))
     if arguments.base is not None:
-        return load_codec(arguments.base, tiny=None, dtype=dtype, device=device)
+        return load_codec(arguments.base, tiny_vae=None, dtype=dtype, device=device)
     if arguments.checkpoint:
         raise InputError("--decode wan needs --base, or take --decode none or tiny")
     return random_vae(0, dtype, device, base_dim=8 if arguments.model in ("small", "world") else 96)
 
 
-def _prompt(arguments: argparse.Namespace, pipeline: Pipeline) -> list[str] | Conditioning:
+def _prompt(arguments: argparse.Namespace, pipeline: Pipeline) -> list[str] | Tensor:
     """A text where there is a text encoder, else random embeddings of the model's sizes."""
     sizes = pipeline.model.config
     if arguments.base is not None and sizes.text_len:
         pipeline.load_text_encoder()  # not part of any request's time
         return [arguments.prompt] * arguments.batch
-    return Conditioning(random_text(arguments.prompt, sizes).embeds.expand(arguments.batch, -1, -1))
+    return random_prompt_embeds(arguments.prompt, sizes).expand(arguments.batch, -1, -1)

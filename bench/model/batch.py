@@ -20,12 +20,12 @@ import torch
 
 from cfpp_rt.bench import harness
 from cfpp_rt.bench.latency.workload import SIZES, WORLD_ROLLOUT
-from cfpp_rt.config import RolloutConfig, student
+from cfpp_rt.config import RolloutConfig, rollout_preset
 from cfpp_rt.device.timing import peak_memory_mib
 from cfpp_rt.model.transformer import random_model
-from cfpp_rt.random_weights import random_text
+from cfpp_rt.random_weights import random_prompt_embeds
 from cfpp_rt.runtime.rollout import Rollout
-from cfpp_rt.runtime.rollout_batch import StreamBatch
+from cfpp_rt.runtime.rollout_batch import RolloutBatch
 from cfpp_rt.speed import fuse_gelu, fuse_qkv, has_fused_gelu
 from cfpp_rt.values import DTYPES
 
@@ -35,7 +35,7 @@ LATENTS = {"world": (6, 6), "small": (8, 12)}  # else 480x832
 def settings(model: str, window: int | None) -> RolloutConfig:
     if model == "world":
         return WORLD_ROLLOUT if window is None else WORLD_ROLLOUT.replace(window=window)
-    return dataclasses.replace(student("framewise-2step"), window=window or 6, sinks=1)
+    return dataclasses.replace(rollout_preset("framewise-2step"), window=window or 6, sinks=1)
 
 
 def advance(rollouts: list[Rollout]) -> None:
@@ -74,13 +74,13 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     print(f"{'streams':>8} {'step ms':>9} {'p90':>9} {'blocks/s':>9} {'turns ms':>9} {'blocks/s':>9}   cache MiB")
     for streams in arguments.streams:
-        batch = StreamBatch(model, config, latent_size=latent_size, frames=None, rows=streams)
+        batch = RolloutBatch(model, config, latent_size=latent_size, latent_frames=None, rows=streams)
         apart = []
         for seed in range(streams):
-            text = random_text(f"prompt {seed}", sizes)
-            batch.join(text, seed=seed)
+            text = random_prompt_embeds(f"prompt {seed}", sizes)
+            batch.add(text, seed=seed)
             batch.step()
-            apart.append(Rollout(model, text, config, latent_size=latent_size, frames=None, seed=seed))
+            apart.append(Rollout(model, text, config, latent_size=latent_size, latent_frames=None, seed=seed))
         for _ in range(before):
             batch.step()
             advance(apart)

@@ -19,7 +19,7 @@ from cfpp_rt.cache import CacheShape, KVCache
 from cfpp_rt.config import MODELS
 from cfpp_rt.core.camera import Cameras, Projections, parse_trajectory
 from cfpp_rt.core.frame_ring import FrameRing
-from cfpp_rt.model.attention import CachePass, CameraPass, per_frame
+from cfpp_rt.model.attention import AttentionMetadata, CameraMetadata, per_frame
 from cfpp_rt.model.transformer import CausalWanTransformer, random_model
 from cfpp_rt.values import DTYPES
 
@@ -28,7 +28,7 @@ LATENT = (60, 104)  # 480x832
 
 def place_pass(
     model: CausalWanTransformer, block: int, visible: int, cameras: Projections
-) -> tuple[KVCache, CachePass]:
+) -> tuple[KVCache, AttentionMetadata]:
     """A full cache of `visible` frames and the pass that rewrites its last block."""
     tokens = model.config.tokens_per_frame(*LATENT)
     ring = FrameRing(0, visible, block)
@@ -40,13 +40,13 @@ def place_pass(
     for start in range(0, visible, block):
         ring.write(start)
     own, tables = range(visible - block, visible), model.rotary_tables(*LATENT)
-    return cache, CachePass(
+    return cache, AttentionMetadata(
         write_index=torch.tensor([[own.start * tokens]], dtype=torch.int32, device=model.device),
         ranges=cache.token_ranges([ring.visible(visible, None)]),
         rope_time=tables.time(own)[None],
         rope_rows=tables.rows,
         rope_columns=tables.columns,
-        camera=CameraPass(cameras, torch.tensor(list(own), device=model.device)),
+        camera=CameraMetadata(cameras, torch.tensor(list(own), device=model.device)),
     )
 
 
@@ -69,7 +69,7 @@ def main() -> None:
     text = model.embed_text(torch.randn(1, config.text_len, config.text_dim))[0]
     cameras = Cameras.of(parse_trajectory(f"w*{block}")[1:]).projections(device)
 
-    def layer(cache: KVCache, cached: CachePass) -> Callable[[], object]:
+    def layer(cache: KVCache, cached: AttentionMetadata) -> Callable[[], object]:
         return lambda: model.blocks[0](x, time, text, cache.layers[0], cached, 1)
 
     def matrices() -> None:

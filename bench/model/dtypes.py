@@ -22,7 +22,6 @@ from cfpp_rt.config import MODELS, RolloutConfig
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.runtime.rollout import Rollout
 from cfpp_rt.speed import fuse_gelu
-from cfpp_rt.values import Conditioning
 
 LATENT = (60, 104)  # 480x832
 ONE_PASS = RolloutConfig(steps=(1000,), refresh="skip", window=1)
@@ -37,13 +36,13 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     sizes = dataclasses.replace(MODELS["wan-1.3b"], num_layers=arguments.layers)
-    text = Conditioning(torch.randn(1, sizes.text_len, sizes.text_dim, generator=torch.Generator().manual_seed(0)))
+    text = torch.randn(1, sizes.text_len, sizes.text_dim, generator=torch.Generator().manual_seed(0))
     turns: dict[str, Any] = {}
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         model = fuse_gelu(random_model(sizes, seed=0, dtype=dtype, device=str(device)))
         for contender, kind in (("ours", Rollout), ("eager", EagerRollout)):
-            rollout = kind(model, text, ONE_PASS, latent_size=LATENT, frames=arguments.rounds + 1)
+            rollout = kind(model, text, ONE_PASS, latent_size=LATENT, latent_frames=arguments.rounds + 1)
             turns[f"{contender} {name}"] = partial(next, rollout)
     times: dict[str, list[float]] = {name: [] for name in turns}
     for turn in range(arguments.rounds + 1):

@@ -22,30 +22,32 @@ from cfpp_rt.bench import harness
 from cfpp_rt.cli.generate import parse_device, parse_size
 from cfpp_rt.config import MODELS, RolloutConfig
 from cfpp_rt.model.transformer import CausalWanTransformer, random_model
-from cfpp_rt.random_weights import SMALL, random_text
-from cfpp_rt.runtime.cuda_graphs import Graphs
+from cfpp_rt.random_weights import SMALL, random_prompt_embeds
+from cfpp_rt.runtime.cuda_graphs import CudaGraphCache
 from cfpp_rt.runtime.rollout import Rollout
 from cfpp_rt.values import DTYPES
 
 SIZES = {**MODELS, "small": SMALL}
-Start = Callable[[Graphs | None], Rollout]
+Start = Callable[[CudaGraphCache | None], Rollout]
 
 
-def contenders(model: CausalWanTransformer) -> dict[str, Graphs | None]:
+def contenders(model: CausalWanTransformer) -> dict[str, CudaGraphCache | None]:
     """The graphs that each rolls out with."""
     return {
         "eager": None,
-        "kernel": Graphs(model, lambda device: lambda run: run),  # the same buffers and calls, nothing captured
-        "graphed": Graphs(model),
+        "kernel": CudaGraphCache(model, lambda device: lambda run: run),  # the same buffers and calls, nothing captured
+        "graphed": CudaGraphCache(model),
     }
 
 
-def one_request(start: Start, graphs: Graphs | None, device: torch.device) -> tuple[list[float], list[float], Tensor]:
+def one_request(
+    start: Start, graphs: CudaGraphCache | None, device: torch.device
+) -> tuple[list[float], list[float], Tensor]:
     """Milliseconds of every frame, of its host's part, and the latents."""
     rollout = start(graphs)
     frame_ms, host_ms, made = [], [], []
     harness.synchronize(device)
-    for _ in range(rollout.frames or 0):
+    for _ in range(rollout.latent_frames or 0):
         begin = time.perf_counter()
         block = next(rollout)
         asked = time.perf_counter()
@@ -66,8 +68,8 @@ def measure(start: Start, model: CausalWanTransformer, repeats: int, facts: dict
         rollout = start(graphs)
         harness.synchronize(device)
         seconds = time.perf_counter() - begin
-        if graphs is not None and rollout.why_not_graphs is not None:
-            print(f"{name} is left out: {rollout.why_not_graphs}")
+        if graphs is not None and rollout.why_no_cuda_graphs is not None:
+            print(f"{name} is left out: {rollout.why_no_cuda_graphs}")
             del running[name]
         elif name == "graphed":
             print(f"cache, warm-up and capture: {seconds:.2f} s")
@@ -110,14 +112,14 @@ def main() -> None:
     height, width = parse_size(arguments.size)
     sizes = SIZES[arguments.model]
     model = random_model(sizes, seed=0, dtype=DTYPES[arguments.dtype], device=str(device))
-    text, rows = random_text("a lighthouse in a storm", sizes), []
+    text, rows = random_prompt_embeds("a lighthouse in a storm", sizes), []
     for steps in arguments.steps:
         config = RolloutConfig(steps=tuple(int(step) for step in steps.split(",")))
 
-        def start(graphs: Graphs | None, config: RolloutConfig = config) -> Rollout:
+        def start(graphs: CudaGraphCache | None, config: RolloutConfig = config) -> Rollout:
             size = (height // 8, width // 8)
             options: dict[str, Any] = {"latent_size": size, "frames": arguments.frames, "check_finite": False}
-            return Rollout(model, text, config, graphs=graphs, **options)
+            return Rollout(model, text, config, cuda_graphs=graphs, **options)
 
         print(f"{arguments.model} {arguments.dtype} {arguments.size} on {device}, steps {steps}, fused refresh")
         facts = {"model": arguments.model, "dtype": arguments.dtype, "size": arguments.size, "steps": steps}

@@ -17,7 +17,7 @@ import torch
 from cfpp_rt.bench import harness
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.model.transformer import random_model
-from cfpp_rt.random_weights import SMALL, random_text
+from cfpp_rt.random_weights import SMALL, random_prompt_embeds
 from cfpp_rt.runtime.rollout import Rollout
 from cfpp_rt.values import Latents
 
@@ -78,7 +78,9 @@ def main() -> None:
 
     def start() -> Rollout:
         config = RolloutConfig(window=WINDOW, sinks=SINKS)
-        return Rollout(model, random_text("a long walk", SMALL), config, latent_size=(8, 12), frames=None)
+        return Rollout(
+            model, random_prompt_embeds("a long walk", SMALL), config, latent_size=(8, 12), latent_frames=None
+        )
 
     rollout, fresh = start(), start()
     for _ in range(STEADY):

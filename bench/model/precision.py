@@ -33,8 +33,7 @@ from cfpp_rt.model.weights import build_model
 from cfpp_rt.ops.quantize_rows import quantize_rows
 from cfpp_rt.runtime.rollout import Rollout
 from cfpp_rt.speed import fuse_gelu, fuse_qkv, quantize_linears
-from cfpp_rt.values import Conditioning
-from cfpp_rt.world.student import load_student, start
+from cfpp_rt.world.student import load_world_pipeline, start
 
 ONE_PASS = RolloutConfig(steps=(1000,), refresh="skip", window=1)
 LATENT = (60, 104)  # 480x832
@@ -81,11 +80,11 @@ def golden_rollouts(folder: Path, device: torch.device) -> Callable[[torch.dtype
             )
             rollout = Rollout(
                 model,
-                Conditioning(vectors["prompt_embeds"]),
+                vectors["prompt_embeds"],
                 settings,
                 latent_size=(noise.shape[-2], noise.shape[-1]),
-                frames=noise.shape[1] + (0 if initial is None else initial.shape[1]),
-                initial=initial,
+                latent_frames=noise.shape[1] + (0 if initial is None else initial.shape[1]),
+                initial_latents=initial,
                 noise=noise,
                 renoise=list(vectors[f"{name}.renoise"]),
             )
@@ -97,14 +96,14 @@ def golden_rollouts(folder: Path, device: torch.device) -> Callable[[torch.dtype
 
 def film(device: torch.device, dtype: torch.dtype, change: Change) -> Tensor:
     """Generated pictures of the world, uint8 [films * T, 48, 48, 3]."""
-    pipeline = load_student(dtype=dtype, device=device, fuse=False)
+    pipeline = load_world_pipeline(dtype=dtype, device=device, fuse=False)
     change(pipeline.model)
     pictures = []
     for seed in SEEDS:
-        stream = start(pipeline, seed, frames=1 + len(FILM))
+        stream = start(pipeline, seed, num_frames=1 + len(FILM))
         next(stream)  # the given one
         for action in FILM:
-            stream.act(action)
+            stream.set_actions(action)
             pictures.append(next(stream).pixels[0])
     return torch.cat(pictures)
 
@@ -152,12 +151,12 @@ def linear_times(device: torch.device, dtype: str, rounds: int) -> Iterator[dict
 
 def pass_times(device: torch.device, dtype: str, layers: int, rounds: int) -> Iterator[dict[str, Any]]:
     sizes = dataclasses.replace(MODELS["wan-1.3b"], num_layers=layers)
-    text = Conditioning(torch.randn(1, sizes.text_len, sizes.text_dim, generator=torch.Generator().manual_seed(0)))
+    text = torch.randn(1, sizes.text_len, sizes.text_dim, generator=torch.Generator().manual_seed(0))
     turns: dict[str, Callable[[], object]] = {}
     for name in ("bfloat16", dtype):
         model = random_model(sizes, seed=0, dtype=torch.bfloat16, device=str(device))
         model = fuse_gelu(fuse_qkv(model)) if name == "bfloat16" else quantize_linears(model, dtype)
-        turns[name] = partial(next, Rollout(model, text, ONE_PASS, latent_size=LATENT, frames=rounds + 2))
+        turns[name] = partial(next, Rollout(model, text, ONE_PASS, latent_size=LATENT, latent_frames=rounds + 2))
     times = harness.measure_in_turns(turns, device, rounds=rounds)
     plain, eight = (times[name].median_ms for name in turns)
     print(f"pass of {layers} layers: bfloat16 {plain:.1f} ms, {dtype} {eight:.1f} ms, {plain / eight:.2f} x")

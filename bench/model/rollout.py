@@ -20,7 +20,7 @@ from cfpp_rt.config import MODELS, RolloutConfig
 from cfpp_rt.device.timing import peak_memory_mib
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.runtime.rollout import Rollout
-from cfpp_rt.values import DTYPES, KV_DTYPES, Conditioning
+from cfpp_rt.values import DTYPES, KV_DTYPES
 
 LATENT = (60, 104)  # 480x832
 
@@ -41,12 +41,12 @@ def main() -> None:
 
     model = random_model(config, seed=0, dtype=dtype, device=str(device))
     tokens = config.tokens_per_frame(*LATENT)
-    text = Conditioning(torch.randn(1, config.text_len, config.text_dim, generator=torch.Generator().manual_seed(0)))
+    text = torch.randn(1, config.text_len, config.text_dim, generator=torch.Generator().manual_seed(0))
     one_pass = RolloutConfig(
         steps=(1000,), refresh="skip", kv_dtype=arguments.kv_dtype
     )  # one pass a frame: what is timed is the pass
-    next(Rollout(model, text, one_pass, latent_size=LATENT, frames=1))  # warm-up
-    rollout = Rollout(model, text, one_pass, latent_size=LATENT, frames=arguments.capacity)
+    next(Rollout(model, text, one_pass, latent_size=LATENT, latent_frames=1))  # warm-up
+    rollout = Rollout(model, text, one_pass, latent_size=LATENT, latent_frames=arguments.capacity)
     roof = matrix_rate(config, tokens, dtype, device)
     rows = []
     print(f"{arguments.model} {arguments.dtype} on {device}: matrix rate {roof:.0f} GFLOP/s")

@@ -27,7 +27,7 @@ from cfpp_rt.model import attention
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.runtime.rollout import Rollout
 from cfpp_rt.speed import fuse_gelu, fuse_qkv
-from cfpp_rt.values import Conditioning
+from cfpp_rt.values import empty_prompt_embeds
 
 LATENT = (6, 6)
 EMPTY = dataclasses.replace(WORLD, dim=16, ffn_dim=16, in_dim=1, out_dim=1)
@@ -61,12 +61,12 @@ def recorded(rollout: Rollout) -> Calls:
 
 
 def steady(config: ModelConfig, latent: tuple[int, int], *, gelu: bool) -> Rollout:
-    """A rollout whose window is full, of a model as `load_student` makes it; gelu: fused into its product."""
+    """A rollout whose window is full, of a model as `load_world_pipeline` makes it; gelu: fused into its product."""
     model = fuse_qkv(random_model(config, seed=0, dtype=torch.float32))
     if gelu:
         fuse_gelu(model)
-    text = Conditioning.none(1, config.text_dim)
-    rollout = Rollout(model, text, WORLD_ROLLOUT, latent_size=latent, frames=None)
+    text = empty_prompt_embeds(1, config.text_dim)
+    rollout = Rollout(model, text, WORLD_ROLLOUT, latent_size=latent, latent_frames=None)
     for _ in range(20):
         next(rollout)
     return rollout
@@ -74,8 +74,8 @@ def steady(config: ModelConfig, latent: tuple[int, int], *, gelu: bool) -> Rollo
 
 def eager_rollout() -> EagerRollout:
     model = random_model(WORLD, seed=0, dtype=torch.float32)
-    text = Conditioning.none(1, WORLD.text_dim)
-    return EagerRollout(model, text, WORLD_ROLLOUT, latent_size=LATENT, frames=ROUNDS + 2)
+    text = empty_prompt_embeds(1, WORLD.text_dim)
+    return EagerRollout(model, text, WORLD_ROLLOUT, latent_size=LATENT, latent_frames=ROUNDS + 2)
 
 
 def main() -> None:

@@ -131,18 +131,18 @@ def training(study: Study) -> Iterator[dict[str, Any]]:
 def paces(study: Study, repeats: int = 3) -> Iterator[dict[str, Any]]:
     """Speed of one player, with nothing else on the device: it does not depend on what a student has learnt."""
     from cfpp_rt.world.evaluate import pace
-    from cfpp_rt.world.student import load_student
+    from cfpp_rt.world.student import load_world_pipeline
 
     for layout in LAYOUTS:
         folder = study.work / "students" / f"{layout}-ar"
         if not (folder / "student.json").is_file():
             continue
-        pipeline = load_student(folder, device=study.eval_device)
+        pipeline = load_world_pipeline(folder, device=study.eval_device)
         for steps in FEW:
-            rollout = pipeline.rollout.replace(steps=steps)
-            pace(pipeline, rollout, frames=rollout.frames_per_block)  # warm-up
+            rollout = pipeline.config.replace(steps=steps)
+            pace(pipeline, rollout, num_frames=rollout.frames_per_block)  # warm-up
             for seed in range(repeats):
-                figures = pace(pipeline, rollout, frames=60, seed=seed)
+                figures = pace(pipeline, rollout, num_frames=60, seed=seed)
                 yield {"bench": "world_pace", "layout": layout, "steps": list(steps), "seed": seed, **figures}
 
 

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from cfpp_rt.codec.wan import WanVAE
-from cfpp_rt.config import STUDENTS, ModelConfig, RolloutConfig, student
+from cfpp_rt.config import PRESETS, ModelConfig, RolloutConfig, rollout_preset
 from cfpp_rt.core.camera import INTRINSICS, Cameras, parse_cameras
+from cfpp_rt.core.frame_counts import count_latent_frames
 from cfpp_rt.device.timing import peak_memory_mib
 from cfpp_rt.errors import InputError
 from cfpp_rt.io.contact_sheet import SheetWriter
 from cfpp_rt.io.video import DEFAULT_FPS, FrameWriter, open_writer, read_image, read_video
 from cfpp_rt.pipeline import Pipeline
-from cfpp_rt.runtime.stream import Stream, latent_frames
+from cfpp_rt.runtime.stream import Stream
 from cfpp_rt.speed import quantize_linears
-from cfpp_rt.values import DTYPES, KV_DTYPES, LINEAR_DTYPES, Conditioning, Frames
+from cfpp_rt.values import DTYPES, KV_DTYPES, LINEAR_DTYPES, Frames
 from cfpp_rt.world import scripted
 from cfpp_rt.world.simulator import ACTIONS
 
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_argument_group("weights")
     source.add_argument("--checkpoint", metavar="PATH", help="student: .pt, .safetensors, or a directory")
     source.add_argument("--base", metavar="DIR", help="Wan2.1 directory: text encoder, tokenizer and VAE")
-    source.add_argument("--student", help=f"{', '.join(STUDENTS)}, {scripted.NAME} (default: {DEFAULT_STUDENT})")
+    source.add_argument("--student", help=f"{', '.join(PRESETS)}, {scripted.NAME} (default: {DEFAULT_STUDENT})")
     source.add_argument("--key", help="entry of a .pt container (default: generator_ema, else generator)")
     source.add_argument("--config", metavar="JSON", help="model sizes, where the checkpoint does not tell them")
     source.add_argument(
@@ -125,10 +126,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.actions is not None:
         raise InputError(f"--actions is for --student {scripted.NAME}, got --student {arguments.student}")
     size = parse_size(arguments.size or ("64x96" if arguments.random_weights else "480x832"))
-    rollout = dataclasses.replace(student(arguments.student), **rollout_changes(arguments))
+    rollout = dataclasses.replace(rollout_preset(arguments.student), **rollout_changes(arguments))
     cameras = parse_cameras(arguments.trajectory, arguments.intrinsics)
     frames = _frames(arguments.frames, cameras, rollout.frames_per_block)
-    latent_frames(frames, WanVAE.temporal_factor, rollout.frames_per_block)
+    count_latent_frames(frames, WanVAE.temporal_factor, rollout.frames_per_block)
     device = parse_device(arguments.device)
     prompts = _prompts(arguments)
     outputs = _outputs("--output", arguments.output, prompts)
@@ -140,8 +141,16 @@ def run(arguments: argparse.Namespace) -> None:
     ahead = 1 if device.type == "cuda" else 0  # nobody acts meanwhile
     for i, (output, sheet) in enumerate(zip(outputs, sheets, strict=True)):
         prompt = _prompt(arguments, prompts[i], pipeline)
+        given: dict[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_embeds": prompt}
         stream = pipeline.stream(
-            prompt, frames=frames, size=size, seed=arguments.seed, initial=initial, cameras=cameras, ahead=ahead
+            **given,
+            num_frames=frames,
+            height=size[0],
+            width=size[1],
+            seed=arguments.seed,
+            initial_frames=initial,
+            cameras=cameras,
+            ahead=ahead,
         )
         _write(stream, stream, output, sheet, frames, DEFAULT_FPS, quiet=arguments.quiet)
         del stream  # its cache is free again before the next begins
@@ -214,13 +223,13 @@ def _initial(arguments: argparse.Namespace, size: tuple[int, int], rollout: Roll
     return None if arguments.video is None else read_video(arguments.video, *size)
 
 
-def _prompt(arguments: argparse.Namespace, prompt: str | Conditioning, pipeline: Pipeline) -> str | Conditioning:
+def _prompt(arguments: argparse.Namespace, prompt: str | Tensor, pipeline: Pipeline) -> str | Tensor:
     """Random weights come without a text encoder: the prompt then seeds random text embeddings."""
-    if not arguments.random_weights or isinstance(prompt, Conditioning):
+    if not arguments.random_weights or isinstance(prompt, Tensor):
         return prompt
-    from cfpp_rt.random_weights import random_text
+    from cfpp_rt.random_weights import random_prompt_embeds
 
-    return random_text(prompt, pipeline.model.config)
+    return random_prompt_embeds(prompt, pipeline.model.config)
 
 
 class _progress:
@@ -282,14 +291,14 @@ def rollout_changes(arguments: argparse.Namespace) -> dict[str, Any]:
     return changes
 
 
-def _prompts(arguments: argparse.Namespace) -> list[str] | list[Conditioning]:
+def _prompts(arguments: argparse.Namespace) -> list[str] | list[Tensor]:
     if arguments.embeds is not None:
         from cfpp_rt.io.checkpoint import read_tensors
 
         embeds = read_tensors(arguments.embeds).get("embeds")
         if not (isinstance(embeds, Tensor) and embeds.ndim == 3 and embeds.is_floating_point() and len(embeds)):
             raise InputError(f"--embeds {arguments.embeds}: wanted a tensor 'embeds' [B, text_len, text_dim]")
-        return [Conditioning(row[None]) for row in embeds]
+        return [row[None] for row in embeds]
     if arguments.prompts is not None:
         path = Path(arguments.prompts)
         try:
@@ -347,14 +356,14 @@ def _pipeline(arguments: argparse.Namespace, device: torch.device, rollout: Roll
     pipeline = Pipeline.from_pretrained(
         arguments.checkpoint,
         arguments.base,
-        student_name=arguments.student,
-        tiny_codec=arguments.tiny_vae,
+        preset=arguments.student,
+        tiny_vae=arguments.tiny_vae,
         dtype=dtype,
         device=device,
-        config=config,
+        model_config=config,
         key=arguments.key,
         linear_dtype=arguments.linear_dtype,
         offload_text=bool(arguments.offload_text),
     )
-    pipeline.rollout = rollout
+    pipeline.config = rollout
     return pipeline

@@ -1,4 +1,4 @@
-"""Latents to pictures while the latents are still being made."""
+"""Latents to frames while the latents are still being generated."""
 
 from collections.abc import Iterable, Iterator
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cfpp_rt.codec.base import Codec
+from cfpp_rt.core.frame_counts import first_frame
 from cfpp_rt.errors import InputError
 from cfpp_rt.values import Frames, Latents
 
@@ -16,11 +17,6 @@ def to_uint8(pixels: Tensor) -> Tensor:
     Truncated, not rounded: that is what the published code writes to its files.
     """
     return (pixels.float() * 0.5 + 0.5).clamp_(0, 1).mul_(255).to(torch.uint8).movedim(2, -1).contiguous()
-
-
-def first_picture(latent_frame: int, temporal_factor: int) -> int:
-    """Index of the first picture of a latent frame: 0, 1, 1 + factor, 1 + 2 * factor, ..."""
-    return 0 if latent_frame == 0 else 1 + temporal_factor * (latent_frame - 1)
 
 
 def decode_stream(codec: Codec, latents: Iterable[Latents], prefix: Tensor | None = None) -> Iterator[Frames]:
@@ -40,4 +36,4 @@ def decode_stream(codec: Codec, latents: Iterable[Latents], prefix: Tensor | Non
             raise InputError(f"latents must come in order: wanted latent frame {expected}, got {block.start}")
         expected += block.values.shape[1]
         pixels = to_uint8(decoder.decode(block.values)).cpu()
-        yield Frames(pixels, first_picture(block.start, codec.temporal_factor))
+        yield Frames(pixels, first_frame(block.start, codec.temporal_factor))

@@ -66,22 +66,22 @@ class FrameRing:
         return runs
 
 
-def slots_for(rollout: RolloutConfig, frames: int | None) -> tuple[int, int]:
-    """Sinks and ring of the smallest cache that a rollout of `frames` latent frames (None = without end) needs.
+def slots_for(config: RolloutConfig, latent_frames: int | None) -> tuple[int, int]:
+    """Return sinks and ring of the smallest cache that a rollout of `latent_frames` (None = without end) needs.
 
     Fused refresh keeps one spare block: while the next block's keys are written, the clean queries of the block
     before still see the oldest frame of their own window.
     """
-    block = rollout.frames_per_block
-    if rollout.window is None:
-        if frames is None:
+    block = config.frames_per_block
+    if config.window is None:
+        if latent_frames is None:
             raise InputError("window must be given for a rollout without end, got None")
-        needed = frames
+        needed = latent_frames
     else:
-        ring = -(-(rollout.window - rollout.sinks) // block) * block
-        needed = rollout.sinks + ring + (block if rollout.refresh == "fused" else 0)
-        if frames is not None:
-            needed = min(needed, frames)
+        ring = -(-(config.window - config.sinks) // block) * block
+        needed = config.sinks + ring + (block if config.refresh == "fused" else 0)
+        if latent_frames is not None:
+            needed = min(needed, latent_frames)
     needed = -(-needed // block) * block
-    sinks = min(rollout.sinks, needed - block)
+    sinks = min(config.sinks, needed - block)
     return sinks, needed - sinks

@@ -32,7 +32,7 @@ def _as_seeds(seed: int | Sequence[int], batch: int) -> list[int]:
     return seeds
 
 
-class Draws:
+class NoiseGenerator:
     """Start noise per block and fresh noise between steps, float32 [B, n, C, h, w].
 
     frame_shape: (C, h, w). seed: one integer, or one per batch row; see `NoiseSource`.

@@ -56,10 +56,10 @@ def add_noise(clean: torch.Tensor, noise: torch.Tensor, sigma: float) -> torch.T
 
 
 def noise_levels(
-    rollout: RolloutConfig, steps: tuple[int, ...], device: torch.device
+    config: RolloutConfig, steps: tuple[int, ...], device: torch.device
 ) -> tuple[list[float], list[torch.Tensor]]:
     """Timesteps of a step list and their sigmas, on the device, [1, frames_per_block] each."""
-    schedule = FlowMatchSchedule(rollout.shift)
+    schedule = FlowMatchSchedule(config.shift)
     timesteps = schedule.warp(steps)
     sigmas = to_device(schedule.sigma(timesteps), device)[:, None, None]
-    return timesteps.tolist(), list(sigmas.expand(-1, 1, rollout.frames_per_block))
+    return timesteps.tolist(), list(sigmas.expand(-1, 1, config.frames_per_block))

@@ -56,7 +56,7 @@ class Layout:
 class Denoiser:
     """A transformer as training sees it: velocities of whole clips under a mask.
 
-    network: called through its method `masked`, so sharding and hooks apply. checkpointing: of activations.
+    network: called through its method `forward_sequence`, so sharding and hooks apply. checkpointing: of activations.
     """
 
     def __init__(self, network: CausalWanTransformer, layout: Layout | None = None, *, checkpointing: bool = False):
@@ -100,7 +100,7 @@ class Denoiser:
         if key not in self._made:
             self._made[key] = self._prepare(kind, frames, positions, height, width, latents.device)
         rope, attend = self._made[key]
-        return self.network.masked(
+        return self.network.forward_sequence(
             latents,
             timesteps,
             condition.embeds,

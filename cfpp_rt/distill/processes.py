@@ -87,7 +87,7 @@ def shard(network: CausalWanTransformer, dtype: torch.dtype) -> None:
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*network.blocks, network):
         fully_shard(module, mesh=mesh, mp_policy=policy)
-        register_fsdp_forward_method(module, "masked")
+        register_fsdp_forward_method(module, "forward_sequence")
 
 
 def gather(network: nn.Module) -> None:

@@ -99,7 +99,7 @@ def open_codec(settings: SampleSettings, feed: Callable[[int], Batch], device: t
     from cfpp_rt.pipeline import load_codec
 
     path = Path(settings.codec)
-    return load_codec(path, tiny=path if path.is_file() else None, dtype=torch.bfloat16, device=device)
+    return load_codec(path, tiny_vae=path if path.is_file() else None, dtype=torch.bfloat16, device=device)
 
 
 def _require_av() -> None:

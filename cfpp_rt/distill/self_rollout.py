@@ -21,7 +21,7 @@ from cfpp_rt.distill.forward import Condition
 from cfpp_rt.distill.processes import gather, release
 from cfpp_rt.distill.rng import index, normal_like
 from cfpp_rt.errors import InputError
-from cfpp_rt.model.attention import Attend, CachePass, CameraPass
+from cfpp_rt.model.attention import Attend, AttentionMetadata
 from cfpp_rt.model.transformer import CausalWanTransformer, LayerText
 
 
@@ -107,7 +107,7 @@ class _Run:
         sigmas = schedule.sigma(timesteps).tolist()
         self.cache.ring.write(start)
         for step in range(exit_step):
-            velocity = self._cached(x, start, float(timesteps[step]), keep=1)
+            velocity = self._cached(x, start, float(timesteps[step]), num_outputs=1)
             x = add_noise(x - sigmas[step] * velocity.float(), normal_like(x, draws), sigmas[step + 1])
         timestep = float(timesteps[exit_step])
         run = self._differentiable if gradient else self._cached
@@ -117,7 +117,7 @@ class _Run:
         """Write a finished block's keys and values."""
         if self.cache.ring.end <= start:
             self.cache.ring.write(start)
-        self._cached(clean, start, timestep, keep=0)
+        self._cached(clean, start, timestep, num_outputs=0)
 
     def _actions(self, start: int, frames: int) -> Tensor | None:
         actions = self.condition.actions
@@ -127,30 +127,20 @@ class _Run:
         return None if self.cameras is None else self.cameras.of_frames(start, start + frames)
 
     @torch.no_grad()
-    def _cached(self, x: Tensor, start: int, timestep: float, keep: int = 1) -> Tensor:
+    def _cached(self, x: Tensor, start: int, timestep: float, num_outputs: int = 1) -> Tensor:
         batch, frames = x.shape[:2]
         time = self.network.embed_time(torch.full((batch, frames), timestep), self._actions(start, frames))
-        slot = self.cache.ring.slot(start)
-        first = slot * self.cache.tokens_per_frame
-        visible = self.cache.ring.visible(start + frames, self.rollout.config.window)
-        cameras = self._cameras(start, frames)
-        slots = torch.arange(slot, slot + frames, device=x.device)
-        place = CachePass(
-            write_index=torch.full((batch, 1), first, dtype=torch.int32, device=x.device),
-            ranges=self.cache.token_ranges([visible]),
-            rope_time=self.tables.time(range(start, start + frames)).expand(batch, -1, -1, -1),
-            rope_rows=self.tables.rows,
-            rope_columns=self.tables.columns,
-            camera=None if cameras is None else CameraPass(cameras, slots),
-        )
-        return self.network(x, time, self.text, self.cache, place, groups=keep)
+        own = range(start, start + frames)
+        visible = self.cache.ring.visible(own.stop, self.rollout.config.window)
+        attn = AttentionMetadata.build(self.cache, self.tables, [own], [visible], self._cameras(start, frames))
+        return self.network(x, time, self.text, self.cache, attn, num_outputs)
 
     def _differentiable(self, x: Tensor, start: int, timestep: float) -> Tensor:
         batch, frames = x.shape[:2]
         own = range(start, start + frames)
         visible = self.cache.ring.visible(own.stop, self.rollout.config.window)
         past = [frame for frame in visible if frame not in own]
-        return self.network.masked(
+        return self.network.forward_sequence(
             x,
             torch.full((batch, frames), timestep),
             self.condition.embeds,

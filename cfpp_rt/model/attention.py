@@ -1,42 +1,51 @@
 """Self-attention over the KV cache, with its camera branch where a model has one, and cross-attention to the text."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cfpp_rt.cache import LayerCache
+from cfpp_rt.cache import KVCache, LayerCache
 from cfpp_rt.config import ModelConfig
 from cfpp_rt.core.camera import Projections
+from cfpp_rt.device.transfer import to_device
 from cfpp_rt.errors import InputError
-from cfpp_rt.model.rope import rotate
+from cfpp_rt.model.rope import RotaryTables, rotate
 from cfpp_rt.ops.block_attention import block_attention
 from cfpp_rt.ops.kv_update import kv_update_
 from cfpp_rt.ops.token_ranges import TokenRanges
 
 # Attention of a whole sequence, for training: queries, keys and values [B, H, S, D] to [B, H, S, D].
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-# What a pass's keys are compared with, [B, H, S, D] each: rotated queries, and those of the camera branch if it runs.
+# Queries of a pass, [B, H, S, D] each: rotated ones, and those of the camera branch; None without cameras.
 Queries = tuple[Tensor, Tensor | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class CameraPass:
-    """Cameras of one pass. projections: of its F frames. slots: int64 [F], where their keys lie, on the device."""
+class CameraMetadata:
+    """The cameras of one forward pass.
+
+    projections: of its F latent frames.
+    slots: int64 [F], on the device. The cache slot of each latent frame.
+    """
 
     projections: Projections
     slots: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
-class CachePass:
-    """Where one pass writes its keys and values, and what each of its groups of queries sees.
+class AttentionMetadata:
+    """Where a forward pass writes its keys and values, and which ones its queries attend to.
 
-    The tokens of a pass are G equal groups (blocks of frames); group g is written to the cache from token
-    `write_index[:, g]` on and attends to the ranges of group g. write_index: int32 [B, G], on the cache's device.
-    rope_time: float32 [B, F, n_time, 2]; rope_rows, rope_columns: float32, as in `RotaryTables`. camera: None = the
-    camera branch is left out.
+    The tokens of a pass are G groups of equal size, one per block. Group g is written to the cache from token
+    `write_index[:, g]` on, and its queries attend to the ranges of group g.
+
+    write_index: int32 [B, G], on the cache's device. First token of each group in the cache.
+    ranges: visible tokens of each group.
+    rope_time: float32 [B, F, n_time, 2]; rope_rows, rope_columns: float32. Rotary tables, see `RotaryTables`.
+    camera: None = the pass runs without the camera branch.
     """
 
     write_index: Tensor
@@ -44,19 +53,54 @@ class CachePass:
     rope_time: Tensor
     rope_rows: Tensor
     rope_columns: Tensor
-    camera: CameraPass | None = None
+    camera: CameraMetadata | None = None
+
+    @classmethod
+    def build(
+        cls,
+        cache: KVCache,
+        tables: RotaryTables,
+        blocks: Sequence[range],
+        visible: Sequence[list[int]],
+        projections: Projections | None = None,
+    ) -> "AttentionMetadata":
+        """Build the metadata of a pass over `blocks`, whose slots the cache's ring has claimed already.
+
+        blocks: latent frames of each group.
+        visible: latent frames that the queries of each group attend to.
+        projections: cameras of all latent frames of the pass; None = without the camera branch.
+        """
+        device, batch = cache.data.device, cache.data.shape[2]
+        frames = [frame for block in blocks for frame in block]
+        first_tokens = [cache.ring.slot(block.start) * cache.tokens_per_frame for block in blocks]
+        camera = None
+        if projections is not None:
+            slots = torch.tensor([cache.ring.slot(frame) for frame in frames])
+            camera = CameraMetadata(projections, to_device(slots, device))
+        return cls(
+            write_index=to_device(torch.tensor([first_tokens] * batch, dtype=torch.int32), device),
+            ranges=cache.token_ranges(list(visible)),
+            rope_time=tables.time(frames).expand(batch, -1, -1, -1),
+            rope_rows=tables.rows,
+            rope_columns=tables.columns,
+            camera=camera,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedCamera:
-    """Cameras of a whole sequence, for training. projections: of its F frames. attend: the camera branch's."""
+class SequenceCamera:
+    """The cameras of a whole sequence, for training.
+
+    projections: of its F latent frames.
+    attend: attention of the camera branch.
+    """
 
     projections: Projections
     attend: Attend
 
 
 def per_frame(x: Tensor, matrices: Tensor) -> Tensor:
-    """Every group of 4 channels of x [B, S, dim], as a row, times its frame's matrix [B, F, 4, 4]; float32 inside."""
+    """Multiply every group of 4 channels of x [B, S, dim], as a row, by its frame's matrix [B, F, 4, 4], in float32."""
     rows = x.float().reshape(x.shape[0], matrices.shape[1], -1, 4)
     return (rows @ matrices).reshape(x.shape).to(x.dtype)
 
@@ -83,14 +127,14 @@ class SelfAttention(nn.Module):
         """Queries, keys and values [B, S, dim] of x, before norm and rotation."""
         return self.q(x), self.k(x), self.v(x)
 
-    def write(self, x: Tensor, cache: LayerCache, cached: CachePass) -> Queries:
+    def write(self, x: Tensor, cache: LayerCache, attn: AttentionMetadata) -> Queries:
         """Write K and V of all tokens of x [B, S, dim] into the cache; returns the queries, for `read`."""
         q, k, v = self.project(x)
         if cache.waits_for_scales:
             cache.set_scales(self.norm_k.weight, v)
         camera_q = None
-        if cached.camera is not None:
-            camera_q = self._write_camera(q, k, v, cache.camera, cached.camera)
+        if attn.camera is not None:
+            camera_q = self._write_camera(q, k, v, cache.camera, attn.camera)
         rotated = kv_update_(
             cache.keys,
             cache.values,
@@ -99,34 +143,34 @@ class SelfAttention(nn.Module):
             v,
             self.norm_q.weight,
             self.norm_k.weight,
-            cached.rope_time,
-            cached.rope_rows,
-            cached.rope_columns,
-            cached.write_index,
+            attn.rope_time,
+            attn.rope_rows,
+            attn.rope_columns,
+            attn.write_index,
             self.eps,
             *cache.scales,
         )
         return rotated, camera_q
 
-    def read(self, queries: Queries, cache: LayerCache, cached: CachePass, groups: int) -> Tensor:
+    def read(self, queries: Queries, cache: LayerCache, attn: AttentionMetadata, groups: int) -> Tensor:
         """Attention of the last `groups` >= 1 groups of the queries, output projection included: [B, S', dim]."""
         q, camera_q = queries
-        dropped = q.shape[2] - q.shape[2] * groups // len(cached.ranges)
-        ranges = cached.ranges.last(groups)
+        dropped = q.shape[2] - q.shape[2] * groups // len(attn.ranges)
+        ranges = attn.ranges.last(groups)
         keys, values = cache.readable(ranges)
         y = self.o(self.attend_to(q[:, :, dropped:], keys, values, ranges))
-        if camera_q is None or cached.camera is None or cache.camera is None:
+        if camera_q is None or attn.camera is None or cache.camera is None:
             return y
         keys, values = cache.camera.readable(ranges)
         seen = self.attend_to(camera_q[:, :, dropped:], keys, values, ranges)
-        matrices = cached.camera.projections.matrices
+        matrices = attn.camera.projections.matrices
         return y + self._from_camera(seen, matrices[:, matrices.shape[1] * dropped // q.shape[2] :])
 
     def attend_to(self, q: Tensor, keys: Tensor, values: Tensor, ranges: TokenRanges) -> Tensor:
         """Queries [B, H, S, D] over what the ranges show of a cache: [B, S, dim]."""
         return block_attention(q, keys, values, ranges)
 
-    def masked(self, x: Tensor, rope: Tensor, attend: Attend, camera: MaskedCamera | None = None) -> Tensor:
+    def forward_sequence(self, x: Tensor, rope: Tensor, attend: Attend, camera: SequenceCamera | None = None) -> Tensor:
         """The same without a cache, differentiable: x [B, S, dim] to [B, S, dim]. rope: [S, D / 2, 2], as `rotate`."""
         q, k, v = self.project(x)
         q, k = self.norm_q(q), self.norm_k(k)
@@ -154,7 +198,9 @@ class SelfAttention(nn.Module):
             raise InputError("cameras must not be given to a model without the camera branch")
         return self.prope_o(per_frame(seen, matrices.mT))
 
-    def _write_camera(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, camera: CameraPass) -> Tensor:
+    def _write_camera(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, camera: CameraMetadata
+    ) -> Tensor:
         """Write the branch's K and V into its cache, in place; returns its queries [B, H, S, D]."""
         if cache is None:
             raise InputError("cache must have room for the camera branch where cameras are given: CacheShape.camera")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cfpp_rt.cache import LayerCache
 from cfpp_rt.config import ModelConfig
-from cfpp_rt.model.attention import Attend, CachePass, CrossAttention, MaskedCamera, SelfAttention
+from cfpp_rt.model.attention import Attend, AttentionMetadata, CrossAttention, SelfAttention, SequenceCamera
 from cfpp_rt.ops.adaln_modulate import adaln_modulate
 from cfpp_rt.ops.gated_residual import gated_residual
 
@@ -46,7 +46,7 @@ class TransformerBlock(nn.Module):
         time: Tensor,
         text: tuple[Tensor, Tensor] | None,
         cache: LayerCache,
-        cached: CachePass,
+        attn: AttentionMetadata,
         groups: int,
     ) -> Tensor:
         """Tokens x [B, S, dim] to tokens of their last `groups` groups; keys and values of all are written.
@@ -56,32 +56,32 @@ class TransformerBlock(nn.Module):
         layer's.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = time.unbind(2)
-        total = len(cached.ranges)
-        queries = self.self_attn.write(self.modulate(x, shift1, scale1, self.eps), cache, cached)
+        total = len(attn.ranges)
+        queries = self.self_attn.write(self.modulate(x, shift1, scale1, self.eps), cache, attn)
         if groups == 0:
             return x[:, :0]
-        y = self.self_attn.read(queries, cache, cached, groups)
+        y = self.self_attn.read(queries, cache, attn, groups)
         if groups < total:  # the rest was needed for its keys and values only
             x = x[:, x.shape[1] - y.shape[1] :]
             kept = gate1.shape[1] * groups // total
             gate1, shift2, scale2, gate2 = (row[:, -kept:] for row in (gate1, shift2, scale2, gate2))
         return self.after_attention(x, y, gate1, shift2, scale2, gate2, text)
 
-    def masked(
+    def forward_sequence(
         self,
         x: Tensor,
         rows: Tensor,
         text: Tensor | None,
         rope: Tensor,
         attend: Attend,
-        camera: MaskedCamera | None = None,
+        camera: SequenceCamera | None = None,
     ) -> Tensor:
         """The same without a cache, differentiable: tokens x [B, S, dim] to tokens.
 
         rows: [B or 1, F, 6, dim], the timestep's alone. text: projected text [B, text_len, dim]. rope: [S, D / 2, 2].
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + rows).unbind(2)
-        y = self.self_attn.masked(adaln_modulate(x, shift1, scale1, self.eps), rope, attend, camera)
+        y = self.self_attn.forward_sequence(adaln_modulate(x, shift1, scale1, self.eps), rope, attend, camera)
         projected = None if self.cross_attn is None or text is None else self.cross_attn.project_text(text)
         return self.after_attention(x, y, gate1, shift2, scale2, gate2, projected)
 

@@ -16,7 +16,7 @@ from cfpp_rt.config import ModelConfig
 from cfpp_rt.core.camera import Projections
 from cfpp_rt.device.transfer import to_device
 from cfpp_rt.errors import InputError
-from cfpp_rt.model.attention import Attend, CachePass, MaskedCamera
+from cfpp_rt.model.attention import Attend, AttentionMetadata, SequenceCamera
 from cfpp_rt.model.block import TransformerBlock
 from cfpp_rt.model.rope import RotaryTables
 from cfpp_rt.ops.adaln_modulate import adaln_modulate
@@ -83,19 +83,19 @@ class CausalWanTransformer(nn.Module):
     def device(self) -> torch.device:
         return self.patch_embedding.weight.device
 
-    def embed_text(self, embeds: Tensor) -> list[LayerText]:
+    def embed_text(self, prompt_embeds: Tensor) -> list[LayerText]:
         """Text embeddings [B, text_len, text_dim] to cross-attention keys and values [B, H, text_len, D] per layer.
 
         A model without text takes none ([B, 0, text_dim]) and gives None per layer.
         """
         wanted = (self.config.text_len, self.config.text_dim)
-        if embeds.ndim != 3 or tuple(embeds.shape[1:]) != wanted:
-            raise InputError(f"text embeds must be [B, {wanted[0]}, {wanted[1]}], got {list(embeds.shape)}")
-        text = self._text_tokens(embeds)
+        if prompt_embeds.ndim != 3 or tuple(prompt_embeds.shape[1:]) != wanted:
+            raise InputError(f"prompt_embeds must be [B, {wanted[0]}, {wanted[1]}], got {list(prompt_embeds.shape)}")
+        text = self._text_tokens(prompt_embeds)
         return [block.cross_attn.project_text(text) if block.cross_attn else None for block in self.blocks]
 
-    def _text_tokens(self, embeds: Tensor) -> Tensor:
-        return self.text_embedding(embeds.to(self.device, self.dtype)) if self.config.text_len else embeds
+    def _text_tokens(self, prompt_embeds: Tensor) -> Tensor:
+        return self.text_embedding(prompt_embeds.to(self.device, self.dtype)) if self.config.text_len else prompt_embeds
 
     def embed_time(self, timesteps: Tensor, actions: Tensor | None = None) -> TimeEmbedding:
         """Timesteps [N] or [B, N] in 0..1000 (float, not integers: 937.5 is common) to every layer's modulation rows.
@@ -127,35 +127,35 @@ class CausalWanTransformer(nn.Module):
         time: TimeEmbedding,
         text: Sequence[LayerText],
         cache: KVCache,
-        cached: CachePass,
-        groups: int | None = None,
+        attn: AttentionMetadata,
+        num_outputs: int | None = None,
         probe: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor | None:
         """One pass: writes keys and values of all frames, returns the velocity of the last `groups` groups of frames.
 
-        latents: [B, F, C, h, w]. time: N = F rows, one per frame. text: from `embed_text`. cached: the pass's place in
+        latents: [B, F, C, h, w]. time: N = F rows, one per frame. text: from `embed_text`. attn: the pass's place in
         the cache. groups: None = all; 0 = only the cache is wanted, and the last layer stops at its keys and values.
         probe: called with (layer, tokens) after every block, for diagnosis. Returns [B, F', out_dim, h, w] or None.
         """
         frames, _, height, width = latents.shape[1:]
-        total = len(cached.ranges)
-        groups = total if groups is None else groups
+        total = len(attn.ranges)
+        num_outputs = total if num_outputs is None else num_outputs
         x = self.patchify(latents)
         last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
-            kept = groups if layer == last else total
-            x = block(x, time.blocks[layer], text[layer], cache.layers[layer], cached, kept)
+            kept = num_outputs if layer == last else total
+            x = block(x, time.blocks[layer], text[layer], cache.layers[layer], attn, kept)
             if probe is not None:
                 probe(layer, x)
-        if groups == 0:
+        if num_outputs == 0:
             return None
-        return self.unpatchify(x, time.head[:, -(frames * groups // total) :], height, width)
+        return self.unpatchify(x, time.head[:, -(frames * num_outputs // total) :], height, width)
 
-    def masked(
+    def forward_sequence(
         self,
         latents: Tensor,
         timesteps: Tensor,
-        embeds: Tensor,
+        prompt_embeds: Tensor,
         actions: Tensor | None,
         rope: Tensor,
         attend: Callable[[int], Attend],
@@ -166,7 +166,7 @@ class CausalWanTransformer(nn.Module):
     ) -> Tensor:
         """The velocity of a whole sequence of frames without a cache, differentiable: what training runs.
 
-        latents: [B, F, C, h, w]. timesteps: float [B, F]. embeds: [B, text_len, text_dim]. actions: int64 [B, F] or
+        latents: [B, F, C, h, w]. timesteps: float [B, F]. prompt_embeds: [B, text_len, text_dim]. actions: int64 [B, F] or
         None. rope: float32 [S, D / 2, 2], `RotaryTables.sequence`. attend: the attention of a layer. cameras: of the F
         frames; None = the camera branch is left out. camera_attend: the attention of its layers, default `attend`.
         checkpointing: keep only the blocks' inputs for the backward pass and run the blocks again there.
@@ -178,12 +178,16 @@ class CausalWanTransformer(nn.Module):
             raise InputError(f"cameras must be of the latents' [B, F] = {wanted}, got {got}")
         height, width = latents.shape[-2:]
         rows, head = self._time_rows(timesteps, actions)
-        text = self._text_tokens(embeds)
+        text = self._text_tokens(prompt_embeds)
         x = self.patchify(latents)
         for layer, block in enumerate(self.blocks):
-            camera = None if cameras is None else MaskedCamera(cameras, (camera_attend or attend)(layer))
+            camera = None if cameras is None else SequenceCamera(cameras, (camera_attend or attend)(layer))
             inputs = (x, rows, text, rope, attend(layer), camera)
-            x = checkpoint(block.masked, *inputs, use_reentrant=False) if checkpointing else block.masked(*inputs)
+            x = (
+                checkpoint(block.forward_sequence, *inputs, use_reentrant=False)
+                if checkpointing
+                else block.forward_sequence(*inputs)
+            )
         return self.unpatchify(x, head, height, width)
 
     def patchify(self, latents: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""One forward of the network as a value: made by a rollout, run alone or joined with those of other rollouts.
+"""The inputs of one forward pass: built by a rollout, run alone or joined with those of other rollouts.
 
-It is made of groups, each one block of frames.
+The tokens of a pass are those of one block or of two: with the fused refresh the clean pass of a finished block travels
+in one forward with the first step of the next block.
 """
 
 import dataclasses
@@ -9,18 +10,26 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from cfpp_rt.cache import KVCache
 from cfpp_rt.core.camera import Projections
-from cfpp_rt.model.attention import CachePass
-from cfpp_rt.model.transformer import LayerText, TimeEmbedding
+from cfpp_rt.core.controls import Actions
+from cfpp_rt.model.attention import AttentionMetadata
+from cfpp_rt.model.transformer import CausalWanTransformer, LayerText, TimeEmbedding
 from cfpp_rt.ops.token_ranges import TokenRanges
-from cfpp_rt.runtime.time_rows import Actions
+
+_MAX_TIME_EMBEDDINGS = 512  # a batch may combine more actions than are worth keeping
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
-    """One block's part of a pass: latents [B, n, C, h, w], first frame, timestep, and the frames its queries see.
+class BlockInput:
+    """One block's part of a forward pass.
 
-    actions: n of them for each row of the batch; none for a model without actions. cameras: of its n frames, or None.
+    latents: float32 [B, n, C, h, w], noisy or clean.
+    start: index of its first latent frame.
+    timestep: 0..1000. Noise level of the latents.
+    actions: of its n latent frames, for each row of the batch.
+    cameras: projections of its n latent frames; None = without the camera branch.
+    visible: latent frames that its queries attend to.
     """
 
     latents: Tensor
@@ -28,12 +37,21 @@ class Group:
     timestep: float
     actions: Actions
     cameras: Projections | None
-    sees: list[int]
+    visible: list[int]
+
+    @property
+    def frames(self) -> range:
+        """Its latent frames."""
+        return range(self.start, self.start + self.latents.shape[1])
 
 
 @dataclasses.dataclass(frozen=True)
-class Clean:
-    """A finished block: latents [B, n, C, h, w], and the timestep, actions and cameras with which its keys are made."""
+class FinishedBlock:
+    """A finished block, kept as long as its keys are in the cache.
+
+    latents: float32 [B, n, C, h, w], clean.
+    timestep, actions, cameras: what its clean pass computes the keys and values with.
+    """
 
     latents: Tensor
     timestep: float
@@ -42,44 +60,102 @@ class Clean:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pass:
-    """What `CausalWanTransformer.forward` takes, but the cache.
+class ForwardInputs:
+    """The arguments of `CausalWanTransformer.forward`, except the cache.
 
-    latents: [B, F, C, h, w]. time: rows of its F frames. text: per layer, of B rows. place: in a cache of B rows. keep:
-    of how many of its last groups the velocity is wanted; 0 = only keys and values are.
+    latents: [B, F, C, h, w].
+    time: embedded timesteps of the F latent frames.
+    text: cross-attention keys and values of every layer.
+    attn: where keys and values are written, and which ones each block attends to.
+    num_outputs: number of last blocks whose velocity is returned; 0 = the pass only updates the cache.
     """
 
     latents: Tensor
     time: TimeEmbedding
     text: Sequence[LayerText]
-    place: CachePass
-    keep: int
+    attn: AttentionMetadata
+    num_outputs: int
 
     @property
-    def form(self) -> Hashable:
-        """Passes of one form can be joined."""
-        return self.latents.shape[1:], len(self.place.ranges), self.keep
+    def shape_key(self) -> Hashable:
+        """Key under which passes can be joined: they agree in everything but values."""
+        return self.latents.shape[1:], len(self.attn.ranges), self.num_outputs
 
 
-def join_passes(passes: Sequence[Pass], text: Sequence[LayerText]) -> Pass:
-    """Passes of one row each, without cameras, as one pass of len(passes) rows. text: `join_text` of theirs."""
-    if len(passes) == 1:
-        return passes[0]
-    places = [single.place for single in passes]
-    place = dataclasses.replace(
-        places[0],
-        write_index=torch.cat([place.write_index for place in places]),
-        ranges=TokenRanges.join([place.ranges for place in places]),
-        rope_time=torch.cat([place.rope_time for place in places]),
+class TimeEmbeddingCache:
+    """Embedded timesteps and actions, computed once for each combination that a rollout uses.
+
+    len(): number of combinations kept.
+    """
+
+    def __init__(self, model: CausalWanTransformer, frames_per_block: int):
+        self._model, self._frames_per_block = model, frames_per_block
+        self._embedded: dict[tuple[tuple[float, Actions], ...], TimeEmbedding] = {}
+
+    def __len__(self) -> int:
+        return len(self._embedded)
+
+    def get(self, blocks: tuple[tuple[float, Actions], ...]) -> TimeEmbedding:
+        """Return the embedding of a pass over blocks given as (timestep, actions): one row per latent frame."""
+        if blocks not in self._embedded:
+            if len(self._embedded) >= _MAX_TIME_EMBEDDINGS:
+                self._embedded.clear()
+            timesteps = torch.tensor([timestep for timestep, _ in blocks]).repeat_interleave(self._frames_per_block)
+            has_actions = bool(self._model.config.num_actions)
+            actions = torch.cat([torch.tensor(actions) for _, actions in blocks], dim=1) if has_actions else None
+            self._embedded[blocks] = self._model.embed_time(timesteps, actions)
+        return self._embedded[blocks]
+
+
+class ForwardBuilder:
+    """Builds the inputs of a rollout's forward passes.
+
+    model: the network. latent_size: (h, w). frames_per_block: latent frames of a block.
+    """
+
+    def __init__(self, model: CausalWanTransformer, latent_size: tuple[int, int], frames_per_block: int):
+        self.tables = model.rotary_tables(*latent_size)
+        self.time_embeddings = TimeEmbeddingCache(model, frames_per_block)
+
+    def build(
+        self, cache: KVCache, blocks: Sequence[BlockInput], text: Sequence[LayerText], num_outputs: int
+    ) -> ForwardInputs:
+        """Return the inputs of a pass over `blocks`, whose slots the cache's ring has claimed already."""
+        latents = blocks[0].latents if len(blocks) == 1 else torch.cat([block.latents for block in blocks], dim=1)
+        time = self.time_embeddings.get(tuple((block.timestep, block.actions) for block in blocks))
+        cameras = [block.cameras for block in blocks if block.cameras is not None]
+        attn = AttentionMetadata.build(
+            cache,
+            self.tables,
+            [block.frames for block in blocks],
+            [block.visible for block in blocks],
+            Projections.cat(cameras) if cameras else None,
+        )
+        return ForwardInputs(latents, time, text, attn, num_outputs)
+
+
+def join_inputs(inputs: Sequence[ForwardInputs], text: Sequence[LayerText]) -> ForwardInputs:
+    """Join passes of one row each, without cameras and of one `shape_key`, into one pass of len(inputs) rows.
+
+    text: `join_text` of their texts.
+    """
+    if len(inputs) == 1:
+        return inputs[0]
+    metadata = [single.attn for single in inputs]
+    attn = dataclasses.replace(
+        metadata[0],
+        write_index=torch.cat([single.write_index for single in metadata]),
+        ranges=TokenRanges.join([single.ranges for single in metadata]),
+        rope_time=torch.cat([single.rope_time for single in metadata]),
     )
     time = TimeEmbedding(
-        torch.cat([single.time.blocks for single in passes], dim=1), torch.cat([single.time.head for single in passes])
+        torch.cat([single.time.blocks for single in inputs], dim=1), torch.cat([single.time.head for single in inputs])
     )
-    return Pass(torch.cat([single.latents for single in passes]), time, text, place, passes[0].keep)
+    return ForwardInputs(torch.cat([single.latents for single in inputs]), time, text, attn, inputs[0].num_outputs)
 
 
 def join_text(texts: Sequence[Sequence[LayerText]]) -> list[LayerText]:
-    """Keys and values per layer, [1, H, text_len, D] of each row, as [len(texts), H, text_len, D]; copies them."""
+    """Copy keys and values per layer, [1, H, text_len, D] of each row, into [len(texts), H, text_len, D]."""
     joined: list[LayerText] = []
     for layer in zip(*texts, strict=True):
         pairs = [pair for pair in layer if pair is not None]

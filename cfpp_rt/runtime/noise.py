@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from cfpp_rt.core.rng import Draws
+from cfpp_rt.core.rng import NoiseGenerator
 from cfpp_rt.device.transfer import to_device
 from cfpp_rt.errors import InputError
 
@@ -13,7 +13,7 @@ from cfpp_rt.errors import InputError
 class NoiseSource:
     """Start noise per block and fresh noise between steps, float32 [B, n, C, h, w] on `device`.
 
-    frames: generated frames in all; None = without end.
+    latent_frames: generated latent frames in all; None = without end.
     seed: one integer, or one per batch row; row b with seed s is the same video whatever the batch.
     noise: explicit start noise [B, F, C, h, w] of all generated frames, in order.
     renoise: explicit noise between steps, block by block and step by step, each [B * n, C, h, w] or [B, n, C, h, w].
@@ -25,18 +25,18 @@ class NoiseSource:
         batch: int,
         device: torch.device,
         *,
-        frames: int | None = None,
+        latent_frames: int | None = None,
         seed: int | Sequence[int] = 0,
         noise: Tensor | None = None,
         renoise: Iterable[Tensor] | None = None,
     ):
-        self._draws = Draws(frame_shape, batch, seed)
+        self._draws = NoiseGenerator(frame_shape, batch, seed)
         if noise is not None and (noise.ndim != 5 or noise.shape[0] != batch or noise.shape[2:] != frame_shape):
             raise InputError(
                 f"noise must be [B={batch}, F, {', '.join(map(str, frame_shape))}], got {list(noise.shape)}"
             )
-        if noise is not None and frames is not None and noise.shape[1] != frames:
-            raise InputError(f"noise must cover the {frames} generated frames, got {noise.shape[1]}")
+        if noise is not None and latent_frames is not None and noise.shape[1] != latent_frames:
+            raise InputError(f"noise must cover the {latent_frames} generated frames, got {noise.shape[1]}")
         self.frame_shape, self.batch, self.device = frame_shape, batch, device
         self._noise = noise
         self._renoise = None if renoise is None else iter(renoise)

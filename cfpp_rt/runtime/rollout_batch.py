@@ -1,12 +1,12 @@
-"""Several videos made in the same passes, each with its own prompt, seed, actions and position: streams of one batch.
+"""Several videos generated in the same passes, each with its own prompt, seed, actions and position.
 
-A stream is a `Rollout` of one row whose keys and values lie in a row of the batch's cache. `step` makes the next block
-of every stream: it asks each for its passes, and runs those of one form that lie side by side as one. Streams in a
-steady state always do; one that has just joined has a pass of its own until its first block is made, unless its form is
-that of the others.
+Every member is a `Rollout` of one row whose keys and values lie in a row of the batch's cache. `step` makes the next
+block of every rollout: it collects the passes that each needs, and runs those of one shape that lie side by side as
+one. Rollouts in a steady state always share their passes; one that was just added has passes of its own until its first
+block is made, unless their shape is that of the others.
 
-Rows are filled from the first on and are kept without holes: there is no pass over a row that nobody uses, and where a
-stream leaves, the last one moves to its row.
+Rows are filled from the first one on and stay without gaps: no pass computes an unused row, and where a rollout is
+removed, the last one moves to its row.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,20 +20,22 @@ from cfpp_rt.config import RolloutConfig
 from cfpp_rt.core.frame_ring import FrameRing, slots_for
 from cfpp_rt.errors import InputError, NonFiniteError
 from cfpp_rt.model.transformer import CausalWanTransformer, LayerText
-from cfpp_rt.runtime.forward_inputs import Pass, join_passes, join_text
+from cfpp_rt.runtime.forward_inputs import ForwardInputs, join_inputs, join_text
 from cfpp_rt.runtime.rollout import Rollout
-from cfpp_rt.values import Conditioning, Latents
+from cfpp_rt.values import Latents
 
 
-class StreamBatch:
-    """Room for `rows` streams of one student.
+class RolloutBatch:
+    """Up to `rows` rollouts of one student that share their forward passes.
 
-    model, config, latent_size, frames: as of `Rollout`, the same for every stream; frames is the length of each. The
-    cache of all rows is taken at once. A stream's latents are those of a `Rollout` of its own to rounding (products of
-    another number of rows may sum in another order), and bit by bit while it is alone.
+    model, config, latent_size, latent_frames: see `Rollout`; the same for every rollout, latent_frames for each of them.
+    rows: number of rollouts that the cache has memory for; it is allocated at once.
 
-    Cameras are not taken. Raises InputError for a float8 cache, whose scales the first pass of a stream would have to
-    set, and OutOfMemoryError if the cache cannot be allocated.
+    The latents of a member are those of a `Rollout` of its own to rounding (products of another number of rows may sum
+    in another order), and bit for bit while it is alone.
+
+    Cameras are not supported. Raises InputError for a float8 cache, whose scales the first pass of each rollout would
+    have to set, and OutOfMemoryError if the cache cannot be allocated.
     """
 
     def __init__(
@@ -42,115 +44,118 @@ class StreamBatch:
         config: RolloutConfig,
         *,
         latent_size: tuple[int, int],
-        frames: int | None,
+        latent_frames: int | None,
         rows: int = 8,
     ):
         if not isinstance(rows, int) or rows < 1:
             raise InputError(f"rows must be an integer >= 1, got {rows}")
         if config.kv_dtype is not None:
-            raise InputError(f"kv_dtype must be None for a batch of streams, got {config.kv_dtype!r}")
-        self.model, self.config, self.latent_size, self.frames, self.rows = model, config, latent_size, frames, rows
-        sinks, ring = slots_for(config, frames)
+            raise InputError(f"kv_dtype must be None for a batch of rollouts, got {config.kv_dtype!r}")
+        self.model, self.config, self.rows = model, config, rows
+        self.latent_size, self.latent_frames = latent_size, latent_frames
+        sinks, ring = slots_for(config, latent_frames)
         shape = CacheShape.of(model.config, rows, sinks + ring, model.config.tokens_per_frame(*latent_size))
         self.cache = allocate(shape, FrameRing(sinks, ring, config.frames_per_block), model.dtype, model.device, config)
-        self._streams: list[Rollout] = []  # that of row i at i
-        self._texts: tuple[list[Sequence[LayerText]], list[LayerText]] = [], []  # of the newest pass: apart and joined
+        self._rollouts: list[Rollout] = []  # by row
+        # Text of the newest joined pass: what each rollout gave, and the joined copy.
+        self._texts: tuple[list[Sequence[LayerText]], list[LayerText]] = [], []
 
     @property
-    def streams(self) -> tuple[Rollout, ...]:
-        """Those that are in the batch, in the order of their rows."""
-        return tuple(self._streams)
+    def rollouts(self) -> tuple[Rollout, ...]:
+        """The rollouts in the batch, in the order of their rows."""
+        return tuple(self._rollouts)
 
-    def join(
+    def add(
         self,
-        text: Conditioning,
+        prompt_embeds: Tensor,
         *,
-        initial: Tensor | None = None,
+        initial_latents: Tensor | None = None,
         seed: int = 0,
         noise: Tensor | None = None,
         renoise: Iterable[Tensor] | None = None,
     ) -> Rollout:
-        """A stream that begins with the next step; `act` and `switch_prompt` are called on it as on any `Rollout`.
+        """Add a rollout, which begins with the next step; steer it by its methods, as any `Rollout`.
 
-        text: of one row. initial, seed, noise, renoise: as of `Rollout`. Given frames are written to the cache here.
-        Raises InputError where all rows are taken.
+        prompt_embeds: [1, text_len, text_dim]. initial_latents, seed, noise, renoise: see `Rollout`. Given frames are
+        written to the cache here. Raises InputError if all rows are in use.
         """
-        if len(self._streams) == self.rows:
-            raise InputError(f"a batch of {self.rows} rows is full: a stream must leave before another joins")
-        if text.embeds.shape[0] != 1:
-            raise InputError(f"text must be of one row, got {text.embeds.shape[0]}")
-        row = len(self._streams)
-        stream = Rollout(
+        if len(self._rollouts) == self.rows:
+            raise InputError(f"a batch of {self.rows} rows is full: remove a rollout before adding another")
+        if prompt_embeds.shape[0] != 1:
+            raise InputError(f"prompt_embeds must be of one row, got {prompt_embeds.shape[0]}")
+        row = len(self._rollouts)
+        rollout = Rollout(
             self.model,
-            text,
+            prompt_embeds,
             self.config,
             latent_size=self.latent_size,
-            frames=self.frames,
-            initial=initial,
+            latent_frames=self.latent_frames,
+            initial_latents=initial_latents,
             seed=seed,
             noise=noise,
             renoise=renoise,
             cache=self.cache.rows(row, row + 1),
         )
-        self._streams.append(stream)
-        return stream
+        self._rollouts.append(rollout)
+        return rollout
 
-    def leave(self, stream: Rollout) -> None:
-        """Give a stream's row to others; it makes no more blocks. Raises InputError if it is not in the batch."""
-        if stream not in self._streams:
-            raise InputError("stream must be one of the batch, got one that has left or never joined")
-        row, last = self._streams.index(stream), self._streams.pop()
-        stream.close()
-        if last is stream:
+    def remove(self, rollout: Rollout) -> None:
+        """Close a rollout and free its row. Raises InputError if it is not in the batch."""
+        if rollout not in self._rollouts:
+            raise InputError("rollout must be one of the batch, got one that was removed or never added")
+        row, last = self._rollouts.index(rollout), self._rollouts.pop()
+        rollout.close()
+        if last is rollout:
             return
         with torch.inference_mode():
-            self.cache.data[:, :, row].copy_(self.cache.data[:, :, len(self._streams)])
+            self.cache.data[:, :, row].copy_(self.cache.data[:, :, len(self._rollouts)])
         ring = last.cache.ring
         last.cache = self.cache.rows(row, row + 1)
         last.cache.ring = ring
-        self._streams[row] = last
+        self._rollouts[row] = last
 
     def step(self) -> dict[Rollout, Latents | NonFiniteError]:
-        """The next block of every stream. One whose last block that is leaves the batch.
+        """Make the next block of every rollout.
 
-        Where the model makes NaN or infinity of a stream, the error that says where stands in place of its block, it
-        leaves the batch, and the others go on. Whatever else breaks a pass off breaks off all streams.
+        A rollout that is finished leaves the batch. So does one whose model output is not finite: its result is the
+        NonFiniteError, and the others go on. Any other error ends all rollouts of the batch.
         """
-        made: dict[Rollout, Latents | NonFiniteError] = {}
+        results: dict[Rollout, Latents | NonFiniteError] = {}
         with ExitStack() as stack:
-            blocks = [stack.enter_context(stream.block()) for stream in self._streams]
-            asked = {row: next(block) for row, block in enumerate(blocks)}
-            while asked:
-                for rows in _side_by_side(asked):
-                    velocity = self._run(rows[0], [asked[row] for row in rows])
+            passes = [stack.enter_context(rollout.next_block_passes()) for rollout in self._rollouts]
+            requested = {row: next(generator) for row, generator in enumerate(passes)}
+            while requested:
+                for rows in _joinable_rows(requested):
+                    velocity = self._run(rows[0], [requested[row] for row in rows])
                     for index, row in enumerate(rows):
                         try:
-                            asked[row] = blocks[row].send(None if velocity is None else velocity[index : index + 1])
+                            requested[row] = passes[row].send(None if velocity is None else velocity[index : index + 1])
                         except StopIteration as done:
-                            made[self._streams[row]] = done.value
-                            del asked[row]
+                            results[self._rollouts[row]] = done.value
+                            del requested[row]
                         except NonFiniteError as error:
-                            made[self._streams[row]] = error
-                            del asked[row]
-        for stream, block in made.items():
-            if stream.over or isinstance(block, NonFiniteError):
-                self.leave(stream)
-        return made
+                            results[self._rollouts[row]] = error
+                            del requested[row]
+        for rollout, result in results.items():
+            if rollout.closed or isinstance(result, NonFiniteError):
+                self.remove(rollout)
+        return results
 
-    def _run(self, first: int, passes: list[Pass]) -> Tensor | None:
-        texts = [single.text for single in passes]
+    def _run(self, first_row: int, inputs: list[ForwardInputs]) -> Tensor | None:
+        """Run the passes of consecutive rows as one."""
+        texts = [single.text for single in inputs]
         if [id(text) for text in texts] != [id(text) for text in self._texts[0]]:
             self._texts = texts, join_text(texts)
-        whole = join_passes(passes, self._texts[1])
-        cache = self.cache.rows(first, first + len(passes))
-        return self.model(whole.latents, whole.time, whole.text, cache, whole.place, groups=whole.keep)
+        joined = join_inputs(inputs, self._texts[1])
+        cache = self.cache.rows(first_row, first_row + len(inputs))
+        return self.model(joined.latents, joined.time, joined.text, cache, joined.attn, joined.num_outputs)
 
 
-def _side_by_side(asked: dict[int, Pass]) -> list[list[int]]:
-    """Rows whose passes are of one form, as long as they lie side by side."""
+def _joinable_rows(requested: dict[int, ForwardInputs]) -> list[list[int]]:
+    """Group consecutive rows whose passes have one shape."""
     runs: list[list[int]] = []
-    for row in sorted(asked):
-        if runs and runs[-1][-1] == row - 1 and asked[row - 1].form == asked[row].form:
+    for row in sorted(requested):
+        if runs and runs[-1][-1] == row - 1 and requested[row - 1].shape_key == requested[row].shape_key:
             runs[-1].append(row)
         else:
             runs.append([row])

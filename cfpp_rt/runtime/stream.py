@@ -1,4 +1,4 @@
-"""One video while it is being made: prompts and seeds in, pictures out, times noted."""
+"""One video while it is generated: prompts and seeds in, frames out, with timings."""
 
 import dataclasses
 from collections import deque
@@ -11,33 +11,43 @@ from cfpp_rt.codec.base import Codec
 from cfpp_rt.codec.streaming import to_uint8
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.core.camera import Cameras
+from cfpp_rt.core.frame_counts import count_latent_frames
 from cfpp_rt.device.timing import Timings
 from cfpp_rt.errors import InputError, NonFiniteError
 from cfpp_rt.model.transformer import CausalWanTransformer
-from cfpp_rt.runtime.cuda_graphs import Graphs
+from cfpp_rt.runtime.cuda_graphs import CudaGraphCache
 from cfpp_rt.runtime.rollout import Rollout
-from cfpp_rt.values import Conditioning, Frames
+from cfpp_rt.values import Frames
 
-
-def latent_frames(pictures: int, factor: int, block: int, name: str = "frames") -> int:
-    """Latent frames of a video of `pictures` frames: the first is alone, then `factor` pictures each.
-
-    Raises InputError, naming `name`, where they do not make whole blocks.
-    """
-    latents = 1 + (pictures - 1) // factor
-    if pictures < 1 or (pictures - 1) % factor or latents % block:
-        below = max(latents // block * block, block)
-        fitting = [1 + factor * (n - 1) for n in (below, below + block)]
-        raise InputError(
-            f"{name} must be 1 + {factor} * n pictures and make whole blocks of {block} latent frames"
-            f" (such as {fitting[0]} or {fitting[1]}), got {pictures}"
-        )
-    return latents
+MAX_AHEAD = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class _Underway:
-    """A block that the device may still work on. pixels, finite: in host memory, valid once `done` is (None = now)."""
+class StreamRequest:
+    """The video that a `Stream` generates; `Pipeline.stream` describes the arguments.
+
+    prompt: texts, or text embeddings [B, text_len, text_dim].
+    """
+
+    prompt: Sequence[str] | Tensor
+    config: RolloutConfig
+    num_frames: int | None
+    height: int
+    width: int
+    seed: int | Sequence[int] = 0
+    initial_frames: Tensor | None = None
+    cameras: Cameras | None = None
+    noise: Tensor | None = None
+    renoise: Sequence[Tensor] | None = None
+    ahead: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _InFlightBlock:
+    """A decoded block whose copy to the host may still be pending.
+
+    start: index of its first latent frame. pixels, finite: valid after the CUDA event `done`; None = valid already.
+    """
 
     start: int
     pixels: Tensor
@@ -46,74 +56,72 @@ class _Underway:
 
 
 class Stream:
-    """An iterator of `Frames`; made by `Pipeline.stream`. `timings` is filled as it runs."""
+    """An iterator of `Frames`, made by `Pipeline.stream`. `timings` is filled as it runs.
+
+    model, codec, encode_prompt: what generates. cuda_graphs: of the model, None = every pass is launched from Python.
+    """
 
     def __init__(
         self,
+        request: StreamRequest,
         *,
         model: CausalWanTransformer,
         codec: Codec,
-        encode_text: Callable[[Sequence[str]], Conditioning],
-        prompt: Sequence[str] | Conditioning,
-        config: RolloutConfig,
-        frames: int | None,
-        size: tuple[int, int],
-        initial: Tensor | None,
-        cameras: Cameras | None,
-        seed: int | Sequence[int],
-        noise: Tensor | None,
-        renoise: Sequence[Tensor] | None,
-        ahead: int,
-        graphs: Graphs | None,
+        encode_prompt: Callable[[Sequence[str]], Tensor],
+        cuda_graphs: CudaGraphCache | None,
     ):
         self.timings = Timings(model.device)
-        height, width = size
+        config, height, width = request.config, request.height, request.width
         step = codec.spatial_factor * model.config.patch_size[1]
         if height < step or width < step or height % step or width % step:
-            raise InputError(f"size must be (height, width) in multiples of {step}, got {height}x{width}")
-        if not isinstance(ahead, int) or not 0 <= ahead <= 8:
-            raise InputError(f"ahead must be in 0..8, got {ahead!r}")
-        total = None if frames is None else latent_frames(frames, codec.temporal_factor, config.frames_per_block)
-        self._encode_text = encode_text
+            raise InputError(f"height and width must be multiples of {step}, got {height}x{width}")
+        if not isinstance(request.ahead, int) or not 0 <= request.ahead <= MAX_AHEAD:
+            raise InputError(f"ahead must be in 0..{MAX_AHEAD}, got {request.ahead!r}")
+        latent_frames = None
+        if request.num_frames is not None:
+            latent_frames = count_latent_frames(request.num_frames, codec.temporal_factor, config.frames_per_block)
+        self._encode_prompt = encode_prompt
         self._decoder = codec.decoder()
-        text = self._conditioning(prompt)
-        given = None
-        if initial is not None:
-            given = self._encode_initial(initial, codec, text.embeds.shape[0], size, config.frames_per_block, frames)
+        prompt_embeds = self._embeds_of(request.prompt)
+        initial_latents = None
+        if request.initial_frames is not None:
+            initial_latents = self._encode_initial(request, request.initial_frames, codec, prompt_embeds.shape[0])
         self.rollout = Rollout(
             model,
-            text,
+            prompt_embeds,
             config,
             latent_size=(height // codec.spatial_factor, width // codec.spatial_factor),
-            frames=total,
-            initial=given,
-            cameras=cameras,
-            seed=seed,
-            noise=noise,
-            renoise=renoise,
-            graphs=graphs,
+            latent_frames=latent_frames,
+            initial_latents=initial_latents,
+            cameras=request.cameras,
+            seed=request.seed,
+            noise=request.noise,
+            renoise=request.renoise,
+            cuda_graphs=cuda_graphs,
             check_finite="later",
         )
-        self._initial = given
+        self._initial_latents = initial_latents
         self._delivered = 0
-        self._ahead, self._underway = ahead, deque[_Underway]()
-        self._beside = torch.cuda.Stream(model.device) if ahead and model.device.type == "cuda" else None
+        self._ahead, self._in_flight = request.ahead, deque[_InFlightBlock]()
+        on_cuda = model.device.type == "cuda"
+        self._decode_stream = torch.cuda.Stream(model.device) if request.ahead and on_cuda else None
 
     def __iter__(self) -> Iterator[Frames]:
         return self
 
     def __next__(self) -> Frames:
-        while len(self._underway) <= self._ahead:
+        """Generate, decode and deliver the next block."""
+        while len(self._in_flight) <= self._ahead:
             block = self._start_block()
             if block is None:
                 break
-            self._underway.append(block)
-        if not self._underway:
+            self._in_flight.append(block)
+        if not self._in_flight:
             raise StopIteration
-        block = self._underway.popleft()
+        block = self._in_flight.popleft()
         if block.done is not None:
             block.done.synchronize()
-        if self._ahead == 0 or (self.rollout.finished and not self._underway):  # no pass has come after this block's
+        if self._ahead == 0 or (self.rollout.finished and not self._in_flight):  # no pass has run after this block's
             self.rollout.require_finite()  # only now, when the host has waited for the device anyway
         elif block.finite is not None and not bool(block.finite):
             raise NonFiniteError(
@@ -125,32 +133,32 @@ class Stream:
         self.timings.deliver(block.pixels.shape[1])
         return frames
 
-    def _start_block(self) -> _Underway | None:
-        """Ask the device for the next block's latents and pictures; None after the last."""
+    def _start_block(self) -> _InFlightBlock | None:
+        """Launch the next block's passes and its decoding; None after the last block."""
         finite = None
-        if self._initial is not None:  # given frames come back through the codec, as the start of the video
-            latents, self._initial, start = self._initial, None, 0
+        if self._initial_latents is not None:  # given frames come back through the codec, as the start of the video
+            latents, self._initial_latents, start = self._initial_latents, None, 0
         else:
             if self.rollout.finished:
                 return None
             if self.rollout.config.refresh == "separate":
                 self.refresh()
             with self.timings.stage("diffuse"):
-                made = next(self.rollout)
-            latents, start = made.values, made.start
+                block = next(self.rollout)
+            latents, start = block.values, block.start
             finite = self.rollout.newest_finite if self._ahead else None
-        if self._beside is None:
+        if self._decode_stream is None:
             with self.timings.stage("decode"):
-                return _Underway(start, to_uint8(self._decoder.decode(latents)).cpu(), finite, None)
-        self._beside.wait_stream(torch.cuda.current_stream(latents.device))
-        with torch.cuda.stream(self._beside):
+                return _InFlightBlock(start, to_uint8(self._decoder.decode(latents)).cpu(), finite, None)
+        self._decode_stream.wait_stream(torch.cuda.current_stream(latents.device))
+        with torch.cuda.stream(self._decode_stream):
             with self.timings.stage("decode"):
                 pixels = to_uint8(self._decoder.decode(latents)).to("cpu", non_blocking=True)  # to pinned memory
             if finite is not None:
-                finite.record_stream(self._beside)
+                finite.record_stream(self._decode_stream)
                 finite = finite.to("cpu", non_blocking=True)
-            latents.record_stream(self._beside)
-            return _Underway(start, pixels, finite, self._beside.record_event())
+            latents.record_stream(self._decode_stream)
+            return _InFlightBlock(start, pixels, finite, self._decode_stream.record_event())
 
     def refresh(self) -> None:
         """Run the newest block's clean pass now if it still waits: for idle time before the next input arrives."""
@@ -158,34 +166,62 @@ class Stream:
             with self.timings.stage("refresh"):
                 self.rollout.refresh()
 
-    def switch_prompt(self, prompt: str | Sequence[str] | Conditioning, *, recache: bool = False) -> None:
-        """Follow another prompt from the next block on that is not made ahead; see `Rollout.switch_prompt`."""
-        self.rollout.switch_prompt(self._conditioning([prompt] if isinstance(prompt, str) else prompt), recache=recache)
+    def set_prompt(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        prompt_embeds: Tensor | None = None,
+        recache: bool = False,
+    ) -> None:
+        """Follow another prompt from the next block on that is not in flight yet; see `Rollout.set_prompt`.
 
-    def act(self, actions: int | Sequence[int] | Tensor) -> None:
-        """Take these actions from the next block on that is not made ahead, until others come; see `Rollout.act`."""
-        self.rollout.act(actions)
+        prompt: one text, or one per video. prompt_embeds: [B, text_len, text_dim], in its place.
+        """
+        embeds = self._embeds_of(require_prompt(prompt, prompt_embeds))
+        self.rollout.set_prompt(embeds, recache=recache)
 
-    def move(self, cameras: Cameras) -> None:
-        """Take these cameras from the next block on that is not made ahead, one per frame; see `Rollout.move`."""
-        self.rollout.move(cameras)
+    def set_actions(self, actions: int | Sequence[int] | Sequence[Sequence[int]] | Tensor) -> None:
+        """Take these actions from the next block on that is not in flight yet; see `Rollout.set_actions`."""
+        self.rollout.set_actions(actions)
 
-    def _conditioning(self, prompt: Sequence[str] | Conditioning) -> Conditioning:
-        if isinstance(prompt, Conditioning):
+    def set_cameras(self, cameras: Cameras) -> None:
+        """Take these cameras from the next block on that is not in flight yet; see `Rollout.set_cameras`."""
+        self.rollout.set_cameras(cameras)
+
+    def _embeds_of(self, prompt: Sequence[str] | Tensor) -> Tensor:
+        if isinstance(prompt, Tensor):
             return prompt
         with self.timings.stage("encode_text"):
-            return self._encode_text(prompt)
+            return self._encode_prompt(prompt)
 
-    def _encode_initial(
-        self, pixels: Tensor, codec: Codec, batch: int, size: tuple[int, int], block: int, frames: int | None
-    ) -> Tensor:
+    def _encode_initial(self, request: StreamRequest, pixels: Tensor, codec: Codec, batch: int) -> Tensor:
+        """Check the given frames and encode them to latents [B, F0, C, h, w]."""
+        size = (request.height, request.width)
         if pixels.ndim != 5 or pixels.shape[0] not in (1, batch) or tuple(pixels.shape[2:]) != (3, *size):
-            raise InputError(f"initial must be [1 or {batch}, T, 3, {size[0]}, {size[1]}], got {list(pixels.shape)}")
-        pictures = pixels.shape[1]
-        latent_frames(pictures, codec.temporal_factor, block, "initial")
-        if frames is not None and pictures >= frames:
-            raise InputError(f"frames must be more than the {pictures} given pictures, got {frames}")
+            raise InputError(
+                f"initial_frames must be [1 or {batch}, T, 3, {size[0]}, {size[1]}], got {list(pixels.shape)}"
+            )
+        given = pixels.shape[1]
+        count_latent_frames(given, codec.temporal_factor, request.config.frames_per_block, "initial_frames")
+        if request.num_frames is not None and given >= request.num_frames:
+            raise InputError(f"num_frames must be more than the {given} given frames, got {request.num_frames}")
         if not (float(pixels.amin()) >= -1.001 and float(pixels.amax()) <= 1.001):
-            raise InputError("initial must be pixels in [-1, 1], got values outside or NaN")
+            raise InputError("initial_frames must be pixels in [-1, 1], got values outside or NaN")
         with self.timings.stage("encode_image"), torch.inference_mode():
             return codec.encode(pixels).float().expand(batch, -1, -1, -1, -1)
+
+
+def require_prompt(prompt: str | Sequence[str] | None, prompt_embeds: Tensor | None) -> list[str] | Tensor:
+    """Return the texts or the text embeddings, of which exactly one must be given; else raise InputError."""
+    if (prompt is None) == (prompt_embeds is None):
+        which = "neither" if prompt is None else "both"
+        raise InputError(f"exactly one of prompt and prompt_embeds must be given, got {which}")
+    if prompt_embeds is not None:
+        if not isinstance(prompt_embeds, Tensor) or prompt_embeds.ndim != 3:
+            got = list(prompt_embeds.shape) if isinstance(prompt_embeds, Tensor) else type(prompt_embeds).__name__
+            raise InputError(f"prompt_embeds must be a tensor [B, text_len, text_dim], got {got}")
+        return prompt_embeds
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"prompt must be a text or a list of texts, got {prompt!r}")
+    return list(texts)

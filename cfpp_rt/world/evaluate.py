@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.pipeline import Pipeline
-from cfpp_rt.values import Conditioning
+from cfpp_rt.values import empty_prompt_embeds
 from cfpp_rt.world import perception
 from cfpp_rt.world.policy import Wanderer
 from cfpp_rt.world.simulator import Simulator, State
@@ -37,9 +37,9 @@ class Play:
 
 
 def play(
-    pipeline: Pipeline, rollout: RolloutConfig, *, episodes: int, frames: int, seed: int = 0, noise_seed: int = 0
+    pipeline: Pipeline, config: RolloutConfig, *, episodes: int, num_frames: int, seed: int = 0, noise_seed: int = 0
 ) -> Play:
-    """Let a wanderer play the student and the simulator with the same keys. frames: a multiple of the block.
+    """Let a wanderer play the student and the simulator with the same keys. num_frames: a multiple of the block.
 
     seed: which episodes and keys, 0..2**20; noise_seed: the student's noise.
     """
@@ -47,38 +47,39 @@ def play(
     simulator, wander = Simulator(seeds), Wanderer(UNSEEN + seed, episodes)
     first = simulator.state.copy()
     truth, keys = [], []
-    for _ in range(frames):
+    for _ in range(num_frames):
         keys.append(wander(simulator.state))
         truth.append(simulator.step(keys[-1]).copy())
     actions = np.stack(keys, axis=1)
 
-    n = rollout.frames_per_block
+    n = config.frames_per_block
     stream = pipeline.stream(
-        Conditioning.none(episodes, pipeline.model.config.text_dim),
-        frames=None,
-        size=(SIZE, SIZE),
+        prompt_embeds=empty_prompt_embeds(episodes, pipeline.model.config.text_dim),
+        num_frames=None,
+        height=SIZE,
+        width=SIZE,
         seed=[noise_seed * episodes + episode for episode in range(episodes)],
-        initial=first_picture(seeds, n),
-        rollout=rollout,
+        initial_frames=first_picture(seeds, n),
+        config=config,
     )
     next(stream)
     made, began = [], time.perf_counter()
-    for begin in range(0, frames, n):
-        stream.act(torch.from_numpy(actions[:, begin : begin + n]))
+    for begin in range(0, num_frames, n):
+        stream.set_actions(torch.from_numpy(actions[:, begin : begin + n]))
         made.append(next(stream).pixels)
     return Play(torch.cat(made, dim=1).numpy(), truth, actions, first, time.perf_counter() - began)
 
 
-def pace(pipeline: Pipeline, rollout: RolloutConfig, *, frames: int, seed: int = 0) -> dict[str, float]:
+def pace(pipeline: Pipeline, config: RolloutConfig, *, num_frames: int, seed: int = 0) -> dict[str, float]:
     """One player alone: first_ms from the request to the first picture that the student made, then fps, the pictures
     per second that it makes when nobody waits.
     """
     began = time.perf_counter()
-    stream = start(pipeline, UNSEEN + seed, rollout=rollout)
+    stream = start(pipeline, UNSEEN + seed, config=config)
     next(stream)
     next(stream)
     first = time.perf_counter()
-    made = sum(next(stream).pixels.shape[1] for _ in range(0, frames, rollout.frames_per_block))
+    made = sum(next(stream).pixels.shape[1] for _ in range(0, num_frames, config.frames_per_block))
     return {"first_ms": 1000 * (first - began), "fps": made / (time.perf_counter() - first)}
 
 

@@ -1,4 +1,4 @@
-"""Put a finished training run together as a student that `load_student` reads: `python -m cfpp_rt.world.pack`.
+"""Put a finished training run together as a student that `load_world_pipeline` reads: `python -m cfpp_rt.world.pack`.
 
 python -m cfpp_rt.world.pack --config configs/world.yaml --run outputs/world/dmd --out cfpp_rt/world/weights
 """
@@ -15,7 +15,7 @@ from cfpp_rt.distill.settings import Settings
 from cfpp_rt.errors import InputError
 from cfpp_rt.io.checkpoint import write_atomically
 from cfpp_rt.world.codec import PatchCodec, fit_codec
-from cfpp_rt.world.student import load_student
+from cfpp_rt.world.student import load_world_pipeline
 
 
 def pack(
@@ -40,7 +40,7 @@ def pack(
         temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     with write_atomically(out / "codec.safetensors") as temporary:
         save_file((codec or fit_codec(settings.data["seed"])).state_dict(), temporary)
-    load_student(out)
+    load_world_pipeline(out)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import time
 from cfpp_rt.errors import InputError
 from cfpp_rt.runtime.stream import Stream
 from cfpp_rt.world.simulator import ACTIONS
-from cfpp_rt.world.student import SHIPPED, load_student, start
+from cfpp_rt.world.student import SHIPPED, load_world_pipeline, start
 from cfpp_rt.world.terminal import screen
 
 _HELD_S = 0.25  # a terminal tells no key releases: a key counts as held until it has not been repeated for so long
@@ -24,11 +24,11 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError(f"--seed must be in 0..2**62 - 1, got {arguments.seed}")
     if not 0.1 <= arguments.fps <= 1000:
         raise InputError(f"--fps must be in 0.1..1000, got {arguments.fps}")
-    pipeline = load_student(arguments.student)
+    pipeline = load_world_pipeline(arguments.student)
     seed, again = arguments.seed, True
     with screen() as terminal:
         while again:
-            stream = start(pipeline, seed, rollout=pipeline.rollout.replace(refresh="separate"))
+            stream = start(pipeline, seed, config=pipeline.config.replace(refresh="separate"))
             again = _play(stream, terminal, 1 / arguments.fps)
             seed += 1
 
@@ -49,7 +49,7 @@ def _play(stream: Stream, terminal, interval: float) -> bool:  # type: ignore[no
                 if "interact" in names:  # must not be lost to an arrow typed with it
                     held = "interact"
         began = time.perf_counter()
-        stream.act(ACTIONS.index(held))
+        stream.set_actions(ACTIONS.index(held))
         picture = next(stream).pixels[0, -1].numpy()
         spent = 1000 * (time.perf_counter() - began)
         frame = stream.rollout.next_frame

@@ -11,7 +11,7 @@ from cfpp_rt.runtime.stream import Stream
 from cfpp_rt.values import DTYPES, Frames
 from cfpp_rt.world.actions import parse_actions
 from cfpp_rt.world.simulator import NONE
-from cfpp_rt.world.student import SHIPPED, load_student, start
+from cfpp_rt.world.student import SHIPPED, load_world_pipeline, start
 
 NAME = "world"  # what --student calls it
 FPS = 10.0  # pictures per second at which the world is meant to be played
@@ -33,13 +33,13 @@ def open_film(arguments: argparse.Namespace, changes: dict[str, Any]) -> tuple[S
         if getattr(arguments, name) is not None:
             raise InputError(f"--student {NAME} takes no --{name.replace('_', '-')}")
     actions = parse_actions(arguments.actions or "")
-    pipeline = load_student(
+    pipeline = load_world_pipeline(
         arguments.checkpoint or SHIPPED, dtype=DTYPES[arguments.dtype or "float32"], device=arguments.device
     )
-    rollout = dataclasses.replace(pipeline.rollout, **changes)
-    block = rollout.frames_per_block
+    config = dataclasses.replace(pipeline.config, **changes)
+    block = config.frames_per_block
     frames = arguments.frames if arguments.frames is not None else whole_blocks(1 + len(actions), block)
-    stream = start(pipeline, arguments.seed, frames=frames, rollout=rollout)
+    stream = start(pipeline, arguments.seed, num_frames=frames, config=config)
     return stream, follow(stream, actions, block), frames
 
 
@@ -53,7 +53,7 @@ class Actor(Protocol):
 
     def __next__(self) -> Frames: ...
 
-    def act(self, actions: Any) -> None: ...
+    def set_actions(self, actions: Any) -> None: ...
 
 
 def follow(stream: Actor, actions: list[int], block: int) -> Iterator[Frames]:
@@ -61,7 +61,7 @@ def follow(stream: Actor, actions: list[int], block: int) -> Iterator[Frames]:
     yield _enlarged(next(stream))
     for begin in itertools.count(0, block):
         now = actions[begin : begin + block]
-        stream.act([now + [NONE] * (block - len(now))])
+        stream.set_actions([now + [NONE] * (block - len(now))])
         frames = next(stream, None)
         if frames is None:
             return

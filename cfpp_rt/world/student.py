@@ -13,7 +13,7 @@ from cfpp_rt.model.weights import load_model
 from cfpp_rt.pipeline import Pipeline
 from cfpp_rt.runtime.stream import Stream
 from cfpp_rt.speed import fuse_gelu, fuse_qkv, has_fused_gelu
-from cfpp_rt.values import Conditioning
+from cfpp_rt.values import empty_prompt_embeds
 from cfpp_rt.world.codec import PatchCodec, to_pixels
 from cfpp_rt.world.simulator import Simulator
 from cfpp_rt.world.sprites import SIZE, render
@@ -22,7 +22,7 @@ SHIPPED = Path(__file__).parent / "weights"
 _ROLLOUT = "rollout"  # the entry of student.json that tells how the student is to be run
 
 
-def load_student(
+def load_world_pipeline(
     folder: str | Path = SHIPPED,
     *,
     dtype: torch.dtype = torch.float32,
@@ -58,16 +58,19 @@ def first_picture(seeds: list[int], frames: int = 1) -> Tensor:
     return to_pixels(np.repeat(picture[:, None], frames, axis=1))
 
 
-def start(pipeline: Pipeline, seed: int, *, frames: int | None = None, rollout: RolloutConfig | None = None) -> Stream:
+def start(
+    pipeline: Pipeline, seed: int, *, num_frames: int | None = None, config: RolloutConfig | None = None
+) -> Stream:
     """A stream that begins in the arena of `seed`, 0..2**63 - 1: the simulator draws the first picture, the student
-    all others. `stream.act` steers it. frames: pictures in all, the first included; None = without end.
+    all others. `stream.set_actions` steers it. num_frames: frames in all, the first included; None = without end.
     """
-    rollout = rollout or pipeline.rollout
+    config = config or pipeline.config
     return pipeline.stream(
-        Conditioning.none(1, pipeline.model.config.text_dim),
-        frames=frames,
-        size=(SIZE, SIZE),
+        prompt_embeds=empty_prompt_embeds(1, pipeline.model.config.text_dim),
+        num_frames=num_frames,
+        height=SIZE,
+        width=SIZE,
         seed=seed,
-        initial=first_picture([seed], rollout.frames_per_block),
-        rollout=rollout,
+        initial_frames=first_picture([seed], config.frames_per_block),
+        config=config,
     )

@@ -35,7 +35,7 @@ def require_parity(
     with tempfile.TemporaryDirectory(prefix="cfpp-parity-") as folder:
         path = Path(folder, "graphs")
         export_onnx(
-            model, rollout, path, latent_size=latent_size, frames=frames, batch=batch, linear_dtype=linear_dtype
+            model, rollout, path, latent_size=latent_size, latent_frames=frames, batch=batch, linear_dtype=linear_dtype
         )
         report = verify(open_bundle(path), model, say=say)
     height, width = latent_size

@@ -1,4 +1,4 @@
-"""Runs the engines of a bundle on the GPU, without torch: an `Engine` for `EngineRollout`. Not yet run on a GPU.
+"""Runs the engines of a bundle on the GPU, without torch: an `OnnxRunner` for `BundleRollout`. Not yet run on a GPU.
 
 A name of the contract has one piece of GPU memory, whichever graphs use it. So the caches, which one pass writes and
 the next reads, never leave the GPU; inputs are copied there when they change, and a pass returns little.
@@ -13,7 +13,7 @@ import numpy as np
 
 from cfpp_rt.errors import InputError
 from cfpp_rt.export.bundle import Card
-from cfpp_rt.export.bundle_rollout import Engine
+from cfpp_rt.export.bundle_rollout import OnnxRunner
 from cfpp_rt.export.contract import GraphSpec, TensorSpec
 from cfpp_rt.export.onnx_runner import Array, Buffer, require_tensor
 from cfpp_rt.export.trt.bundle import open_bundle
@@ -135,8 +135,8 @@ class Held:
         self.device.read(self.memory[name], array)
 
 
-class TensorRTEngine(Engine):
-    """All engines of a bundle on one GPU: `EngineRollout(TensorRTEngine(folder), embeds, frames=81)`.
+class TensorRTRunner(OnnxRunner):
+    """All engines of a bundle on one GPU: `BundleRollout(TensorRTRunner(folder), embeds, frames=81)`.
 
     library: as `load_library`. device: index of the GPU. onnx: folder of the ONNX bundle that stripped engines take
     their weights from.

@@ -7,14 +7,13 @@ from cfpp_rt.bench.latency.baseline import EagerRollout, layer
 from cfpp_rt.config import ModelConfig, RolloutConfig
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.runtime.rollout import Rollout
-from cfpp_rt.values import Conditioning
 from tests.closeness import assert_close_max
 
 
 def latents(kind, model, config, frames, **options):
     generator = torch.Generator().manual_seed(3)
     sizes = model.config
-    text = Conditioning(torch.randn(2, sizes.text_len, sizes.text_dim, generator=generator))
+    text = torch.randn(2, sizes.text_len, sizes.text_dim, generator=generator)
     rollout = kind(model, text, config, latent_size=(4, 6), frames=frames, seed=1, **options)
     return torch.cat([block.values for block in rollout], dim=1)
 

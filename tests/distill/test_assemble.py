@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cfpp_rt.config import MODELS, STUDENTS, ModelConfig
+from cfpp_rt.config import MODELS, PRESETS, ModelConfig
 from cfpp_rt.distill.assemble import Weights, build_stage, guidance_of
 from cfpp_rt.distill.batch import Batch
 from cfpp_rt.distill.command import latent_size
@@ -89,7 +89,7 @@ def test_every_stage_of_the_published_configs_takes_a_step(files, tmp_path, name
 def test_the_published_configs_are_of_the_published_model(name):
     settings = Settings.read(CONFIGS / f"{name}.yaml")
     assert settings.model == MODELS["wan-1.3b"] and settings.real == MODELS["wan-14b"]
-    student = STUDENTS["framewise-2step" if name == WAN[0] else "chunkwise-4step"]
+    student = PRESETS["framewise-2step" if name == WAN[0] else "chunkwise-4step"]
     assert settings.rollout == student and settings.layout.block == student.frames_per_block
     with torch.device("meta"):
         network = CausalWanTransformer(settings.model)

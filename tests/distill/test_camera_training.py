@@ -23,7 +23,6 @@ from cfpp_rt.errors import CheckpointError, InputError
 from cfpp_rt.model.attention import per_frame
 from cfpp_rt.model.transformer import CausalWanTransformer, random_model
 from cfpp_rt.runtime.rollout import Rollout
-from cfpp_rt.values import Conditioning
 from tests.closeness import assert_close_max
 
 SMALL = ModelConfig(
@@ -59,11 +58,11 @@ def test_teacher_forcing_is_what_the_runtime_computes(network):
         velocity = Denoiser(network, layout).teacher_forced(clean, noisy, torch.full((2, 6), 1000.0), condition)
     rollout = Rollout(
         network,
-        Conditioning(condition.embeds),
+        condition.embeds,
         RolloutConfig((1000,), frames_per_block=2, window=4),
         latent_size=(4, 4),
-        frames=6,
-        initial=clean[:, :4],
+        latent_frames=6,
+        initial_latents=clean[:, :4],
         cameras=condition.cameras,
         noise=noisy[:, 4:],
     )
@@ -82,10 +81,10 @@ def test_self_rollout_makes_the_videos_of_the_runtime(network, window, gradient)
     )
     rollout = Rollout(
         network,
-        Conditioning(condition.embeds),
+        condition.embeds,
         config,
         latent_size=(4, 4),
-        frames=6,
+        latent_frames=6,
         cameras=condition.cameras,
         noise=noise,
         renoise=renoise,
@@ -173,8 +172,8 @@ def test_every_network_of_every_stage_sees_the_cameras(network, monkeypatch, nam
         calls.append((role_of(self), cached.camera is not None))
         return real_forward(self, latents, time, text, cache, cached, **options)
 
-    real_masked, real_forward = CausalWanTransformer.masked, CausalWanTransformer.forward
-    monkeypatch.setattr(CausalWanTransformer, "masked", masked)
+    real_masked, real_forward = CausalWanTransformer.forward_sequence, CausalWanTransformer.forward
+    monkeypatch.setattr(CausalWanTransformer, "forward_sequence", masked)
     monkeypatch.setattr(CausalWanTransformer, "forward", forward)
     batch = Batch(condition_of(), noise_of(6), torch.stack([noise_of(6, seed=s) for s in range(3)], dim=1))
     for _, loss in stage.updates(lambda: batch, torch.Generator().manual_seed(0), 0):

@@ -14,7 +14,7 @@ from cfpp_rt.distill.self_rollout import Exits, SelfRollout
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.runtime.rollout import Rollout
-from cfpp_rt.values import Conditioning
+from cfpp_rt.values import empty_prompt_embeds
 from tests.closeness import assert_close_max
 
 SMALL = ModelConfig(dim=128, ffn_dim=256, num_heads=2, num_layers=2, freq_dim=32, text_len=0, text_dim=1, num_actions=3)
@@ -32,18 +32,18 @@ def condition_of(frames, batch=1):
 def runtime(network, config, condition, noise, renoise, initial=None):
     rollout = Rollout(
         network,
-        Conditioning.none(len(noise), 1),
+        empty_prompt_embeds(len(noise), 1),
         config,
         latent_size=(4, 4),
-        frames=None if config.window else condition.actions.shape[1],
+        latent_frames=None if config.window else condition.actions.shape[1],
         noise=noise,
         renoise=renoise,
-        initial=initial,
+        initial_latents=initial,
     )
     n, given = config.frames_per_block, 0 if initial is None else initial.shape[1]
     made = []
     for start in range(given, condition.actions.shape[1], n):
-        rollout.act(condition.actions[:, start : start + n])
+        rollout.set_actions(condition.actions[:, start : start + n])
         made.append(next(rollout).values)
     return torch.cat(made, dim=1)
 

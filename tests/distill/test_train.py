@@ -22,7 +22,7 @@ from cfpp_rt.distill.train import Trainer
 from cfpp_rt.errors import CheckpointError, InputError, NonFiniteError
 from cfpp_rt.model.weights import load_model
 from cfpp_rt.world.feed import record
-from cfpp_rt.world.student import load_student
+from cfpp_rt.world.student import load_world_pipeline
 
 CONFIG = """
 model: {dim: 32, ffn_dim: 64, num_heads: 2, num_layers: 1, freq_dim: 16, text_dim: 1, text_len: 0, num_actions: 6,
@@ -274,4 +274,4 @@ def test_the_world_config_is_whole(config):
 
 def test_a_student_without_its_files_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="student"):
-        load_student(tmp_path)
+        load_world_pipeline(tmp_path)

@@ -38,5 +38,5 @@ def exported(
 ) -> Bundle:
     """A student of random weights, 4 x 6 latents, as an opened ONNX bundle."""
     model = random_model(config, seed=0, dtype=getattr(torch, dtype))
-    export_onnx(model, rollout, folder, latent_size=(4, 6), frames=6, **options)
+    export_onnx(model, rollout, folder, latent_size=(4, 6), latent_frames=6, **options)
     return open_bundle(folder)

@@ -17,7 +17,7 @@ from cfpp_rt.config import ModelConfig, RolloutConfig
 from cfpp_rt.core.camera import Cameras, parse_trajectory, walk
 from cfpp_rt.errors import InputError
 from cfpp_rt.export.bundle import open_bundle
-from cfpp_rt.export.bundle_rollout import Engine, EngineRollout
+from cfpp_rt.export.bundle_rollout import BundleRollout, OnnxRunner
 from cfpp_rt.export.cameras import EngineCameras
 from cfpp_rt.export.contract import PASSES
 from cfpp_rt.export.export_bundle import export_onnx
@@ -25,7 +25,6 @@ from cfpp_rt.export.parity import require_passed, verify
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.model.weights import build_model
 from cfpp_rt.runtime.rollout import Rollout
-from cfpp_rt.values import Conditioning
 from tests.export.needs import needs_tensorrt
 from tests.export.students import TINY
 from tests.export.test_codec_graphs import patches
@@ -49,17 +48,17 @@ def published(tmp_path_factory):
     model = build_model(weights, config, dtype=torch.float32, device="cpu")
     folder = tmp_path_factory.mktemp("camera") / "bundle"
     run = RolloutConfig(tuple(META["steps"]), frames_per_block=META["frames_per_block"])
-    export_onnx(model, run, folder, latent_size=tuple(META["latent_hw"]), frames=META["frames"])
-    return Engine(folder, threads=1), load_file(DATA / "camera_vectors.safetensors")
+    export_onnx(model, run, folder, latent_size=tuple(META["latent_hw"]), latent_frames=META["frames"])
+    return OnnxRunner(folder, threads=1), load_file(DATA / "camera_vectors.safetensors")
 
 
 @pytest.mark.parametrize("refresh", ["fused", "separate"])
 def test_latents_equal_the_published_implementation(published, refresh):
     engine, vectors = published
-    rollout = EngineRollout(
+    rollout = BundleRollout(
         engine,
         vectors["prompt_embeds"].numpy(),
-        frames=META["frames"],
+        latent_frames=META["frames"],
         cameras=of_engine(Cameras.of(vectors["viewmats"], vectors["intrinsics"])),
         noise=vectors["noise"].numpy(),
         renoise=[part.numpy() for part in vectors["renoise"]],
@@ -77,8 +76,8 @@ def moving(tmp_path_factory):
         for block in model.blocks:
             block.self_attn.prope_o.weight.copy_(block.self_attn.o.weight.roll(1, 0))
     folder = tmp_path_factory.mktemp("moving") / "bundle"
-    export_onnx(model, RUN, folder, latent_size=(4, 6), frames=None, batch=2)
-    return model, Engine(folder, threads=1)
+    export_onnx(model, RUN, folder, latent_size=(4, 6), latent_frames=None, batch=2)
+    return model, OnnxRunner(folder, threads=1)
 
 
 @pytest.mark.parametrize("refresh", ["fused", "separate", "skip"])
@@ -93,22 +92,27 @@ def test_a_camera_that_moves_is_that_of_the_runtime(moving, refresh):
     options = {"frames": None, "seed": [3, 5]}
     theirs = Rollout(
         model,
-        Conditioning(embeds),
+        embeds,
         RUN.replace(refresh=refresh),
         latent_size=(4, 6),
         cameras=first,
-        initial=initial,
+        initial_latents=initial,
         **options,
     )
-    ours = EngineRollout(
-        engine, embeds.numpy(), cameras=of_engine(first, 2), initial=initial.numpy(), refresh=refresh, **options
+    ours = BundleRollout(
+        engine, embeds.numpy(), cameras=of_engine(first, 2), initial_latents=initial.numpy(), refresh=refresh, **options
     )
-    still = EngineRollout(
-        engine, embeds.numpy(), cameras=of_engine(first.at([0]), 2), initial=initial.numpy(), refresh=refresh, **options
+    still = BundleRollout(
+        engine,
+        embeds.numpy(),
+        cameras=of_engine(first.at([0]), 2),
+        initial_latents=initial.numpy(),
+        refresh=refresh,
+        **options,
     )
     for block in range(6):
         if block == 2:
-            theirs.move(second), ours.move(of_engine(second, 2))
+            theirs.set_cameras(second), ours.set_cameras(of_engine(second, 2))
         wanted, found = next(theirs).values, torch.from_numpy(next(ours).values)
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
     assert np.abs(next(still).values - found.numpy()).max() > 0.01, "the cameras matter"
@@ -117,7 +121,7 @@ def test_a_camera_that_moves_is_that_of_the_runtime(moving, refresh):
 @pytest.mark.parametrize("dtype,linear_dtype", [("float32", None), ("float16", None), ("float32", "float8_e4m3")])
 def test_the_gate_walks_with_the_camera(tmp_path, dtype, linear_dtype):
     model = random_model(SMALL, seed=0, dtype=getattr(torch, dtype))
-    export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 6), frames=None, linear_dtype=linear_dtype)
+    export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 6), latent_frames=None, linear_dtype=linear_dtype)
     report = verify(open_bundle(tmp_path / "b"), model, threads=1)
     require_passed(report)
     assert {"camera_keys.1.updated", "camera_values.0.updated"} <= {entry["tensor"] for entry in report["tensors"]}
@@ -154,15 +158,17 @@ def test_bad_cameras_are_named(published, moving, tmp_path):
     embeds = published[1]["prompt_embeds"].numpy()
     two = EngineCameras.of(np.eye(4)[None].repeat(2, 0), (1, 1))
     with pytest.raises(InputError, match="cameras must be given for a model with the camera branch"):
-        EngineRollout(published[0], embeds, frames=6)
+        BundleRollout(published[0], embeds, latent_frames=6)
     with pytest.raises(InputError, match="cameras must be one per latent frame, 6, or a single one, got 2"):
-        EngineRollout(published[0], embeds, frames=6, cameras=two)
-    export_onnx(random_model(TINY, seed=0, dtype=torch.float32), RUN, tmp_path / "b", latent_size=(4, 6), frames=None)
+        BundleRollout(published[0], embeds, latent_frames=6, cameras=two)
+    export_onnx(
+        random_model(TINY, seed=0, dtype=torch.float32), RUN, tmp_path / "b", latent_size=(4, 6), latent_frames=None
+    )
     plain = np.zeros((1, TINY.text_len, TINY.text_dim), np.float32)
     with pytest.raises(InputError, match="cameras must not be given to a model without the camera branch"):
-        EngineRollout(Engine(tmp_path / "b", 1), plain, frames=6, cameras=two)
+        BundleRollout(OnnxRunner(tmp_path / "b", 1), plain, latent_frames=6, cameras=two)
     with pytest.raises(InputError, match="cameras must not be given to a model without the camera branch"):
-        EngineRollout(Engine(tmp_path / "b", 1), plain, frames=6).move(two)
+        BundleRollout(OnnxRunner(tmp_path / "b", 1), plain, latent_frames=6).set_cameras(two)
 
 
 @needs_tensorrt
@@ -173,7 +179,7 @@ def test_every_pass_is_proven(tmp_path):
     from cfpp_rt.export.trt.parser import parse
 
     model = random_model(SMALL, seed=0, dtype=torch.float16)
-    export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 6), frames=None)
+    export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 6), latent_frames=None)
     library, bundle = load_library("tensorrt-rtx"), open_bundle(tmp_path / "b")
     for name in ("embed_time", "embed_text"):
         assert not prove(library, parse(library, bundle.path(name)), bundle.card.graphs[name]).sites
@@ -192,7 +198,7 @@ def test_an_engine_of_a_camera_model_is_built(tmp_path):
     from cfpp_rt.export.trt.builder_process import build_engine
 
     model = random_model(SMALL, seed=0, dtype=torch.bfloat16)
-    export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 6), frames=None)
+    export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 6), latent_frames=None)
     bundle = open_bundle(tmp_path / "b")
     job = Job(str(bundle.path("fused")), str(tmp_path / "engine"), "tensorrt-rtx", "sm89", bundle.card.graphs["fused"])
     assert len(build_engine(job).network["sites"]) == 4
@@ -202,7 +208,7 @@ def test_an_engine_of_a_camera_model_is_built(tmp_path):
 def test_a_film_by_command(tmp_path, capsys):
     folder, embeds = tmp_path / "b", torch.randn(1, SMALL.text_len, SMALL.text_dim)
     model = random_model(dataclasses.replace(SMALL, patch_size=(1, 1, 1)), seed=0, dtype=torch.float32)
-    export_onnx(model, RUN, folder, latent_size=(6, 6), frames=None, codec=patches())
+    export_onnx(model, RUN, folder, latent_size=(6, 6), latent_frames=None, codec=patches())
     save_file({"embeds": embeds}, tmp_path / "embeds.safetensors")
     film = ["generate", "--engine", str(folder), "--embeds", str(tmp_path / "embeds.safetensors"), "--quiet"]
     film += ["-o", str(tmp_path / "film.rgb")]

@@ -12,8 +12,8 @@ from cfpp_rt.codec.taehv import TAEHV
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import InputError
 from cfpp_rt.export.bundle import open_bundle
-from cfpp_rt.export.bundle_rollout import Engine
-from cfpp_rt.export.bundle_stream import EngineDecoder, EngineStream
+from cfpp_rt.export.bundle_rollout import OnnxRunner
+from cfpp_rt.export.bundle_stream import BundleDecoder, BundleStream
 from cfpp_rt.export.bundle_stream import to_uint8 as to_uint8_without_torch
 from cfpp_rt.export.codec_onnx import export_decoder
 from cfpp_rt.export.contract import Sizes
@@ -49,13 +49,13 @@ def wan():
 )
 def test_a_bundle_decodes_as_its_codec(tmp_path, make):
     codec, model = make(), random_model(ACTING, seed=0, dtype=torch.float32)
-    export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 4), frames=None, codec=codec)
-    engine = Engine(tmp_path / "b", threads=1)
+    export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 4), latent_frames=None, codec=codec)
+    engine = OnnxRunner(tmp_path / "b", threads=1)
     latents = torch.randn(1, 5, 16, 4, 4, generator=torch.Generator().manual_seed(1))
-    decoder = EngineDecoder(engine)
+    decoder = BundleDecoder(engine)
     made = [decoder.decode(part.numpy()) for part in latents.split([1, 3, 1], dim=1)]
     np.testing.assert_allclose(np.concatenate(made, axis=1), codec.decode(latents).numpy(), rtol=0, atol=2e-5)
-    stream = EngineStream(engine, frames=5, initial=latents[:, :1].numpy())
+    stream = BundleStream(engine, frames=5, initial=latents[:, :1].numpy())
     pictures = [frames.pixels for frames in stream]
     assert np.concatenate(pictures, 1).shape == (1, 1 + 4 * codec.temporal_factor, 32, 32, 3)
     np.testing.assert_array_equal(pictures[0], to_uint8(codec.decode(latents[:, :1])).numpy())
@@ -82,12 +82,12 @@ def test_pictures_are_those_of_the_runtime():
 def test_another_codec_is_refused_and_leaves_nothing(tmp_path):
     model = random_model(ACTING, seed=0, dtype=torch.float32)
     with pytest.raises(InputError, match="codec must have 16 latent channels, got 4"):
-        export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 4), frames=None, codec=TAEHV(4, (8, 8, 8, 8), 8))
+        export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 4), latent_frames=None, codec=TAEHV(4, (8, 8, 8, 8), 8))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_bundle_without_a_decoder_says_so(tmp_path):
     model = random_model(ACTING, seed=0, dtype=torch.float32)
-    export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 4), frames=None)
+    export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 4), latent_frames=None)
     with pytest.raises(InputError, match="has no decoder: export it with a codec"):
-        EngineStream(Engine(tmp_path / "b"), frames=2)
+        BundleStream(OnnxRunner(tmp_path / "b"), frames=2)

@@ -63,7 +63,7 @@ def test_a_film_from_text_embeddings(tmp_path):
     torch.manual_seed(0)
     model = random_model(dataclasses.replace(SMALL, num_layers=1), seed=0, dtype=torch.float32)
     codec = TAEHV(16, (8, 8, 8, 8), 8)
-    export_onnx(model, RolloutConfig(), tmp_path / "b", latent_size=(2, 4), frames=2, codec=codec)
+    export_onnx(model, RolloutConfig(), tmp_path / "b", latent_size=(2, 4), latent_frames=2, codec=codec)
     save_file({"embeds": torch.randn(1, SMALL.text_len, SMALL.text_dim)}, tmp_path / "embeds.safetensors")
     film = ["generate", "--engine", str(tmp_path / "b"), "--embeds", str(tmp_path / "embeds.safetensors"), "--quiet"]
     assert main([*film, "-o", str(tmp_path / "film.rgb")]) == 0

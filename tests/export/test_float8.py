@@ -33,10 +33,10 @@ WEIGHTS = TINY.num_layers * (6 * TINY.dim**2 + 2 * TINY.dim * TINY.ffn_dim)  # o
 
 
 @pytest.fixture(scope="module")
-def student(tmp_path_factory):
+def rollout_preset(tmp_path_factory):
     model = random_model(TINY, seed=0, dtype=torch.float32)
     folder = tmp_path_factory.mktemp("float8") / "bundle"
-    export_onnx(model, RUN, folder, latent_size=(4, 6), frames=None, linear_dtype=FLOAT8)
+    export_onnx(model, RUN, folder, latent_size=(4, 6), latent_frames=None, linear_dtype=FLOAT8)
     return model, open_bundle(folder)
 
 
@@ -72,7 +72,7 @@ def test_graphs_compute_as_pytorch_does_in_8_bits(student):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_bundle_in_8_bits_passes(tmp_path, dtype):
     model = random_model(TINY, seed=0, dtype=dtype)
-    export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 6), frames=None, linear_dtype=FLOAT8)
+    export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 6), latent_frames=None, linear_dtype=FLOAT8)
     bundle = open_bundle(tmp_path / "b")
     report = verify(bundle, model, threads=1)
     require_passed(report)
@@ -92,7 +92,7 @@ def test_a_bundle_in_8_bits_passes(tmp_path, dtype):
 
 def test_the_same_student_gives_the_same_bytes(student, tmp_path):
     model, bundle = student
-    export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 6), frames=None, linear_dtype=FLOAT8)
+    export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 6), latent_frames=None, linear_dtype=FLOAT8)
     for path in bundle.folder.iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
@@ -138,7 +138,7 @@ def test_planted_faults_are_found(student, tmp_path, change, message):
 def test_other_linears_are_refused(tmp_path):
     with pytest.raises(InputError, match="linear_dtype must be None or float8_e4m3, got 'int4'"):
         model = random_model(TINY, seed=0, dtype=torch.float32)
-        export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 6), frames=None, linear_dtype="int4")
+        export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 6), latent_frames=None, linear_dtype="int4")
 
 
 @needs_tensorrt
@@ -149,7 +149,7 @@ def test_an_engine_multiplies_in_8_bits(tmp_path, dtype, target):
     from cfpp_rt.export.trt.builder_process import build_engine
 
     model = random_model(TINY, seed=0, dtype=getattr(torch, dtype))
-    export_onnx(model, ROLLING, tmp_path / "b", latent_size=(4, 6), frames=None, linear_dtype=FLOAT8)
+    export_onnx(model, ROLLING, tmp_path / "b", latent_size=(4, 6), latent_frames=None, linear_dtype=FLOAT8)
     bundle = open_bundle(tmp_path / "b")
     engine = tmp_path / "step.engine"
     built = build_engine(Job(str(bundle.path("step")), str(engine), "tensorrt-rtx", target, bundle.card.graphs["step"]))

@@ -146,12 +146,12 @@ def test_a_wrong_card_is_named(copied, tmp_path):
 
 
 def test_a_card_of_other_sizes_does_not_load(copied):
-    from cfpp_rt.export.bundle_rollout import Engine, EngineRollout
+    from cfpp_rt.export.bundle_rollout import BundleRollout, OnnxRunner
 
     sizes = json.loads((copied / CARD).read_text())["sizes"]
     change_card(copied, sizes={**sizes, "latent_size": [4, 8]})
     with pytest.raises(InputError, match="step.onnx: inputs must be those of the contract: wanted .'latents'"):
-        EngineRollout(Engine(copied), frames=2)
+        BundleRollout(OnnxRunner(copied), latent_frames=2)
 
 
 def test_damage_is_found(copied):
@@ -170,11 +170,11 @@ def test_damage_is_found(copied):
 
 
 def test_bfloat16_says_what_runs_here(tmp_path):
-    from cfpp_rt.export.bundle_rollout import Engine, EngineRollout
+    from cfpp_rt.export.bundle_rollout import BundleRollout, OnnxRunner
 
     export(tmp_path / "b", torch.bfloat16)
     with pytest.raises(InputError, match="no bfloat16 on the CPU: export with --dtype float32 or float16"):
-        EngineRollout(Engine(tmp_path / "b"), frames=2)
+        BundleRollout(OnnxRunner(tmp_path / "b"), latent_frames=2)
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime"])

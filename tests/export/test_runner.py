@@ -14,14 +14,14 @@ from cfpp_rt.config import RolloutConfig
 from cfpp_rt.core.frame_ring import FrameRing
 from cfpp_rt.core.schedule import FlowMatchSchedule
 from cfpp_rt.errors import InputError, NonFiniteError
-from cfpp_rt.export.bundle_rollout import Engine, EngineRollout
+from cfpp_rt.export.bundle_rollout import BundleRollout, OnnxRunner
 from cfpp_rt.export.export_bundle import export_onnx
 from cfpp_rt.export.onnx_runner import Buffer
 from cfpp_rt.export.torch_oracle import fixed_inputs
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.model.weights import build_model
 from cfpp_rt.runtime.rollout import Rollout
-from cfpp_rt.values import Conditioning
+from cfpp_rt.values import empty_prompt_embeds
 from tests import plain_model
 from tests.export.students import bytes_moved
 from tests.test_actions import ACTING
@@ -38,8 +38,8 @@ def engine_of(model, meta, tmp_path_factory):
             entry, folder = meta[name], tmp_path_factory.mktemp("bundle") / name
             frames = entry["frames"] + (2 if name.startswith("i2v") else 0)
             settings = settings_of(entry, meta["shift"])
-            export_onnx(model, settings, folder, latent_size=tuple(meta["latent_hw"]), frames=frames)
-            made[name] = Engine(folder, threads=1)
+            export_onnx(model, settings, folder, latent_size=tuple(meta["latent_hw"]), latent_frames=frames)
+            made[name] = OnnxRunner(folder, threads=1)
         return made[name]
 
     return get
@@ -48,11 +48,11 @@ def engine_of(model, meta, tmp_path_factory):
 def roll(engine, vectors, name, refresh):
     noise, initial = vectors[f"{name}.noise"].numpy(), vectors.get(f"{name}.initial")
     given = [] if initial is None else [initial.numpy()]
-    rollout = EngineRollout(
+    rollout = BundleRollout(
         engine,
         vectors["prompt_embeds"].numpy(),
-        frames=noise.shape[1] + sum(part.shape[1] for part in given),
-        initial=given[0] if given else None,
+        latent_frames=noise.shape[1] + sum(part.shape[1] for part in given),
+        initial_latents=given[0] if given else None,
         noise=noise,
         renoise=[part.numpy() for part in vectors[f"{name}.renoise"]],
         refresh=refresh,
@@ -88,8 +88,8 @@ def test_float16_errs_at_most_twice_as_much_as_plain_pytorch(weights, config, ve
 
     half = build_model(weights, config, dtype=torch.float16, device="cpu")
     frames = vectors[f"{name}.noise"].shape[1]
-    export_onnx(half, settings, tmp_path / "half", latent_size=tuple(meta["latent_hw"]), frames=frames)
-    ours = torch.from_numpy(roll(Engine(tmp_path / "half", threads=1), vectors, name, "fused")).double()
+    export_onnx(half, settings, tmp_path / "half", latent_size=tuple(meta["latent_hw"]), latent_frames=frames)
+    ours = torch.from_numpy(roll(OnnxRunner(tmp_path / "half", threads=1), vectors, name, "fused")).double()
     oracle = plain(torch.float64)
     error, allowed = (ours - oracle).abs(), (plain(torch.float16) - oracle).abs()
     assert error.max() <= 2 * allowed.max() and error.mean() <= 2 * allowed.mean()
@@ -100,8 +100,8 @@ def acting(tmp_path_factory):
     """A model with actions and without text, two rows, and its bundle with a window."""
     model = random_model(ACTING, seed=0, dtype=torch.float32)
     folder = tmp_path_factory.mktemp("acting") / "bundle"
-    export_onnx(model, ACTING_RUN, folder, latent_size=(4, 4), frames=None, batch=2)
-    return model, Engine(folder, threads=1)
+    export_onnx(model, ACTING_RUN, folder, latent_size=(4, 4), latent_frames=None, batch=2)
+    return model, OnnxRunner(folder, threads=1)
 
 
 ACTING_RUN = RolloutConfig(steps=(1000, 500), window=4, sinks=1)
@@ -111,12 +111,14 @@ ACTING_RUN = RolloutConfig(steps=(1000, 500), window=4, sinks=1)
 def test_actions_and_seeds_are_those_of_the_runtime(acting, refresh):
     """Drawn noise, an action per row, no end: through the wrap of the ring, twice."""
     model, engine = acting
-    text = Conditioning.none(2, ACTING.text_dim)
-    theirs = Rollout(model, text, ACTING_RUN.replace(refresh=refresh), latent_size=(4, 4), frames=None, seed=[3, 5])
-    ours = EngineRollout(engine, frames=None, seed=[3, 5], refresh=refresh)
+    text = empty_prompt_embeds(2, ACTING.text_dim)
+    theirs = Rollout(
+        model, text, ACTING_RUN.replace(refresh=refresh), latent_size=(4, 4), latent_frames=None, seed=[3, 5]
+    )
+    ours = BundleRollout(engine, latent_frames=None, seed=[3, 5], refresh=refresh)
     for frame, action in enumerate([0, 1, [1, 2], 2, 0, [[2], [1]], 1, 1, 0, 2]):
         for rollout in (ours, theirs):
-            rollout.act(action)
+            rollout.set_actions(action)
         wanted, made = next(theirs), next(ours)
         assert made.start == wanted.start == frame
         torch.testing.assert_close(torch.from_numpy(made.values), wanted.values, rtol=0, atol=1e-4)
@@ -124,8 +126,8 @@ def test_actions_and_seeds_are_those_of_the_runtime(acting, refresh):
 
 def test_refresh_may_run_early(acting):
     _, engine = acting
-    plain = [block.values for block in EngineRollout(engine, frames=8)]
-    rollout, early = EngineRollout(engine, frames=8), []
+    plain = [block.values for block in BundleRollout(engine, latent_frames=8)]
+    rollout, early = BundleRollout(engine, latent_frames=8), []
     for block in rollout:
         early.append(block.values)
         rollout.refresh()
@@ -136,18 +138,18 @@ def test_refresh_may_run_early(acting):
 def test_a_switched_prompt_is_that_of_the_runtime(engine_of, model, vectors, meta):
     name = "framewise_2step_window"
     other = np.ones(vectors["prompt_embeds"].shape, np.float32)
-    ours = EngineRollout(engine_of(name), vectors["prompt_embeds"].numpy(), frames=8)
+    ours = BundleRollout(engine_of(name), vectors["prompt_embeds"].numpy(), latent_frames=8)
     theirs = Rollout(
         model,
-        Conditioning(vectors["prompt_embeds"]),
+        vectors["prompt_embeds"],
         settings_of(meta[name], meta["shift"], "separate"),
         latent_size=tuple(meta["latent_hw"]),
-        frames=8,
+        latent_frames=8,
     )
     made = []
-    for rollout, prompt in ((ours, other), (theirs, Conditioning(torch.from_numpy(other)))):
+    for rollout, prompt in ((ours, other), (theirs, torch.from_numpy(other))):
         blocks = [next(rollout) for _ in range(5)]
-        rollout.switch_prompt(prompt)
+        rollout.set_prompt(prompt)
         made.append(np.concatenate([np.asarray(block.values) for block in [*blocks, *rollout]], axis=1))
     np.testing.assert_allclose(made[0], made[1], rtol=0, atol=1e-4)
 
@@ -155,11 +157,11 @@ def test_a_switched_prompt_is_that_of_the_runtime(engine_of, model, vectors, met
 def test_caches_are_updated_in_place(acting, capfd, monkeypatch):
     """onnxruntime warns of every cache that it copies; the arrays bound at the start are the ones that change."""
     monkeypatch.setattr("cfpp_rt.export.onnx_runner.LOG_SEVERITY", 2)
-    engine = Engine(acting[1].bundle, threads=1)
-    rollout = EngineRollout(engine, frames=7)
+    engine = OnnxRunner(acting[1].bundle, threads=1)
+    rollout = BundleRollout(engine, latent_frames=7)
     held = {name: (buffer, buffer.array.copy()) for name, buffer in rollout.caches.items()}
     for _ in rollout:
-        rollout.act(1)
+        rollout.set_actions(1)
     assert all(rollout.caches[name] is buffer and (buffer.array != old).any() for name, (buffer, old) in held.items())
     assert "TensorScatter" not in capfd.readouterr().err
     session = engine.session("step")
@@ -170,7 +172,7 @@ def test_caches_are_updated_in_place(acting, capfd, monkeypatch):
 def test_no_cache_travels_between_passes(acting, monkeypatch):
     """What is handed to onnxruntime or taken from it for one block is latents, velocity and small numbers."""
     _, engine = acting
-    rollout = EngineRollout(engine, frames=8)
+    rollout = BundleRollout(engine, latent_frames=8)
     for _ in range(6):
         next(rollout)
     moved = []
@@ -185,7 +187,7 @@ def test_no_cache_travels_between_passes(acting, monkeypatch):
 
 def test_nan_in_a_cache_is_reported(acting):
     _, engine = acting
-    rollout = EngineRollout(engine, frames=8)
+    rollout = BundleRollout(engine, latent_frames=8)
     next(rollout), next(rollout)
     rollout.caches["values.1"].array[0, 0, 0, 0] = np.nan  # frame 0, whose clean pass has been
     with pytest.raises(NonFiniteError, match="latent frame 2, step 1"):
@@ -196,11 +198,11 @@ def test_nan_in_a_cache_is_reported(acting):
 
 def test_a_slot_out_of_bounds_is_refused_before_anything_is_written(acting, monkeypatch):
     _, engine = acting
-    rollout = EngineRollout(engine, frames=8)
+    rollout = BundleRollout(engine, latent_frames=8)
     before = {name: buffer.array.copy() for name, buffer in rollout.caches.items()}
     monkeypatch.setattr(FrameRing, "slot", lambda ring, frame: frame + 4)
     monkeypatch.setattr(FrameRing, "write", lambda ring, start: start)
-    monkeypatch.setattr(EngineRollout, "_one_block", lambda self, group: {"valid": np.full(2, 16, np.int64)})
+    monkeypatch.setattr(BundleRollout, "_one_block", lambda self, group: {"valid": np.full(2, 16, np.int64)})
     with pytest.raises(InputError, match=r"step: write_index must be in 0..12, got \[16, 16\]"):
         next(rollout)
     assert all((rollout.caches[name].array == old).all() for name, old in before.items())
@@ -221,23 +223,23 @@ def test_a_slot_out_of_bounds_is_refused_before_anything_is_written(acting, monk
 )
 def test_bad_arguments_are_named(acting, options, message):
     with pytest.raises(InputError, match=message):
-        EngineRollout(acting[1], **options)
+        BundleRollout(acting[1], **options)
 
 
 @pytest.mark.parametrize("actions", [3, -1, [0, 1, 2], 1.0, [[0], [5]]])
 def test_bad_actions_are_refused(acting, actions):
     with pytest.raises(InputError, match="actions must be integers in 0..2"):
-        EngineRollout(acting[1], frames=2).act(actions)
+        BundleRollout(acting[1], latent_frames=2).set_actions(actions)
 
 
 def test_a_bundle_without_a_window_holds_so_many_frames(engine_of, vectors):
     embeds = vectors["prompt_embeds"].numpy()
     with pytest.raises(InputError, match="frames must be <= 5, what the bundle was exported for, got 6"):
-        EngineRollout(engine_of("framewise_2step"), embeds, frames=6)
+        BundleRollout(engine_of("framewise_2step"), embeds, latent_frames=6)
     with pytest.raises(InputError, match="frames must be given"):
-        EngineRollout(engine_of("framewise_2step"), embeds, frames=None)
+        BundleRollout(engine_of("framewise_2step"), embeds, latent_frames=None)
     with pytest.raises(InputError, match="embeds must be given and finite"):
-        EngineRollout(engine_of("framewise_2step"), frames=2)
+        BundleRollout(engine_of("framewise_2step"), latent_frames=2)
 
 
 def test_the_runner_needs_no_torch(acting):
@@ -248,14 +250,14 @@ def test_the_runner_needs_no_torch(acting):
         "        if name.split('.')[0] in ('torch', 'onnx', 'safetensors'):\n"
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Block())\n"
-        "from cfpp_rt.export.bundle_rollout import Engine, EngineRollout\n"
-        f"rollout = EngineRollout(Engine({str(acting[1].bundle.folder)!r}, threads=1), frames=6, seed=3)\n"
-        "rollout.act(2)\n"
+        "from cfpp_rt.export.bundle_rollout import OnnxRunner, BundleRollout\n"
+        f"rollout = BundleRollout(OnnxRunner({str(acting[1].bundle.folder)!r}, threads=1), frames=6, seed=3)\n"
+        "rollout.set_actions(2)\n"
         "print(sum(float(abs(block.values).sum()) for block in rollout))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rollout = EngineRollout(acting[1], frames=6, seed=3)
-    rollout.act(2)
+    rollout = BundleRollout(acting[1], latent_frames=6, seed=3)
+    rollout.set_actions(2)
     here = sum(float(abs(block.values).sum()) for block in rollout)
     assert float(done.stdout) == pytest.approx(here, rel=1e-5)

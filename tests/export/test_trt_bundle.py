@@ -15,7 +15,7 @@ RTX = {"library": "tensorrt-rtx", "version": "1.7.1.116"}
 
 
 @pytest.fixture(scope="module")
-def student():
+def rollout_preset():
     import torch
 
     model = random_model(TINY, seed=0, dtype=torch.float16)

@@ -11,14 +11,14 @@ import pytest
 from cfpp_rt.bench.export import tensorrt as bench_tensorrt
 from cfpp_rt.errors import InputError
 from cfpp_rt.export.bundle import new_folder
-from cfpp_rt.export.bundle_rollout import Engine, EngineRollout
+from cfpp_rt.export.bundle_rollout import BundleRollout, OnnxRunner
 from cfpp_rt.export.trt import cuda
 from cfpp_rt.export.trt import tensorrt_runner as engines
 from cfpp_rt.export.trt.build import make_bundle
 from cfpp_rt.export.trt.bundle import write_card
 from cfpp_rt.export.trt.cuda import Device, Memory
 from cfpp_rt.export.trt.library import Library
-from cfpp_rt.export.trt.tensorrt_runner import TensorRTEngine
+from cfpp_rt.export.trt.tensorrt_runner import TensorRTRunner
 from tests.export.students import TINY, WORLD, bytes_moved, exported
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -153,26 +153,26 @@ def prompt(source, seed=0):
 
 def roll(source, engine, frames=9, **options):
     """Latents of a rollout in which the ring wraps twice, and prompt or action change on the way."""
-    rollout = EngineRollout(engine, prompt(source), frames=frames, seed=3, **options)
+    rollout = BundleRollout(engine, prompt(source), latent_frames=frames, seed=3, **options)
     made = []
     for block in rollout:
         made.append(block.values)
         if block.start == 4:
-            rollout.switch_prompt(prompt(source, 1)) if source.card.sizes.model.text_len else rollout.act(2)
+            rollout.set_prompt(prompt(source, 1)) if source.card.sizes.model.text_len else rollout.set_actions(2)
     return np.concatenate(made, axis=1)
 
 
 @pytest.mark.parametrize("refresh", ["fused", "separate"])
 def test_a_rollout_is_that_of_onnx_runtime(pretended, source, refresh):
     """All that is not the engines themselves: what is copied when, and one memory for a cache under both names."""
-    expected = roll(source, Engine(source, threads=1), refresh=refresh)
-    engine = TensorRTEngine(pretended)
+    expected = roll(source, OnnxRunner(source, threads=1), refresh=refresh)
+    engine = TensorRTRunner(pretended)
     np.testing.assert_array_equal(roll(source, engine, refresh=refresh), expected)
     np.testing.assert_array_equal(roll(source, engine, refresh=refresh), expected, "a second one on the same engine")
 
 
 def test_a_cache_has_one_memory_under_both_names(pretended, source):
-    TensorRTEngine(pretended)
+    TensorRTRunner(pretended)
     assert len(PretendedEngine.made) == len(source.card.graphs)
     passes = [made for made in PretendedEngine.made if made.spec.aliases]
     for engine in passes:
@@ -183,8 +183,8 @@ def test_a_cache_has_one_memory_under_both_names(pretended, source):
 
 
 def test_between_passes_only_small_things_are_copied(pretended, source):
-    engine = TensorRTEngine(pretended)
-    rollout = EngineRollout(engine, prompt(source), frames=9, seed=0)
+    engine = TensorRTRunner(pretended)
+    rollout = BundleRollout(engine, prompt(source), latent_frames=9, seed=0)
     for _ in range(4):
         next(rollout)
     engine.device.calls.clear()
@@ -198,8 +198,8 @@ def test_between_passes_only_small_things_are_copied(pretended, source):
 
 
 def test_two_rollouts_at_once_are_refused(pretended, source):
-    engine = TensorRTEngine(pretended)
-    first, second = (EngineRollout(engine, prompt(source), frames=9, seed=seed) for seed in (0, 1))
+    engine = TensorRTRunner(pretended)
+    first, second = (BundleRollout(engine, prompt(source), latent_frames=9, seed=seed) for seed in (0, 1))
     next(first), next(second)
     with pytest.raises(InputError, match="another rollout has used this engine meanwhile"):
         next(first)
@@ -208,14 +208,14 @@ def test_two_rollouts_at_once_are_refused(pretended, source):
 def test_an_engine_that_does_not_share_memory_is_refused(pretended, monkeypatch):
     monkeypatch.setattr(PretendedEngine, "get_aliased_input_tensor", lambda self, name: None)
     with pytest.raises(InputError, match="output keys.0.updated must share the memory of keys.0, the engine says None"):
-        TensorRTEngine(pretended)
+        TensorRTRunner(pretended)
 
 
 def test_stripped_weights_need_their_graphs(pretended):
     values = json.loads((pretended / "card.json").read_text())
     (pretended / "card.json").write_text(json.dumps({**values, "weights": "stripped"}))
     with pytest.raises(InputError, match="onnx must name the folder of the graphs"):
-        TensorRTEngine(pretended)
+        TensorRTRunner(pretended)
 
 
 def test_an_engine_that_was_left_out_is_named(pretended):
@@ -223,7 +223,7 @@ def test_an_engine_that_was_left_out_is_named(pretended):
     del values["engines"]["sm89"]["fused"]
     (pretended / "card.json").write_text(json.dumps(values))
     with pytest.raises(InputError, match="graph must be one of the bundle's, embed_time.*, got 'fused'"):
-        TensorRTEngine(pretended).session("fused")
+        TensorRTRunner(pretended).session("fused")
 
 
 def test_the_bench_times_every_block(pretended, source, tmp_path, capsys):
@@ -261,10 +261,10 @@ def test_no_gpu_is_one_line():
 def test_engines_agree_with_onnx_runtime(tmp_path, source, library, refresh):
     pytest.importorskip(library.replace("-", "_"), reason=f"pip install {library}")
     make_bundle(source, tmp_path / "bundle", {}, library=library, targets=("current",))
-    engine = TensorRTEngine(tmp_path / "bundle", library=library)
+    engine = TensorRTRunner(tmp_path / "bundle", library=library)
     np.testing.assert_allclose(
         roll(source, engine, refresh=refresh),
-        roll(source, Engine(source, threads=1), refresh=refresh),
+        roll(source, OnnxRunner(source, threads=1), refresh=refresh),
         rtol=0,
         atol=2e-2,
     )

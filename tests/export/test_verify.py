@@ -20,7 +20,7 @@ from cfpp_rt.export.parity import require_passed, verify
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.model.weights import build_model
 from cfpp_rt.world.sprites import SIZE
-from cfpp_rt.world.student import SHIPPED, load_student
+from cfpp_rt.world.student import SHIPPED, load_world_pipeline
 from tests.test_actions import ACTING
 
 RUN = RolloutConfig(steps=(1000, 500), window=4, sinks=1)
@@ -30,7 +30,7 @@ RUN = RolloutConfig(steps=(1000, 500), window=4, sinks=1)
 def acting(tmp_path_factory):
     model = random_model(ACTING, seed=0, dtype=torch.float32)
     folder = tmp_path_factory.mktemp("verify") / "bundle"
-    export_onnx(model, RUN, folder, latent_size=(4, 4), frames=None)
+    export_onnx(model, RUN, folder, latent_size=(4, 4), latent_frames=None)
     return model, folder
 
 
@@ -40,7 +40,7 @@ def acting(tmp_path_factory):
 )
 def test_a_sound_bundle_passes(weights, config, meta, tmp_path, dtype, run):
     model = build_model(weights, config, dtype=dtype, device="cpu")
-    export_onnx(model, run, tmp_path / "b", latent_size=tuple(meta["latent_hw"]), frames=21)
+    export_onnx(model, run, tmp_path / "b", latent_size=tuple(meta["latent_hw"]), latent_frames=21)
     report = verify(open_bundle(tmp_path / "b"), model, threads=1)
     assert report["passed"], report["worst"]
     assert report["rollout"]["frames"] == 21 and report["rollout"]["ring_wraps"] == (run.window is not None)
@@ -50,7 +50,7 @@ def test_a_sound_bundle_passes(weights, config, meta, tmp_path, dtype, run):
 @pytest.mark.parametrize("dtype,linear_dtype", [("float16", None), ("float32", "float8_e4m3")])
 def test_the_shipped_student_of_the_world_passes(tmp_path, dtype, linear_dtype):
     """Trained weights, whose attention is sharp: float16 has to be measured by an attention that rounds as coarsely."""
-    student = load_student(SHIPPED, dtype=getattr(torch, dtype), fuse=False)
+    student = load_world_pipeline(SHIPPED, dtype=getattr(torch, dtype), fuse=False)
     size, codec = (SIZE // 8, SIZE // 8), student.codec
     options = {"latent_size": size, "frames": None, "codec": codec, "linear_dtype": linear_dtype}
     export_onnx(student.model, student.rollout, tmp_path / "b", **options)
@@ -161,7 +161,7 @@ def test_other_weights_are_found(acting):
 
 def test_bfloat16_is_checked_in_structure_alone(tmp_path):
     model = random_model(ACTING, seed=0, dtype=torch.bfloat16)
-    export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 4), frames=None)
+    export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 4), latent_frames=None)
     said = []
     report = verify(open_bundle(tmp_path / "b"), model, say=said.append)
     assert report["numerics"] == "not run" and "numbers are not" in said[0]

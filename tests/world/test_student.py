@@ -19,12 +19,12 @@ from cfpp_rt.world.evaluate import UNSEEN, pace, play, score
 from cfpp_rt.world.scripted import SCALE
 from cfpp_rt.world.simulator import RIGHT, Simulator
 from cfpp_rt.world.sprites import STEP
-from cfpp_rt.world.student import SHIPPED, load_student, start
+from cfpp_rt.world.student import SHIPPED, load_world_pipeline, start
 
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return load_student()
+    return load_world_pipeline()
 
 
 def test_the_shipped_student_is_small():
@@ -48,16 +48,16 @@ def test_a_thousand_frames_do_not_fade(pipeline):
 
 def test_it_is_fast_enough_to_play(pipeline):
     """Far above 30 where it was measured (docs/distillation.md); the bound leaves room for a busy machine."""
-    assert pace(pipeline, pipeline.rollout, frames=60)["fps"] > 10
+    assert pace(pipeline, pipeline.rollout, num_frames=60)["fps"] > 10
 
 
 def test_it_moves_as_the_simulator_does_and_a_seed_gives_the_same_film_twice(pipeline):
     simulator = Simulator([UNSEEN])
     films = []
     for _ in range(2):
-        stream = start(pipeline, UNSEEN, frames=6)
+        stream = start(pipeline, UNSEEN, num_frames=6)
         pictures = [next(stream).pixels]
-        stream.act(RIGHT)
+        stream.set_actions(RIGHT)
         pictures += [frames.pixels for frames in stream]
         films.append(torch.cat(pictures, dim=1)[0].numpy())
     assert np.array_equal(*films) and films[0].shape == (6, 48, 48, 3)
@@ -68,7 +68,7 @@ def test_it_moves_as_the_simulator_does_and_a_seed_gives_the_same_film_twice(pip
 
 def test_files_of_something_else_are_named(tmp_path):
     with pytest.raises(CheckpointError, match=re.escape(str(tmp_path))):
-        load_student(tmp_path)
+        load_world_pipeline(tmp_path)
 
 
 def test_a_film_by_command(tmp_path, capsys):

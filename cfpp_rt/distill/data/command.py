@@ -136,4 +136,4 @@ def _encoder(arguments: argparse.Namespace) -> make.Encode:
         device=torch.device(arguments.device),
         text_len=arguments.text_len,
     )
-    return lambda prompts: encoder(list(prompts)).embeds
+    return lambda prompts: encoder(list(prompts))
