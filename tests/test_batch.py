@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from cfpp_rt.config import RolloutConfig, rollout_preset
 from cfpp_rt.errors import InputError, NonFiniteError
@@ -24,7 +25,7 @@ CONFIGS = {
 }
 
 
-def prompt(model, seed: int) -> Conditioning:
+def prompt(model, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(1, model.config.text_len, model.config.text_dim, generator=generator)
 
@@ -52,9 +53,9 @@ def test_streams_that_join_at_different_times_are_rollouts_of_their_own(model, s
     batch, made, seeds = poisoned(model, settings, frames), {}, {}
     for number in range(20):
         if number in (0, 1, 3):
-            seeds[batch.join(prompt(model, number), seed=number)] = number
+            seeds[batch.add(prompt(model, number), seed=number)] = number
         collect(made, batch.step())
-    assert len(made) == 3 and not batch.streams
+    assert len(made) == 3 and not batch.rollouts
     for stream, blocks in made.items():
         wanted = alone(model, settings, frames, seeds[stream])
         assert_close_max(torch.cat(blocks, dim=1), wanted, 2e-5, f"stream {seeds[stream]}")
@@ -62,8 +63,8 @@ def test_streams_that_join_at_different_times_are_rollouts_of_their_own(model, s
 
 def test_a_stream_alone_is_its_rollout_bit_by_bit(model):
     batch, made = poisoned(model, RING, 8), {}
-    batch.join(prompt(model, 5), seed=5)
-    while batch.streams:
+    batch.add(prompt(model, 5), seed=5)
+    while batch.rollouts:
         collect(made, batch.step())
     assert torch.equal(torch.cat(*made.values(), dim=1), alone(model, RING, 8, 5))
 
@@ -71,17 +72,17 @@ def test_a_stream_alone_is_its_rollout_bit_by_bit(model):
 def test_a_row_taken_over_shows_nothing_of_its_stream_before(model):
     """The first of three leaves, the last moves to its row, and a newcomer takes the last's."""
     batch, made = poisoned(model, RING, 10), {}
-    first, second, third = (batch.join(prompt(model, seed), seed=seed) for seed in range(3))
+    first, second, third = (batch.add(prompt(model, seed), seed=seed) for seed in range(3))
     for _ in range(4):
         collect(made, batch.step())
     before = third.cache.data.clone()
-    batch.leave(first)
-    assert batch.streams == (third, second)
+    batch.remove(first)
+    assert batch.rollouts == (third, second)
     assert torch.equal(third.cache.data.nan_to_num(), before.nan_to_num())
     assert third.cache.data.data_ptr() == batch.cache.data.data_ptr()
     batch.cache.data[:, :, 2].fill_(float("nan"))
-    newcomer = batch.join(prompt(model, 7), seed=7)
-    while batch.streams:
+    newcomer = batch.add(prompt(model, 7), seed=7)
+    while batch.rollouts:
         collect(made, batch.step())
     for stream, seed in ((second, 1), (third, 2), (newcomer, 7)):
         assert_close_max(torch.cat(made[stream], dim=1), alone(model, RING, 10, seed), 2e-5, f"stream {seed}")
@@ -95,7 +96,7 @@ def test_every_stream_is_steered_by_itself():
     text = empty_prompt_embeds(1, acting.config.text_dim)
     scripts = {0: [1, 0, 2, 0, 1, 1], 3: [2, 2, 0, 1, 0, 1]}
     batch, made = poisoned(acting, config, None, size=(4, 4)), {}
-    streams = {batch.join(text, seed=seed): script for seed, script in scripts.items()}
+    streams = {batch.add(text, seed=seed): script for seed, script in scripts.items()}
     for number in range(6):
         for stream, script in streams.items():
             stream.set_actions(script[number])
@@ -116,7 +117,7 @@ def test_every_stream_is_steered_by_itself():
 @pytest.mark.parametrize("recache", [False, True])
 def test_one_stream_switches_its_prompt(model, recache):
     batch, made = poisoned(model, RING, 8), {}
-    steady, switching = (batch.join(prompt(model, seed), seed=seed) for seed in (0, 1))
+    steady, switching = (batch.add(prompt(model, seed), seed=seed) for seed in (0, 1))
     for number in range(8):
         if number == 5:
             switching.set_prompt(prompt(model, 9), recache=recache)
@@ -132,10 +133,10 @@ def test_one_stream_switches_its_prompt(model, recache):
 def test_given_frames_begin_a_stream(model):
     given = torch.randn(1, 2, 16, *SIZE, generator=torch.Generator().manual_seed(0))
     batch, made = poisoned(model, RING, 6), {}
-    batch.join(prompt(model, 0), seed=0)
+    batch.add(prompt(model, 0), seed=0)
     batch.step()
-    continued = batch.join(prompt(model, 1), seed=1, initial=given)
-    while continued in batch.streams:
+    continued = batch.add(prompt(model, 1), seed=1, initial_latents=given)
+    while continued in batch.rollouts:
         collect(made, batch.step())
     rollout = Rollout(model, prompt(model, 1), RING, latent_size=SIZE, latent_frames=6, seed=1, initial_latents=given)
     wanted = torch.cat([block.values for block in rollout], dim=1)
@@ -148,9 +149,9 @@ def test_streams_in_a_steady_state_share_their_passes(model):
     handle = model.patch_embedding.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
     try:
         batch = poisoned(model, RING, None)
-        batch.join(prompt(model, 0))
+        batch.add(prompt(model, 0))
         batch.step()
-        batch.join(prompt(model, 1)), batch.join(prompt(model, 2))
+        batch.add(prompt(model, 1)), batch.add(prompt(model, 2))
         rows.clear()
         batch.step()  # the newcomers' four steps; the second is of the same form as that of the other
         assert rows == [1, 2, 3, 2, 2]
@@ -167,7 +168,7 @@ def three_that_come_one_by_one(model) -> tuple[dict, dict]:
     batch, made, seeds = poisoned(model, RING, 7), {}, {}
     for number in range(10):
         if number < 3:
-            seeds[batch.join(prompt(model, number), seed=number)] = number
+            seeds[batch.add(prompt(model, number), seed=number)] = number
         collect(made, batch.step())
     return made, seeds
 
@@ -185,16 +186,16 @@ def test_every_backend_of_attention_takes_rows_of_their_own(model, monkeypatch, 
 def test_a_stream_that_is_not_finite_leaves_alone(model):
     """Nobody else reads its keys."""
     batch, made = poisoned(model, RING, 7), {}
-    first, broken, third = (batch.join(prompt(model, seed), seed=seed) for seed in range(3))
+    first, broken, third = (batch.add(prompt(model, seed), seed=seed) for seed in range(3))
     collect(made, batch.step())
     with torch.inference_mode():
-        broken._held[0].latents[0, 0, 3, 2, 1] = float("nan")  # of which its clean pass now makes keys
+        broken._finished_blocks[0].latents[0, 0, 3, 2, 1] = float("nan")  # of which its clean pass now makes keys
     step = batch.step()
     assert isinstance(step[broken], NonFiniteError) and "latent frame 1, step 1, layer 0" in str(step[broken])
-    assert batch.streams == (first, third)
+    assert batch.rollouts == (first, third)
     del step[broken]
     collect(made, step)
-    while batch.streams:
+    while batch.rollouts:
         collect(made, batch.step())
     for stream, seed in ((first, 0), (third, 2)):
         assert_close_max(torch.cat(made[stream], dim=1), alone(model, RING, 7, seed), 2e-5, f"stream {seed}")
@@ -205,17 +206,17 @@ def test_a_stream_that_is_not_finite_leaves_alone(model):
 def test_what_cannot_be_is_refused(model):
     with pytest.raises(InputError, match="rows must be an integer >= 1, got 0"):
         poisoned(model, RING, 6, rows=0)
-    with pytest.raises(InputError, match="kv_dtype must be None for a batch of streams"):
+    with pytest.raises(InputError, match="kv_dtype must be None for a batch of rollouts"):
         poisoned(model, RING.replace(kv_dtype="float8_e4m3"), 6)
     batch = poisoned(model, RING, 6, rows=1)
-    with pytest.raises(InputError, match="text must be of one row, got 2"):
-        batch.join(prompt(model, 0).embeds.expand(2, -1, -1))
-    stream = batch.join(prompt(model, 0))
+    with pytest.raises(InputError, match="prompt_embeds must be of one row, got 2"):
+        batch.add(prompt(model, 0).expand(2, -1, -1))
+    stream = batch.add(prompt(model, 0))
     with pytest.raises(InputError, match="a batch of 1 rows is full"):
-        batch.join(prompt(model, 1))
-    batch.leave(stream)
-    with pytest.raises(InputError, match="stream must be one of the batch"):
-        batch.leave(stream)
+        batch.add(prompt(model, 1))
+    batch.remove(stream)
+    with pytest.raises(InputError, match="rollout must be one of the batch"):
+        batch.remove(stream)
     with pytest.raises(InputError, match="was closed at latent frame 0: start another"):
         next(stream)
     assert batch.step() == {}

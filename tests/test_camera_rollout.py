@@ -237,7 +237,7 @@ def test_given_frames_have_cameras_too(model):
     cameras = path("w*3,j*4")
     noise = torch.randn(1, 8, 16, 4, 4, generator=torch.Generator().manual_seed(1))
     whole = latents_of(roll(model, cameras, config, 8, noise=noise))
-    rest = latents_of(roll(model, cameras, config, 8, noise=noise[:, 4:], initial=whole[:, :4]))
+    rest = latents_of(roll(model, cameras, config, 8, noise=noise[:, 4:], initial_latents=whole[:, :4]))
     torch.testing.assert_close(rest, whole[:, 4:], rtol=0, atol=2e-5)
 
 
@@ -248,7 +248,7 @@ def test_recaching_makes_each_block_with_its_own_cameras(model):
     frames = torch.cat([next(rollout).values for _ in range(3)], dim=1)
     rollout.set_cameras(path("s*1").at([1]))
     rollout.set_prompt(embeds, recache=True)
-    prefilled = roll(model, cameras, config, 8, embeds=embeds, initial=frames)
+    prefilled = roll(model, cameras, config, 8, embeds=embeds, initial_latents=frames)
     for ours, theirs in (
         (rollout.cache.data, prefilled.cache.data),
         (rollout.cache.camera_data, prefilled.cache.camera_data),
@@ -355,11 +355,11 @@ def test_a_stream_moves_its_camera():
         RolloutConfig((1000,), frames_per_block=2), dtype=torch.float32, device=torch.device("cpu"), camera=True
     )
     cameras, text = path("l*40,w*60").at([0, 0, 40, 100]), random_prompt_embeds("x", pipeline.model.config)
-    options = {"frames": 13, "size": (32, 48)}
-    stream = pipeline.stream(text, cameras=cameras.at([0]), **options)
+    options = {"num_frames": 13, "height": 32, "width": 48}
+    stream = pipeline.stream(prompt_embeds=text, cameras=cameras.at([0]), **options)
     made = [next(stream).pixels]
     stream.set_cameras(cameras.at([2, 3]))
     made = torch.cat([*made, next(stream).pixels], dim=1).int()
-    assert (made - pipeline.generate(text, cameras=cameras, **options).pixels.int()).abs().max() <= 1
-    still = pipeline.generate(text, cameras=cameras.at([0]), **options).pixels.int()
+    assert (made - pipeline.generate(prompt_embeds=text, cameras=cameras, **options).pixels.int()).abs().max() <= 1
+    still = pipeline.generate(prompt_embeds=text, cameras=cameras.at([0]), **options).pixels.int()
     assert torch.equal(made[:, :5], still[:, :5]) and (made - still).abs().max() > 9

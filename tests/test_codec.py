@@ -5,8 +5,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cfpp_rt.codec.streaming import decode_stream, first_picture, to_uint8
+from cfpp_rt.codec.streaming import decode_stream, to_uint8
 from cfpp_rt.codec.wan_names import infer_config, to_diffusers
+from cfpp_rt.core.frame_counts import first_frame
 from cfpp_rt.errors import CheckpointError, InputError
 from cfpp_rt.values import Latents
 
@@ -166,7 +167,7 @@ def test_decode_stream(codec, vectors):
     blocks = [Latents(latents[:, :1], 0), Latents(latents[:, 1:3], 1), Latents(latents[:, 3:], 3)]
     frames = list(decode_stream(codec, iter(blocks)))
     assert [(f.start, f.pixels.shape[1]) for f in frames] == [(0, 1), (1, 8), (9, 4)]
-    assert [first_picture(n, 4) for n in range(4)] == [0, 1, 5, 9]
+    assert [first_frame(n, 4) for n in range(4)] == [0, 1, 5, 9]
     joined = torch.cat([f.pixels for f in frames], dim=1)
     assert torch.equal(joined, to_uint8(codec.decode(latents)))
 

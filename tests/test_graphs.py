@@ -102,7 +102,7 @@ def test_graphed_rollout_is_the_eager_one(small, name, batch):
     config, stand_in = SETTINGS[name], StandIn()
     given = torch.randn(batch, config.frames_per_block, 16, 4, 4, generator=torch.Generator().manual_seed(2))
     frames = 24 if config.window else 12
-    rollout = start(small, config, graphs_of(small, stand_in), batch=batch, num_frames=frames, initial=given)
+    rollout = start(small, config, graphs_of(small, stand_in), batch=batch, frames=frames, initial_latents=given)
     assert rollout.why_no_cuda_graphs is None and stand_in.captured == (3 if config.refresh == "fused" else 2)
     passes = []
     hook = small.patch_embedding.register_forward_hook(lambda *_: passes.append(1))
@@ -110,7 +110,9 @@ def test_graphed_rollout_is_the_eager_one(small, name, batch):
     hook.remove()
     alone = 1 if config.kv_dtype else 0  # the first pass, which sets the scales
     assert stand_in.replayed >= len(passes) - alone > frames // config.frames_per_block
-    assert torch.equal(graphed, play(start(small, config, batch=batch, num_frames=frames, initial=given), small, batch))
+    assert torch.equal(
+        graphed, play(start(small, config, batch=batch, frames=frames, initial_latents=given), small, batch)
+    )
 
 
 def test_graphed_cameras(small):
@@ -119,7 +121,7 @@ def test_graphed_cameras(small):
     path, turn = (Cameras.of(parse_trajectory(keys)) for keys in ("w*3,l*8", "s*2,j*3"))
     made = []
     for graphs in (None, graphs_of(model)):
-        rollout = start(model, config, graphs, cameras=path, num_frames=None)
+        rollout = start(model, config, graphs, cameras=path, frames=None)
         blocks = []
         for index in range(8):
             if index == 4:
@@ -136,7 +138,7 @@ def test_a_buffer_that_is_not_filled_is_seen(stale):
     cameras, config = Cameras.of(parse_trajectory("w*3,l*3,w*5")), RING
     graphs = graphs_of(model)
     rollout = start(model, config, graphs, cameras=cameras, check_finite=False)  # rows that nobody wrote may be NaN
-    for buffers in graphs._sets[0]._inputs.values():
+    for buffers in graphs._pool.resources[0]._inputs.values():
         assert len(buffers) == 9
         buffers[stale] = buffers[stale].clone()  # filled instead of the one that the pass reads
     assert not torch.equal(play(rollout, model), play(start(model, config, cameras=cameras), model))
@@ -145,7 +147,7 @@ def test_a_buffer_that_is_not_filled_is_seen(stale):
 def test_text_that_is_not_filled_is_seen(small):
     graphs = graphs_of(small)
     rollout = start(small, RING, graphs)
-    passes = graphs._sets[0]
+    passes = graphs._pool.resources[0]
     passes._text = [tuple(t.clone() for t in layer) for layer in passes._text]
     assert not torch.equal(play(rollout, small), play(start(small, RING), small))
 
@@ -215,7 +217,7 @@ def test_capture_that_fails_half_way(small, error):
     graphs = graphs_of(small, stand_in)
     with pytest.warns(RuntimeWarning, match=f"without CUDA graphs: capture failed: {type(error).__name__}: {error}"):
         rollout = start(small, RING, graphs)
-    assert str(error) in rollout.why_no_cuda_graphs and not graphs._sets
+    assert str(error) in rollout.why_no_cuda_graphs and not graphs._pool.resources
     assert torch.equal(play(rollout, small), play(start(small, RING), small))
     stand_in._fail_at = None
     again = start(small, RING, graphs)
@@ -257,23 +259,23 @@ def test_where_there_are_no_graphs_the_reason_is_told(small, monkeypatch):
 
 def test_a_stream_takes_the_graphs_of_its_pipeline():
     pipeline = random_pipeline(RING, dtype=torch.float32, device=torch.device("cpu"))
-    assert pipeline.graphs is None, "on the CPU there are none"
+    assert pipeline.cuda_graphs is None, "on the CPU there are none"
     stand_in = StandIn()
-    pipeline.graphs = graphs_of(pipeline.model, stand_in)
+    pipeline.cuda_graphs = graphs_of(pipeline.model, stand_in)
     prompt = text(pipeline.model, 1)
-    options = {"frames": 9, "size": (32, 32), "seed": 3}
+    options = {"num_frames": 9, "height": 32, "width": 32, "seed": 3}
     pipeline.warm_up(**options)
     captured, replayed = stand_in.captured, stand_in.replayed
-    graphed = pipeline.generate(prompt, **options).pixels
+    graphed = pipeline.generate(prompt_embeds=prompt, **options).pixels
     assert (captured, stand_in.captured, stand_in.replayed - replayed) == (3, 3, 3 * 2)
-    assert torch.equal(graphed, pipeline.generate(prompt, cuda_graphs=False, **options).pixels)
+    assert torch.equal(graphed, pipeline.generate(prompt_embeds=prompt, cuda_graphs=False, **options).pixels)
 
 
 def test_a_stream_looks_for_nan_when_pictures_are_on_the_host():
     """No pass waits for the answer; it still names frame, step and layer, and no picture of the block is given out."""
     pipeline = random_pipeline(RING, dtype=torch.float32, device=torch.device("cpu"))
-    pipeline.graphs = graphs_of(pipeline.model)
-    stream = pipeline.stream(text(pipeline.model, 1), num_frames=None, height=32, width=32)
+    pipeline.cuda_graphs = graphs_of(pipeline.model)
+    stream = pipeline.stream(prompt_embeds=text(pipeline.model, 1), num_frames=None, height=32, width=32)
     next(stream), next(stream)
     with torch.no_grad():
         pipeline.model.blocks[1].ffn[2].bias[3] = float("nan")

@@ -36,9 +36,9 @@ def test_cuda_graphs_are_the_eager_rollout(on_gpu, name, batch):
     graphs, config = CudaGraphCache(on_gpu), SETTINGS[name]
     given = torch.randn(batch, config.frames_per_block, 16, 4, 4, generator=torch.Generator().manual_seed(2))
     frames = 24 if config.window else 12
-    eager = play(start(on_gpu, config, batch=batch, num_frames=frames, initial=given), on_gpu, batch)
+    eager = play(start(on_gpu, config, batch=batch, frames=frames, initial_latents=given), on_gpu, batch)
     for _ in range(2):  # the second time with graphs that have run before
-        rollout = start(on_gpu, config, graphs, batch=batch, num_frames=frames, initial=given)
+        rollout = start(on_gpu, config, graphs, batch=batch, frames=frames, initial_latents=given)
         assert rollout.why_no_cuda_graphs is None
         # Into what has been freed:
         junk = [torch.full((64 << i % 16,), float("nan"), device="cuda") for i in range(256)]
@@ -60,7 +60,8 @@ def test_blocks_decoded_beside_the_next_are_the_same_pictures(on_gpu):
     torch.manual_seed(0)
     pipeline = Pipeline(on_gpu, TAEHV().to("cuda", torch.bfloat16), None, RolloutConfig(steps=(1000, 500), window=4))
     made = [
-        list(pipeline.stream(text(on_gpu, 0), num_frames=41, height=64, width=96, ahead=ahead)) for ahead in (0, 1, 3)
+        list(pipeline.stream(prompt_embeds=text(on_gpu, 0), num_frames=41, height=64, width=96, ahead=ahead))
+        for ahead in (0, 1, 3)
     ]
     for parts in made[1:]:
         assert all(torch.equal(part.pixels, same.pixels) for part, same in zip(parts, made[0], strict=True))
@@ -151,6 +152,6 @@ def test_a_gpu_that_is_full_on_the_way(on_gpu, graphed):
         torch.cuda.set_per_process_memory_fraction(1.0)
         hogs.clear()
     gc.collect()
-    assert cache() is None and not (graphs and graphs._sets)
+    assert cache() is None and not (graphs and graphs._pool.resources)
     again = torch.cat([block.values for block in Rollout(on_gpu, text(on_gpu, 1), RING, **large)], dim=1)
     assert again.isfinite().all()

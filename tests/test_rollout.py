@@ -183,7 +183,11 @@ def test_two_thousand_frames(model, meta):
         assert block.start == frame and block.values.isfinite().all()
         if frame in (200, 1999):
             held[frame] = psutil.Process().memory_info().rss
-    assert rollout.cache.data.data_ptr() == allocation and len(rollout._held) <= 7 and len(rollout._times) <= 4
+    assert (
+        rollout.cache.data.data_ptr() == allocation
+        and len(rollout._finished_blocks) <= 7
+        and len(rollout._builder.time_embeddings) <= 4
+    )
     assert held[1999] - held[200] < 8 << 20
 
 
@@ -222,7 +226,7 @@ def test_recached_window_is_that_of_a_rollout_under_the_new_prompt(model, meta):
     rollout = roll(model, meta, RolloutConfig(), 6)
     frames = torch.cat([next(rollout).values for _ in range(4)], dim=1)
     rollout.set_prompt(embeds, recache=True)
-    prefilled = roll(model, meta, RolloutConfig(), 6, embeds=embeds, initial=frames)
+    prefilled = roll(model, meta, RolloutConfig(), 6, embeds=embeds, initial_latents=frames)
     used = 4 * meta["frame_tokens"]
     torch.testing.assert_close(
         rollout.cache.data[..., :used, :], prefilled.cache.data[..., :used, :], rtol=0, atol=2e-5
@@ -283,19 +287,22 @@ def test_a_cache_that_does_not_fit_says_what_would(model, meta, monkeypatch):
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"frames": 0}, "frames must be a multiple >= 1"),
+        ({"frames": 0}, "latent_frames must be a multiple >= 1"),
         ({"frames": 4, "config": RolloutConfig(frames_per_block=3)}, "multiple >= 3 of frames_per_block=3, got 4"),
         ({"frames": None}, "window must be given"),
-        ({"frames": 2, "initial": torch.zeros(1, 2, 16, 8, 12)}, "fewer than frames=2, got 2"),
-        ({"frames": 3, "initial": torch.zeros(1, 1, 16, 8, 8)}, "initial must be"),
+        ({"frames": 2, "initial_latents": torch.zeros(1, 2, 16, 8, 12)}, "fewer than latent_frames=2, got 2"),
+        ({"frames": 3, "initial_latents": torch.zeros(1, 1, 16, 8, 8)}, "initial_latents must be"),
         ({"frames": 3, "seed": [1, 2]}, "seed must be one integer or 1 of them, got 2"),
         ({"frames": 3, "seed": -1}, "seed must be in 0"),
         ({"frames": 3, "seed": 1.5}, "seed must be an integer"),
         ({"frames": 3, "noise": torch.zeros(1, 2, 16, 8, 12)}, "noise must cover the 3 generated frames, got 2"),
-        ({"frames": 3, "initial": torch.full((1, 1, 16, 8, 12), float("nan"))}, "initial must be finite"),
-        ({"frames": 3, "initial": torch.zeros(16, 8, 12)}, "initial must be"),
+        (
+            {"frames": 3, "initial_latents": torch.full((1, 1, 16, 8, 12), float("nan"))},
+            "initial_latents must be finite",
+        ),
+        ({"frames": 3, "initial_latents": torch.zeros(16, 8, 12)}, "initial_latents must be"),
         ({"frames": 3, "noise": torch.zeros(1, 3, 16, 4, 4)}, "noise must be"),
-        ({"frames": 3, "embeds": torch.zeros(1, 3, 5)}, r"text embeds must be \[B, 16, 32\], got \[1, 3, 5\]"),
+        ({"frames": 3, "embeds": torch.zeros(1, 3, 5)}, r"prompt_embeds must be \[B, 16, 32\], got \[1, 3, 5\]"),
     ],
 )
 def test_bad_arguments_are_named(model, meta, options, message):
@@ -322,7 +329,7 @@ def test_a_refused_prompt_switch_changes_nothing(model, meta):
     plain = latents_of(roll(model, meta, config, 5))
     rollout = roll(model, meta, config, 5)
     made = [next(rollout).values, next(rollout).values]
-    with pytest.raises(InputError, match="text embeds must be"):
+    with pytest.raises(InputError, match="prompt_embeds must be"):
         rollout.set_prompt(torch.randn(1, 3, 16), recache=True)
     assert torch.equal(torch.cat([*made, latents_of(rollout)], dim=1), plain)
 
@@ -346,7 +353,7 @@ def test_recaching_under_the_same_prompt_changes_nothing(model, meta, window, bl
     initial = torch.randn(1, block, 16, 8, 12, generator=torch.Generator().manual_seed(1))
     made = []
     for recache in (False, True):
-        rollout = roll(model, meta, config, 3 * block, embeds=embeds, initial=initial)
+        rollout = roll(model, meta, config, 3 * block, embeds=embeds, initial_latents=initial)
         if recache:
             rollout.set_prompt(embeds, recache=True)
         made.append(latents_of(rollout))

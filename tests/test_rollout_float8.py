@@ -79,7 +79,7 @@ def test_a_row_does_not_depend_on_its_batch(model, vectors, meta):
 
 
 def test_memory_is_half_and_one_layer(model, vectors, meta):
-    shape = CacheShape(layers=30, batch=1, heads=12, frames=21, tokens_per_frame=4, head_dim=128)
+    shape = CacheShape(layers=30, batch=1, heads=12, capacity=21, tokens_per_frame=4, head_dim=128)
     cache = KVCache(shape, FrameRing(0, 21, 1), torch.bfloat16, "cpu", torch.float8_e4m3fn)
     assert cache.layers[0]._wide[0].data_ptr() == cache.layers[29]._wide[0].data_ptr(), "one room for all layers"
     assert cache.nbytes == shape.bytes(torch.bfloat16, torch.float8_e4m3fn)

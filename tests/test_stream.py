@@ -22,7 +22,7 @@ def start(model, frames: int | None = None, ahead: int = 0, initial: torch.Tenso
     codec = PatchCodec(torch.zeros(192), basis, torch.ones(CHANNELS))
     text = torch.randn(1, model.config.text_len, model.config.text_dim, generator=generator)
     return Pipeline(model, codec).stream(
-        text,
+        prompt_embeds=text,
         num_frames=frames,
         height=32,
         width=48,
@@ -59,7 +59,7 @@ def test_blocks_made_ahead_are_the_same_and_no_more_than_asked_for(model, ahead:
         assert torch.equal(got.pixels, wanted.pixels) and got.start == wanted.start
         # The first two parts, the given pictures in one of them, are one block.
         assert stream.rollout.next_frame == min(8, 2 + number + ahead)
-    assert next(stream, None) is None and stream.rollout.over
+    assert next(stream, None) is None and stream.rollout.closed
 
 
 def test_what_is_given_reaches_the_first_block_that_is_not_made_ahead(model):
@@ -69,7 +69,7 @@ def test_what_is_given_reaches_the_first_block_that_is_not_made_ahead(model):
     for number in range(6):
         same.append(torch.equal(next(plain).pixels, next(switched).pixels))
         if number == 0:
-            switched.set_prompt(another)
+            switched.set_prompt(prompt_embeds=another)
     assert same == [True, True, True, False, False, False]
 
 
@@ -77,9 +77,9 @@ def test_what_is_given_reaches_the_first_block_that_is_not_made_ahead(model):
 def test_a_block_that_is_not_finite_is_not_delivered(model, ahead: int):
     stream = start(model, 6, ahead)
     next(stream)
-    stream.rollout._held = {
+    stream.rollout._finished_blocks = {
         frame: dataclasses.replace(held, latents=held.latents * float("nan"))
-        for frame, held in stream.rollout._held.items()
+        for frame, held in stream.rollout._finished_blocks.items()
     }
     with pytest.raises(NonFiniteError, match="latent frame 1|latent frame 2"):
         list(stream)

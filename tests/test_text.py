@@ -67,7 +67,7 @@ def test_encode_ids_agrees_with_the_reference(encoder, vectors):
 
 
 def test_prompts_to_conditioning(encoder):
-    embeds = encoder(["a  cat\n and dog ", "the unknownword"]).embeds
+    embeds = encoder(["a  cat\n and dog ", "the unknownword"])
     ids = torch.tensor([[3, 4, 5, 6, EOS], [9, UNKNOWN, EOS, PAD, PAD]])
     ids = torch.nn.functional.pad(ids, (0, TEXT_LEN - 5))
     mask = torch.zeros_like(ids)
@@ -79,13 +79,13 @@ def test_prompts_to_conditioning(encoder):
 
 
 def test_a_prompt_does_not_depend_on_its_neighbours(encoder):
-    together = encoder(["a cat", "dog and cat run over the green hill", ""]).embeds
-    assert difference(together[:1], encoder(["a cat"]).embeds) < 1e-5
+    together = encoder(["a cat", "dog and cat run over the green hill", ""])
+    assert difference(together[:1], encoder(["a cat"])) < 1e-5
     assert together[2, 0].any() and not together[2, 1:].any()
 
 
 def test_long_prompts_are_cut_and_keep_the_end_token(encoder):
-    embeds = encoder([" ".join(["cat"] * 50)]).embeds
+    embeds = encoder([" ".join(["cat"] * 50)])
     ids = torch.tensor([[4] * (TEXT_LEN - 1) + [EOS]])
     assert difference(embeds, encoder.encode_ids(ids, torch.ones_like(ids))) < 1e-5
 
@@ -96,12 +96,12 @@ def test_diffusers_layout(tmp_path, encoder):
     save_tokenizer(tmp_path / "tokenizer")
     loaded = TextEncoder.from_pretrained(tmp_path, dtype=torch.float32, text_len=TEXT_LEN)
     prompts = ["a green cat", "night"]
-    assert torch.equal(loaded(prompts).embeds, encoder(prompts).embeds)
+    assert torch.equal(loaded(prompts), encoder(prompts))
 
 
 def test_dtype_and_shared_token_table(original):
     half = TextEncoder.from_pretrained(original, dtype=torch.bfloat16, text_len=TEXT_LEN)
-    assert half.dtype == torch.bfloat16 and half(["a cat"]).embeds.dtype == torch.bfloat16
+    assert half.dtype == torch.bfloat16 and half(["a cat"]).dtype == torch.bfloat16
     assert half.model.encoder.embed_tokens is half.model.shared
     assert not any(parameter.requires_grad or parameter.is_meta for parameter in half.model.parameters())
 
@@ -155,6 +155,6 @@ def test_the_encoder_makes_room_between_prompts(encoder, model, monkeypatch, off
     moves = []
     monkeypatch.setattr(TextEncoder, "to", lambda self, device: moves.append(str(device)))
     pipeline = Pipeline(model, NoDecoder(4), encoder, offload_text=offloads)
-    text = pipeline.encode_text(["a cat"])
-    assert torch.equal(text.embeds, encoder(["a cat"]).embeds)
+    text = pipeline.encode_prompt(["a cat"])
+    assert torch.equal(text, encoder(["a cat"]))
     assert moves == (["cpu", "cpu"] if offloads else ["cpu"])

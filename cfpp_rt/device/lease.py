@@ -53,6 +53,11 @@ class LeasePool(Generic[Resource]):
             lease.holder = weakref.ref(holder)
             return lease.resource
 
+    @property
+    def resources(self) -> list[Resource]:
+        """The resources that are allocated, free ones included."""
+        return [lease.resource for lease in self._leases]
+
     def release(self) -> None:
         """Drop the resources that nobody holds, and return their memory to the device."""
         with self._lock:

@@ -55,7 +55,7 @@ def test_a_bundle_decodes_as_its_codec(tmp_path, make):
     decoder = BundleDecoder(engine)
     made = [decoder.decode(part.numpy()) for part in latents.split([1, 3, 1], dim=1)]
     np.testing.assert_allclose(np.concatenate(made, axis=1), codec.decode(latents).numpy(), rtol=0, atol=2e-5)
-    stream = BundleStream(engine, frames=5, initial=latents[:, :1].numpy())
+    stream = BundleStream(engine, latent_frames=5, initial_latents=latents[:, :1].numpy())
     pictures = [frames.pixels for frames in stream]
     assert np.concatenate(pictures, 1).shape == (1, 1 + 4 * codec.temporal_factor, 32, 32, 3)
     np.testing.assert_array_equal(pictures[0], to_uint8(codec.decode(latents[:, :1])).numpy())
