@@ -89,7 +89,7 @@ def test_a_camera_that_moves_is_that_of_the_runtime(moving, refresh):
     first = Cameras.of(parse_trajectory("w*2,j*2"), (0.6, 0.9))
     views = torch.stack([walk(["l", "u"], first.views[0, -1]), walk(["s", "a"], first.views[0, -1])])
     second = Cameras.of(views, (0.5, 0.5))
-    options = {"frames": None, "seed": [3, 5]}
+    options = {"latent_frames": None, "seed": [3, 5]}
     theirs = Rollout(
         model,
         embeds,

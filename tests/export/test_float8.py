@@ -33,7 +33,7 @@ WEIGHTS = TINY.num_layers * (6 * TINY.dim**2 + 2 * TINY.dim * TINY.ffn_dim)  # o
 
 
 @pytest.fixture(scope="module")
-def rollout_preset(tmp_path_factory):
+def student(tmp_path_factory):
     model = random_model(TINY, seed=0, dtype=torch.float32)
     folder = tmp_path_factory.mktemp("float8") / "bundle"
     export_onnx(model, RUN, folder, latent_size=(4, 6), latent_frames=None, linear_dtype=FLOAT8)

@@ -15,11 +15,11 @@ RTX = {"library": "tensorrt-rtx", "version": "1.7.1.116"}
 
 
 @pytest.fixture(scope="module")
-def rollout_preset():
+def student():
     import torch
 
     model = random_model(TINY, seed=0, dtype=torch.float16)
-    return make_card(model, ROLLING, latent_size=(4, 6), frames=None)
+    return make_card(model, ROLLING, latent_size=(4, 6), latent_frames=None)
 
 
 @pytest.fixture

@@ -65,13 +65,13 @@ class PretendedDevice:
         return self.memory[pointer][:size].view(dtype).reshape(tensor.shape)
 
     def write(self, memory, values):
-        self.calls.append(cuda.pointer)
+        self.calls.append(memory.pointer)
         self.copied += values.nbytes
-        self.memory[cuda.pointer][: values.nbytes] = np.frombuffer(values.tobytes(), np.uint8)
+        self.memory[memory.pointer][: values.nbytes] = np.frombuffer(values.tobytes(), np.uint8)
 
     def read(self, memory, values):
         self.copied += values.nbytes
-        values[...] = self.memory[cuda.pointer][: values.nbytes].view(values.dtype).reshape(values.shape)
+        values[...] = self.memory[memory.pointer][: values.nbytes].view(values.dtype).reshape(values.shape)
 
     def close(self):
         self.memory.clear()

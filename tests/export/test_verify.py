@@ -52,8 +52,8 @@ def test_the_shipped_student_of_the_world_passes(tmp_path, dtype, linear_dtype):
     """Trained weights, whose attention is sharp: float16 has to be measured by an attention that rounds as coarsely."""
     student = load_world_pipeline(SHIPPED, dtype=getattr(torch, dtype), fuse=False)
     size, codec = (SIZE // 8, SIZE // 8), student.codec
-    options = {"latent_size": size, "frames": None, "codec": codec, "linear_dtype": linear_dtype}
-    export_onnx(student.model, student.rollout, tmp_path / "b", **options)
+    options = {"latent_size": size, "latent_frames": None, "codec": codec, "linear_dtype": linear_dtype}
+    export_onnx(student.model, student.config, tmp_path / "b", **options)
     report = verify(open_bundle(tmp_path / "b"), student.model, codec=codec, frames=6, threads=1)
     require_passed(report)
     assert report["rollout"]["ring_wraps"] and report["rollout"]["psnr_db"] > 40
