@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cfpp_rt.cache import CacheShape, KVCache
-from cfpp_rt.core.camera import Projections
+from cfpp_rt.model.projections import Projections
 from cfpp_rt.core.frame_ring import FrameRing
 from cfpp_rt.export.bundle import Card
 from cfpp_rt.export.contract import GraphSpec, caches_of_layer, text_names, updated
