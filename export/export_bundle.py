@@ -16,7 +16,7 @@ from cfpp_rt.config import RolloutConfig
 from cfpp_rt.core.frame_ring import slots_for
 from cfpp_rt.core.schedule import FlowMatchSchedule
 from cfpp_rt.errors import InputError
-from cfpp_rt.export.bundle import LINEAR_DTYPES, WEIGHTS, Card, new_folder, steps_of, write_card
+from cfpp_rt.export.bundle import WEIGHTS, Card, index_steps, new_folder, require_linear_dtype, write_card
 from cfpp_rt.export.check_onnx import check_graph
 from cfpp_rt.export.codec_onnx import export_decoder
 from cfpp_rt.export.contract import Sizes
@@ -28,7 +28,7 @@ from cfpp_rt.runtime.rollout import PREFILL_TIMESTEP
 
 def make_card(
     model: CausalWanTransformer,
-    rollout: RolloutConfig,
+    config: RolloutConfig,
     *,
     latent_size: tuple[int, int],
     latent_frames: int | None,
@@ -37,33 +37,30 @@ def make_card(
     about: dict[str, Any] | None = None,
 ) -> Card:
     """The card of a student before it is exported. Arguments and errors as for `export_onnx`."""
-    if rollout.kv_dtype is not None:
-        raise InputError(f"kv_dtype must be None: graphs keep the cache in the model's dtype, got {rollout.kv_dtype!r}")
-    if linear_dtype not in (None, *LINEAR_DTYPES):
-        raise InputError(f"linear_dtype must be None or {', '.join(LINEAR_DTYPES)}, got {linear_dtype!r}")
-    block = rollout.frames_per_block
-    if rollout.window is not None and (rollout.window - rollout.sinks) % block:
+    if config.kv_dtype is not None:
+        raise InputError(f"kv_dtype must be None: graphs keep the cache in the model's dtype, got {config.kv_dtype!r}")
+    require_linear_dtype(linear_dtype)
+    n = config.frames_per_block
+    if config.window is not None and (config.window - config.sinks) % n:
         raise InputError(
-            f"window must be the sinks and whole blocks of {block} frames, so that a full ring is what is seen,"
-            f" got window={rollout.window} and sinks={rollout.sinks}"
+            f"window must be the sinks and whole blocks of {n} frames, so that a full ring is what is seen,"
+            f" got window={config.window} and sinks={config.sinks}"
         )
-    if latent_frames is not None and (latent_frames < 1 or latent_frames % block):
-        raise InputError(
-            f"latent_frames must be a multiple >= {block} of frames_per_block={block}, got {latent_frames}"
-        )
-    if rollout.window is not None:
+    if latent_frames is not None and (latent_frames < 1 or latent_frames % n):
+        raise InputError(f"latent_frames must be a multiple >= {n} of frames_per_block={n}, got {latent_frames}")
+    if config.window is not None:
         latent_frames = None  # the ring is of the window's size, whatever the length of the video
-    sinks, ring = slots_for(rollout.replace(refresh="separate"), latent_frames)  # no graph needs the spare slot
-    schedule = FlowMatchSchedule(rollout.shift)
-    lists = [schedule.warp(steps) for steps in (rollout.steps, rollout.first_steps or rollout.steps)]
-    context = float(rollout.context_noise)
+    sinks, ring = slots_for(config.replace(refresh="separate"), latent_frames)  # no graph needs the spare slot
+    schedule = FlowMatchSchedule(config.shift)
+    lists = [schedule.warp(steps) for steps in (config.steps, config.first_steps or config.steps)]
+    context = float(config.context_noise)
     known = sorted({context, PREFILL_TIMESTEP, *lists[0].tolist(), *lists[1].tolist()}, reverse=True)
-    steps, first_steps = (steps_of(t.tolist(), schedule.sigma(t).tolist(), known) for t in lists)
+    steps, first_steps = (index_steps(t.tolist(), schedule.sigma(t).tolist(), known) for t in lists)
     dtype = str(model.dtype).removeprefix("torch.")
     return Card(
-        sizes=Sizes(model.config, batch, latent_size, block, sinks, ring, len(known), dtype),
-        rollout=rollout,
-        frames=latent_frames,
+        sizes=Sizes(model.config, batch, latent_size, n, sinks, ring, len(known), dtype),
+        config=config,
+        latent_frames=latent_frames,
         timesteps=tuple(known),
         steps=steps,
         first_steps=first_steps,
@@ -78,7 +75,7 @@ def make_card(
 
 def export_onnx(
     model: CausalWanTransformer,
-    rollout: RolloutConfig,
+    config: RolloutConfig,
     folder: str | Path,
     *,
     latent_size: tuple[int, int],
@@ -102,7 +99,7 @@ def export_onnx(
     about = {**(about or {}), "versions": {"cfpp_rt": version("cfpp-rt"), "onnx": onnx.__version__, "opset": OPSET}}
     card = make_card(
         model,
-        rollout,
+        config,
         latent_size=latent_size,
         latent_frames=latent_frames,
         batch=batch,

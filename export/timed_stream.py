@@ -11,9 +11,10 @@ from cfpp_rt.core.camera import parse_cameras
 from cfpp_rt.core.frame_counts import count_latent_frames
 from cfpp_rt.device.timing import Timings
 from cfpp_rt.errors import InputError
-from cfpp_rt.export.bundle_rollout import BundleRollout, Floats, OnnxRunner
+from cfpp_rt.export.bundle_rollout import BundleRollout
 from cfpp_rt.export.bundle_stream import BundleStream, encode_first
-from cfpp_rt.export.cameras import EngineCameras
+from cfpp_rt.export.onnx_runner import OnnxRunner
+from cfpp_rt.export.runner import Floats, Runner
 from cfpp_rt.io.video import DEFAULT_FPS
 from cfpp_rt.values import Frames
 from cfpp_rt.world import scripted
@@ -77,7 +78,7 @@ def open_film(arguments: argparse.Namespace) -> tuple[TimedBundleStream, Iterato
     card = engine.card
     if card.sizes.batch != 1:
         raise InputError(f"{arguments.engine}: a film is one video, the bundle makes {card.sizes.batch} at a time")
-    block, factor, acts = card.sizes.block, card.temporal_factor, bool(card.sizes.model.num_actions)
+    block, factor, acts = card.sizes.frames_per_block, card.temporal_factor, bool(card.sizes.model.num_actions)
     if arguments.actions is not None and not acts:
         raise InputError(f"{arguments.engine}: --actions is for a student that knows actions")
     actions = parse_actions(arguments.actions or "") if acts else []
@@ -90,8 +91,8 @@ def open_film(arguments: argparse.Namespace) -> tuple[TimedBundleStream, Iterato
     default = scripted.whole_blocks(1 + len(actions), block) if acts else 81
     if cameras is not None:
         default = 1 + factor * (len(cameras) - 1)
-    if not acts and card.frames is not None:
-        default = min(default, 1 + factor * (card.frames - 1))
+    if not acts and card.latent_frames is not None:
+        default = min(default, 1 + factor * (card.latent_frames - 1))
     frames = default if arguments.frames is None else arguments.frames
     total = count_latent_frames(frames, factor, block)
     initial = None
@@ -104,7 +105,7 @@ def open_film(arguments: argparse.Namespace) -> tuple[TimedBundleStream, Iterato
             latent_frames=total,
             seed=arguments.seed,
             initial_latents=initial,
-            cameras=None if cameras is None else EngineCameras.of(cameras.views, cameras.focal),
+            cameras=cameras,
             refresh=arguments.refresh,
         )
     )
@@ -113,7 +114,7 @@ def open_film(arguments: argparse.Namespace) -> tuple[TimedBundleStream, Iterato
     return stream, stream, frames, DEFAULT_FPS
 
 
-def _embeds(arguments: argparse.Namespace, engine: OnnxRunner) -> Floats | None:
+def _embeds(arguments: argparse.Namespace, engine: Runner) -> Floats | None:
     """Of --embeds, or of --prompt through the text encoder of --base."""
     model = engine.card.sizes.model
     if not model.text_len:

@@ -153,7 +153,7 @@ class GraphWriter:
 
     def embed_time(self, times: Tensor) -> None:
         graph, net, sizes = self.graph, self.net, self.sizes
-        dim, block, batch = net.config.dim, sizes.block, sizes.batch
+        dim, block, batch = net.config.dim, sizes.frames_per_block, sizes.batch
         waves = graph.weight("time_waves", sinusoid(times, net.config.freq_dim))
         e = self.linear(graph.op("Gather", waves, "timestep"), net.time_embedding[0], "time_embedding.0")
         e = self.linear(self.silu(e), net.time_embedding[2], "time_embedding.2")
@@ -193,7 +193,7 @@ class GraphWriter:
     def run_pass(self) -> None:
         graph, net, sizes = self.graph, self.net, self.sizes
         fused, refresh, last = self.spec.name == "fused", self.spec.name == "refresh", net.config.num_layers - 1
-        frames = sizes.block * (2 if fused else 1)
+        frames = sizes.frames_per_block * (2 if fused else 1)
         rows = graph.split("modulation", sizes.modulation_rows, axis=2)
         place = self.place(frames)
         x = self.patchify(frames)
@@ -205,7 +205,7 @@ class GraphWriter:
             if refresh and index == last:
                 return
             if fused and index == last:  # from here on only the noisy block is wanted
-                frames = sizes.block
+                frames = sizes.frames_per_block
                 x, normed, *own = (graph.split(value, 2, axis=1)[1] for value in (x, normed, *own))
                 parts = dataclasses.astuple(place)
                 place = _Place(*(graph.split(value, 2, axis=1)[1] if value else "" for value in parts))
@@ -236,9 +236,9 @@ class GraphWriter:
         graph, sizes, config = self.graph, self.sizes, self.net.config
         (height, width), (_, p, q) = sizes.latent_size, config.patch_size
         x = graph.cast(x, "float32")
-        x = graph.reshape(x, sizes.batch * sizes.block, height // p, width // q, p, q, config.out_dim)
+        x = graph.reshape(x, sizes.batch * sizes.frames_per_block, height // p, width // q, p, q, config.out_dim)
         x = graph.op("Transpose", x, perm=[0, 5, 1, 3, 2, 4])
-        graph.reshape(x, sizes.batch, sizes.block, config.out_dim, height, width, name="velocity")
+        graph.reshape(x, sizes.batch, sizes.frames_per_block, config.out_dim, height, width, name="velocity")
 
     def place(self, frames: int) -> _Place:
         """Tables of every token, from those of the frames' times and the constant ones of rows and columns."""
@@ -309,14 +309,14 @@ class GraphWriter:
     def mask(self, frames: int) -> str:
         """What each query of a fused pass sees: `visible`, slot by slot, spread over tokens: [1, 1, Sq, Skv]."""
         graph, sizes = self.graph, self.sizes
-        groups, slots = frames // sizes.block, sizes.slots + sizes.block
+        groups, slots = frames // sizes.frames_per_block, sizes.slots + sizes.frames_per_block
         name = f"mask.{groups}"
         if name in self._made:
             return name
         self._made.add(name)
         visible = "visible" if groups == 2 else graph.split("visible", 2, axis=0)[1]
         mask = graph.reshape(visible, groups, 1, slots, 1)
-        mask = graph.expand(mask, groups, sizes.block * sizes.tokens, slots, sizes.tokens)
+        mask = graph.expand(mask, groups, sizes.frames_per_block * sizes.tokens, slots, sizes.tokens)
         return graph.reshape(mask, 1, 1, frames * sizes.tokens, slots * sizes.tokens, name=name)
 
     def after_attention(self, x: str, y: str, layer: TransformerBlock, frames: int, rows: list[str], index: int) -> str:

@@ -17,7 +17,7 @@ import torch
 
 from cfpp_rt.bench import harness
 from cfpp_rt.config import MODELS, rollout_preset
-from cfpp_rt.export.bundle import LINEAR_DTYPES, open_bundle
+from cfpp_rt.export.bundle import BUNDLE_LINEAR_DTYPES, open_bundle
 from cfpp_rt.export.export_bundle import export_onnx
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.values import DTYPES
@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="wan-1.3b")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--linear-dtype", choices=LINEAR_DTYPES, help="linear layers of the blocks in 8 bits")
+    parser.add_argument("--linear-dtype", choices=BUNDLE_LINEAR_DTYPES, help="linear layers of the blocks in 8 bits")
     parser.add_argument("--frames", type=int, default=21, help="latent frames of the cache")
     parser.add_argument("--folder", help="where the bundle is made and removed again (default: the system's)")
     parser.add_argument("--json", metavar="PATH", help="append the row as a JSON line")

@@ -21,7 +21,7 @@ from cfpp_rt.export.trt.library import Library, load_library
 from cfpp_rt.export.trt.messages import explain
 from cfpp_rt.export.trt.parser import Network, parse
 
-WEIGHTS = ("embedded", "refittable", "stripped")
+WEIGHT_MODES = ("embedded", "refittable", "stripped")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Job:
     result: str = ""
 
     def __post_init__(self) -> None:
-        if self.weights not in WEIGHTS:
-            raise InputError(f"weights must be {', '.join(WEIGHTS)}, got {self.weights!r}")
+        if self.weights not in WEIGHT_MODES:
+            raise InputError(f"weights must be {', '.join(WEIGHT_MODES)}, got {self.weights!r}")
 
     @classmethod
     def read(cls, path: str | Path) -> "Job":

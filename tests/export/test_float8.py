@@ -62,7 +62,7 @@ def test_graphs_compute_as_pytorch_does_in_8_bits(student):
     for name in PASSES:
         spec = bundle.card.graphs[name]
         inputs = fixed_inputs(bundle.card, spec)
-        ours = GraphSession(bundle, name, 1)(**inputs)
+        ours = GraphSession(bundle, name, 1).run_on_copies(**inputs)
         theirs, exact = (run_in_torch(network, bundle.card, spec, inputs) for network in (in_8_bits, model))
         for tensor in (tensor.name for tensor in spec.outputs):
             cost, apart = (np.abs(theirs[tensor] - other[tensor]).mean() for other in (exact, ours))
@@ -145,8 +145,8 @@ def test_other_linears_are_refused(tmp_path):
 @pytest.mark.parametrize("dtype,target", [("bfloat16", "sm89"), ("float16", "sm120")])
 def test_an_engine_multiplies_in_8_bits(tmp_path, dtype, target):
     """The text in an engine names every tensor: the weights of all linears are in 8 bits, and so are their inputs."""
+    from cfpp_rt.export.trt.build import build_engine
     from cfpp_rt.export.trt.build_worker import Job
-    from cfpp_rt.export.trt.builder_process import build_engine
 
     model = random_model(TINY, seed=0, dtype=getattr(torch, dtype))
     export_onnx(model, ROLLING, tmp_path / "b", latent_size=(4, 6), latent_frames=None, linear_dtype=FLOAT8)
