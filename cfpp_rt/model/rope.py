@@ -49,7 +49,7 @@ class RotaryTables:
         return self._spans[index]
 
     def sequence(self, frames: Sequence[int]) -> torch.Tensor:
-        """Return (cos, sin) of every token of latent frames, float32 [S, D / 2, 2]: frame-major, then row, then column."""
+        """Return (cos, sin) of every token, frame-major, then row, then column: float32 [S, D / 2, 2]."""
         time, rows, columns = self.time(frames), self.rows, self.columns
         grid = (len(time), len(rows), len(columns))
         axes = (time[:, None, None], rows[None, :, None], columns[None, None, :])

@@ -77,7 +77,7 @@ def _unpack(content: dict[str, Any], source: Path, key: str | None) -> dict[str,
 
 
 def infer_config(state: dict[str, Tensor], source: str | Path) -> ModelConfig:
-    """Infer the sizes from the tensors; head size 128 and text length 512, as in all of Wan2.1, leave no trace there."""
+    """Infer the sizes from the tensors. Head size 128 and text length 512, as in all of Wan2.1, are assumed."""
     try:
         dim, in_dim, *patch = state["patch_embedding.weight"].shape
         if dim % 128:
