@@ -17,13 +17,12 @@ from torch import Tensor
 from cfpp_rt.codec.wan import WanVAE
 from cfpp_rt.config import STUDENTS, ModelConfig, RolloutConfig, student
 from cfpp_rt.core.camera import INTRINSICS, Cameras, parse_cameras
-from cfpp_rt.device.threads import largest_product, set_thread_count
 from cfpp_rt.device.timing import peak_memory_mib
 from cfpp_rt.errors import InputError
 from cfpp_rt.io.background import BackgroundWriter
 from cfpp_rt.io.contact_sheet import SheetWriter
 from cfpp_rt.io.video import DEFAULT_FPS, FrameWriter, open_writer, read_image, read_video
-from cfpp_rt.pipeline import Pipeline
+from cfpp_rt.pipeline import Pipeline, choose_threads
 from cfpp_rt.runtime.stream import Stream, latent_frames
 from cfpp_rt.speed import quantize_linears
 from cfpp_rt.values import DTYPES, KV_DTYPES, LINEAR_DTYPES, Conditioning, Frames
@@ -140,6 +139,7 @@ def run(arguments: argparse.Namespace) -> None:
         open_writer(output).abort()
     initial = _initial(arguments, size, rollout)
     pipeline = _pipeline(arguments, device, rollout)
+    choose_threads(pipeline, rollout, size)
     ahead = 1 if device.type == "cuda" else 0  # nobody acts meanwhile
     for i, (output, sheet) in enumerate(zip(outputs, sheets, strict=True)):
         prompt = _prompt(arguments, prompts[i], pipeline)
@@ -180,8 +180,8 @@ def _write(
 ) -> None:
     """Take `frames` pictures as they are made; print the stream's times. fps: of the file."""
     with ExitStack() as stack:
-        video = stack.enter_context(BackgroundWriter(open_writer(output, fps=fps)))
-        writers: list[FrameWriter] = [video]
+        video = BackgroundWriter(open_writer(output, fps=fps))
+        writers: list[FrameWriter] = [stack.enter_context(video)]
         if sheet is not None:
             writers.append(stack.enter_context(SheetWriter(sheet, frames)))
         progress = stack.enter_context(_progress(frames, output.name, quiet))

@@ -17,7 +17,6 @@ import os
 from cfpp_rt.config import ModelConfig
 
 SMALL_PRODUCT = 5e8  # FLOPs
-_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 # GNU's OpenMP, which torch uses on Linux, reads the first; LLVM's and Intel's, elsewhere, need the second as well.
 _WAITING = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
 
@@ -34,19 +33,20 @@ def set_wait_policy() -> None:
 def largest_product(config: ModelConfig, tokens: int) -> float:
     """Return the FLOPs of the largest matrix product of a forward pass.
 
-    tokens: rows of the product, that is all tokens of the pass: batch * latent frames * tokens per latent frame.
+    tokens: rows of the product: batch * latent frames of the pass * tokens per latent frame.
     """
     return 2.0 * tokens * config.dim * max(config.ffn_dim, 3 * config.dim)
 
 
 def thread_count(flops: float) -> int | None:
-    """Return 1 if the largest product of a pass, in FLOPs, is small; None if the library's default is to stay.
+    """Return the number of threads for a network, or None if the library's default is to stay.
 
-    None as well where OMP_NUM_THREADS or MKL_NUM_THREADS is set: the user has chosen.
+    flops: of the largest product of a pass. OMP_NUM_THREADS wins; else 1 where the product is small.
     """
-    if flops >= SMALL_PRODUCT or any(os.environ.get(name) for name in _COUNTS):
-        return None
-    return 1
+    chosen = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list names nested levels
+    if chosen.isdecimal() and int(chosen) > 0:
+        return int(chosen)
+    return 1 if flops < SMALL_PRODUCT else None
 
 
 def set_thread_count(flops: float) -> None:
