@@ -50,7 +50,7 @@ def generate(folder: Path, name: str) -> float:
 
 
 def play(folder: Path) -> float:
-    """Median seconds from a key to the frame, in a terminal of its own, for `PLAY_S` seconds at 30 frames per second."""
+    """Return the median seconds from a key to the frame, in a terminal of its own, for `PLAY_S` seconds at 30 fps."""
     child, terminal = pty.fork()
     if child == 0:
         os.environ |= {"COLUMNS": "100", "LINES": "50"}
