@@ -11,6 +11,7 @@ from torch import Tensor
 from cfpp_rt.codec.base import Codec
 from cfpp_rt.config import ModelConfig, RolloutConfig, rollout_preset
 from cfpp_rt.core.camera import Cameras
+from cfpp_rt.device.threads import largest_product, set_thread_count
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.transformer import CausalWanTransformer
 from cfpp_rt.model.weights import load_model
@@ -96,7 +97,7 @@ class Pipeline:
         return cls(model, codec, base, config, offload_text)
 
     def load_text_encoder(self) -> TextEncoder:
-        """Return the text encoder, reading it from disk at the first call: float32 for a float32 model, else bfloat16."""
+        """Return the text encoder, read from disk at the first call: float32 for a float32 model, else bfloat16."""
         if self._text_encoder is None:
             raise InputError("prompt_embeds must be given: this pipeline has no text encoder")
         if not isinstance(self._text_encoder, TextEncoder):
@@ -134,7 +135,7 @@ class Pipeline:
         ahead: int = 0,
         cuda_graphs: bool = True,
     ) -> Stream:
-        """Start a video. Iterate over the result for its `Frames`; the first come while later ones are still to be made.
+        """Start a video. Iterate over the result for its `Frames`; the first come before later ones are made.
 
         prompt: one text, or several, which makes one video each in one batch.
         prompt_embeds: text embeddings [B, text_len, text_dim] in place of a prompt.
@@ -204,3 +205,14 @@ def load_codec(
     from cfpp_rt.codec.wan import WanVAE
 
     return WanVAE.from_pretrained(base, dtype=dtype, device=device)
+
+
+def choose_threads(pipeline: Pipeline, config: RolloutConfig, size: tuple[int, int], batch: int = 1) -> None:
+    """Set the number of torch's CPU threads for streams of a pipeline by the rule of `cfpp_rt.device.threads`.
+
+    For the commands: a program that uses the package keeps its own setting. size: (height, width) in pixels. batch:
+    videos in one batch. The codec and the text encoder are not counted.
+    """
+    sizes, (height, width) = pipeline.model.config, (side // pipeline.codec.spatial_factor for side in size)
+    latent_frames = 2 * config.frames_per_block * batch  # a fused refresh has two blocks in a pass
+    set_thread_count(largest_product(sizes, latent_frames * sizes.tokens_per_frame(height, width)))

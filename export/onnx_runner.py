@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cfpp_rt.device.threads import largest_product, thread_count
 from cfpp_rt.errors import InputError
 from cfpp_rt.export.bundle import Bundle, open_bundle
 from cfpp_rt.export.contract import GraphSpec
@@ -16,7 +17,7 @@ class OnnxRunner(Runner):
     """Executes a bundle in onnxruntime. Each graph is loaded when it is first used."""
 
     def __init__(self, bundle: Bundle | str | Path, threads: int | None = None):
-        """threads: number of threads of onnxruntime, None = its own choice. Errors: see `open_bundle`."""
+        """threads: number of onnxruntime's threads; None = chosen by `GraphSession`. Errors: see `open_bundle`."""
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         super().__init__(self.bundle.card, self.bundle.folder)
         self._threads = threads
@@ -32,7 +33,10 @@ class GraphSession:
     """A graph ready to run. Inputs are checked against the contract before every pass."""
 
     def __init__(self, bundle: Bundle, name: str, threads: int | None = None):
-        """threads: see `OnnxRunner`. Raises InputError for a graph whose inputs and outputs are not the contract's."""
+        """threads: number of onnxruntime's threads; None = by the rule of `cfpp_rt.device.threads`, else its own choice.
+
+        Raises InputError for a graph whose inputs and outputs are not the contract's.
+        """
         ort = require_onnxruntime()
         self.spec: GraphSpec = bundle.card.graphs[name]
         if bundle.card.sizes.dtype == "bfloat16":
@@ -40,7 +44,8 @@ class GraphSession:
                 f"{bundle.folder}: onnxruntime has no bfloat16 on the CPU: export with --dtype float32 or float16"
             )
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or 0
+        options.intra_op_num_threads = threads or _thread_count(bundle) or 0
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # threads sleep while they wait
         options.log_severity_level = LOG_SEVERITY
         try:
             self._session = ort.InferenceSession(str(bundle.path(name)), options, providers=["CPUExecutionProvider"])
@@ -114,6 +119,12 @@ class GraphSession:
             if expected != actual:
                 difference = _first_difference(expected, actual)
                 raise InputError(f"{path}: {side} must be those of the contract: {difference}")
+
+
+def _thread_count(bundle: Bundle) -> int | None:
+    sizes = bundle.card.sizes
+    frames = 2 * sizes.frames_per_block * sizes.batch  # the fused pass has two blocks
+    return thread_count(largest_product(sizes.model, frames * sizes.tokens))
 
 
 def _ort_type(dtype: str) -> str:

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 
 Work = Callable[[], Any]
-# Takes work over buffers that never move, and gives back what runs it again: its result lies in the same memory every
-# time, and is overwritten by the next run.
+# Captures work over buffers that never move, and returns a function that runs it again: the result lies in the same
+# memory every time, and is overwritten by the next run.
 Capture = Callable[[Work], Work]
 
-_WARM_UPS = 2  # the first run compiles, loads and allocates what must not be done during capture
+_WARM_UPS = 2  # the first run compiles, loads and allocates, which must not happen during capture
 
 
 class CudaCapture:
-    """Captures on a stream of its own, all in one memory pool: what was captured never runs at the same time."""
+    """Captures work as CUDA graphs, on a CUDA stream of its own and in one memory pool; no two of them run at once."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -46,8 +46,10 @@ class CudaCapture:
         return replay
 
     def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a capture that failed. Where CUDA has made it invalid, torch ends it but goes on as if it had not: its
-        allocator in the pool, which is told here, its random numbers until another capture ends well.
+        """End a capture that failed.
+
+        Where CUDA has invalidated the capture, torch ends it but goes on as if it had not: its allocator stays in the
+        pool, which this call ends, and its random numbers stay in capture mode until another capture ends well.
         """
         with suppress(RuntimeError):
             graph.capture_end()
