@@ -96,7 +96,7 @@ class Pipeline:
         return cls(model, codec, base, config, offload_text)
 
     def load_text_encoder(self) -> TextEncoder:
-        """Return the text encoder, reading it from disk at the first call: float32 for a float32 model, else bfloat16."""
+        """Return the text encoder, read from disk at the first call: float32 for a float32 model, else bfloat16."""
         if self._text_encoder is None:
             raise InputError("prompt_embeds must be given: this pipeline has no text encoder")
         if not isinstance(self._text_encoder, TextEncoder):
@@ -134,7 +134,7 @@ class Pipeline:
         ahead: int = 0,
         cuda_graphs: bool = True,
     ) -> Stream:
-        """Start a video. Iterate over the result for its `Frames`; the first come while later ones are still to be made.
+        """Start a video. Iterate over the result for its `Frames`; the first come before later ones are made.
 
         prompt: one text, or several, which makes one video each in one batch.
         prompt_embeds: text embeddings [B, text_len, text_dim] in place of a prompt.

@@ -81,7 +81,9 @@ def test_a_row_does_not_depend_on_its_batch(model, vectors, meta):
 def test_memory_is_half_and_one_layer(model, vectors, meta):
     shape = CacheShape(layers=30, batch=1, heads=12, capacity=21, tokens_per_frame=4, head_dim=128)
     cache = KVCache(shape, FrameRing(0, 21, 1), torch.bfloat16, "cpu", torch.float8_e4m3fn)
-    assert cache.layers[0]._wide[0].data_ptr() == cache.layers[29]._wide[0].data_ptr(), "one room for all layers"
+    assert cache.layers[0]._dequantized[0].data_ptr() == cache.layers[29]._dequantized[0].data_ptr(), (
+        "one room for all layers"
+    )
     assert cache.nbytes == shape.bytes(torch.bfloat16, torch.float8_e4m3fn)
     assert shape.bytes(torch.bfloat16, torch.float8_e4m3fn) / shape.bytes(torch.bfloat16) == 0.5 + 1 / 30
     with pytest.raises(InputError, match="kv_dtype must be None or torch.float8_e4m3fn, got torch.float8_e5m2"):

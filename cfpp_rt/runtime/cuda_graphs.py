@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cfpp_rt.cache import CacheShape, KVCache, allocate, empty_device_cache
+from cfpp_rt.cache import CacheShape, KVCache, empty_device_cache
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.core.camera import Projections
 from cfpp_rt.core.frame_ring import FrameRing
@@ -71,7 +71,7 @@ class GraphedModel:
         """Allocate the cache and capture the passes; raises what either raises."""
         self.model, self.key = model, key
         shape = key.shape
-        self.cache = allocate(
+        self.cache = KVCache.allocate(
             shape, FrameRing(0, shape.capacity, key.frames_per_block), model.dtype, model.device, config
         )
         sizes = model.config

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cfpp_rt.cache import CacheShape, KVCache, allocate, empty_device_cache
+from cfpp_rt.cache import CacheShape, KVCache, empty_device_cache
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.core.camera import CameraPath, Cameras, Projections
 from cfpp_rt.core.controls import action_rows, check_camera_count, check_latent_frames, no_actions
@@ -127,7 +127,7 @@ class Rollout:
         graphed = "none were asked for" if graphs is None else graphs.acquire(self, shape, latent_size, config)
         if isinstance(graphed, str):
             self.why_no_cuda_graphs, self._forward = graphed, model
-            self.cache = allocate(shape, ring, model.dtype, model.device, config)
+            self.cache = KVCache.allocate(shape, ring, model.dtype, model.device, config)
         else:
             self.why_no_cuda_graphs, self._forward, self.cache = None, graphed, graphed.cache
             self.cache.reuse(ring)
