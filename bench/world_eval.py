@@ -15,8 +15,9 @@ import torch
 from cfpp_rt.bench import harness
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import InputError
-from cfpp_rt.pipeline import Pipeline
+from cfpp_rt.pipeline import Pipeline, choose_threads
 from cfpp_rt.world.evaluate import LOOKED_AT, pace, play, score
+from cfpp_rt.world.sprites import SIZE
 from cfpp_rt.world.student import SHIPPED, load_world_pipeline
 
 _COLUMNS = {  # of the table: figure, heading, digits
@@ -59,6 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
         pipeline = load_world_pipeline(folder, device=device)
         for own in steps or [pipeline.config.steps]:
             rollout = pipeline.config.replace(steps=own)
+            choose_threads(pipeline, rollout, (SIZE, SIZE), arguments.episodes)
             made = [_row(name, pipeline, rollout, arguments, seed) for seed in range(arguments.seeds)]
             rows += made
             print(_line(name, own, made, shown))

@@ -11,6 +11,7 @@ from torch import Tensor
 from cfpp_rt.codec.base import Codec
 from cfpp_rt.config import ModelConfig, RolloutConfig, rollout_preset
 from cfpp_rt.core.camera import Cameras
+from cfpp_rt.device.threads import largest_product, set_thread_count
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.transformer import CausalWanTransformer
 from cfpp_rt.model.weights import load_model
@@ -204,3 +205,14 @@ def load_codec(
     from cfpp_rt.codec.wan import WanVAE
 
     return WanVAE.from_pretrained(base, dtype=dtype, device=device)
+
+
+def choose_threads(pipeline: Pipeline, config: RolloutConfig, size: tuple[int, int], batch: int = 1) -> None:
+    """Set the number of torch's CPU threads for streams of a pipeline by the rule of `cfpp_rt.device.threads`.
+
+    For the commands: a program that uses the package keeps its own setting. size: (height, width) in pixels. batch:
+    videos in one batch. The codec and the text encoder are not counted.
+    """
+    sizes, (height, width) = pipeline.model.config, (side // pipeline.codec.spatial_factor for side in size)
+    latent_frames = 2 * config.frames_per_block * batch  # a fused refresh has two blocks in a pass
+    set_thread_count(largest_product(sizes, latent_frames * sizes.tokens_per_frame(height, width)))

@@ -46,7 +46,7 @@ class OnnxRunner:
     """The sessions of a bundle, opened when first used and shared by its rollouts, one after the other."""
 
     def __init__(self, bundle: Bundle | str | Path, threads: int | None = None):
-        """threads: of onnxruntime, None = its own choice. Raises InputError as `open_bundle`."""
+        """threads: of onnxruntime, None = chosen by `GraphSession`. Raises InputError as `open_bundle`."""
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         self.card, self._threads = self.bundle.card, threads
         self._sessions: dict[str, GraphSession] = {}

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cfpp_rt.device.threads import largest_product, thread_count
 from cfpp_rt.errors import InputError, MissingExtraError
 from cfpp_rt.export.bundle import Bundle
 from cfpp_rt.export.contract import GraphSpec, TensorSpec
@@ -46,7 +47,10 @@ class GraphSession:
     """A graph ready to run. Inputs are checked against the contract before every pass."""
 
     def __init__(self, bundle: Bundle, name: str, threads: int | None = None):
-        """threads: of onnxruntime, None = its own choice. Raises InputError for a graph that is not the contract's."""
+        """threads: of onnxruntime; None = by the rule of `cfpp_rt.device.threads`, else onnxruntime's own choice.
+
+        Raises InputError for a graph that is not the contract's.
+        """
         ort = require_onnxruntime()
         self.spec: GraphSpec = bundle.card.graphs[name]
         if bundle.card.sizes.dtype == "bfloat16":
@@ -54,7 +58,8 @@ class GraphSession:
                 f"{bundle.folder}: onnxruntime has no bfloat16 on the CPU: export with --dtype float32 or float16"
             )
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or 0
+        options.intra_op_num_threads = threads or _thread_count(bundle) or 0
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # threads sleep while they wait
         options.log_severity_level = LOG_SEVERITY
         try:
             self._session = ort.InferenceSession(str(bundle.path(name)), options, providers=["CPUExecutionProvider"])
@@ -127,6 +132,12 @@ class GraphSession:
             if expected != actual:
                 differing = _first_difference(expected, actual)
                 raise InputError(f"{path}: {side} must be those of the contract: {differing}")
+
+
+def _thread_count(bundle: Bundle) -> int | None:
+    sizes = bundle.card.sizes
+    frames = 2 * sizes.block * sizes.batch  # the fused pass has two blocks
+    return thread_count(largest_product(sizes.model, frames * sizes.tokens))
 
 
 def require_tensor(spec: GraphSpec, tensor: TensorSpec, array: Array) -> None:

@@ -17,7 +17,7 @@ from cfpp_rt.core.frame_counts import count_latent_frames
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.model.weights import load_model
-from cfpp_rt.pipeline import Pipeline, load_codec
+from cfpp_rt.pipeline import Pipeline, choose_threads, load_codec
 from cfpp_rt.random_weights import SMALL, random_prompt_embeds, random_vae
 from cfpp_rt.runtime.stream import Stream
 from cfpp_rt.speed import fuse_gelu, fuse_qkv, has_fused_gelu, quantize_linears
@@ -167,7 +167,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--kv-dtype", choices=KV_DTYPES, help="of the cache alone; ours only")
     source.add_argument("--linear-dtype", choices=LINEAR_DTYPES, help="of the blocks' products; ours only")
     source.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    source.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: 1 for the world, else torch's)")
+    source.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: docs/benchmark.md)")
 
 
 def as_words(arguments: argparse.Namespace) -> list[str]:
@@ -193,8 +193,6 @@ def build(arguments: argparse.Namespace) -> Subject:
         raise InputError(f"--batch must be in 1..1024, got {arguments.batch}")
     if arguments.threads is not None and not 1 <= arguments.threads <= 1024:
         raise InputError(f"--threads must be in 1..1024, got {arguments.threads}")
-    if arguments.threads or world:  # passes of some hundred microseconds: waiting for a second thread costs more
-        torch.set_num_threads(arguments.threads or 1)
     dtype = DTYPES[arguments.dtype or ("bfloat16" if device.type == "cuda" and not world else "float32")]
     settings = (
         WORLD_ROLLOUT if world and arguments.student is None else rollout_preset(arguments.student or "framewise-2step")
@@ -212,6 +210,10 @@ def build(arguments: argparse.Namespace) -> Subject:
         quantize_linears(pipeline.model, arguments.linear_dtype)
     rollout = dataclasses.replace(settings, **rollout_changes(arguments))
     size = parse_size(arguments.size or PICTURES.get(arguments.model, "480x832"))
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    else:
+        choose_threads(pipeline, rollout, size, arguments.batch)
     frames = arguments.frames if arguments.frames is not None else (64 if world else 81)
     words = {
         "model": arguments.model if arguments.random_weights else str(arguments.checkpoint),

@@ -5,7 +5,8 @@ import dataclasses
 import importlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from cfpp_rt.core.camera import INTRINSICS, Cameras, parse_cameras
 from cfpp_rt.core.frame_counts import count_latent_frames
 from cfpp_rt.device.timing import peak_memory_mib
 from cfpp_rt.errors import InputError
+from cfpp_rt.io.background import BackgroundWriter
 from cfpp_rt.io.contact_sheet import SheetWriter
 from cfpp_rt.io.video import DEFAULT_FPS, FrameWriter, open_writer, read_image, read_video
-from cfpp_rt.pipeline import Pipeline
+from cfpp_rt.pipeline import Pipeline, choose_threads
 from cfpp_rt.runtime.stream import Stream
 from cfpp_rt.speed import quantize_linears
 from cfpp_rt.values import DTYPES, KV_DTYPES, LINEAR_DTYPES, Frames
@@ -138,6 +140,7 @@ def run(arguments: argparse.Namespace) -> None:
         open_writer(output).abort()
     initial = _initial(arguments, size, rollout)
     pipeline = _pipeline(arguments, device, rollout)
+    choose_threads(pipeline, rollout, size)
     ahead = 1 if device.type == "cuda" else 0  # nobody acts meanwhile
     for i, (output, sheet) in enumerate(zip(outputs, sheets, strict=True)):
         prompt = _prompt(arguments, prompts[i], pipeline)
@@ -186,19 +189,28 @@ def _write(
 ) -> None:
     """Take `frames` pictures as they are made; print the stream's times. fps: of the file."""
     with ExitStack() as stack:
-        writers: list[FrameWriter] = [stack.enter_context(open_writer(output, fps=fps))]
+        video = BackgroundWriter(open_writer(output, fps=fps))
+        writers: list[FrameWriter] = [stack.enter_context(video)]
         if sheet is not None:
             writers.append(stack.enter_context(SheetWriter(sheet, frames)))
         progress = stack.enter_context(_progress(frames, output.name, quiet))
         for part in pictures:
-            for writer in writers:
-                writer.write(part)
-            progress(part.pixels.shape[1])
+            with stream.timings.outside():
+                for writer in writers:
+                    writer.write(part)
+                progress(part.pixels.shape[1])
     if not quiet:
         height, width = part.pixels.shape[2:4]
-        real_time = stream.timings.summary()["fps"] / fps
-        print(f"{output}: {frames} frames of {width}x{height}, {real_time:.2g} x real time at {fps:g} fps")
-        print_table(stream)
+        end_to_end = frames / (time.perf_counter() - stream.timings.started)
+        print(f"{output}: {frames} frames of {width}x{height}, {end_to_end / fps:.2g} x real time at {fps:g} fps")
+        print_table(
+            stream,
+            {
+                "fps": end_to_end,
+                "encode_video_ms": 1000 * video.work_s / frames,
+                "write_wait_ms": 1000 * stream.timings.outside_s / frames,
+            },
+        )
 
 
 def _frames(wanted: int | None, cameras: Cameras | None, block: int) -> int:
@@ -250,21 +262,26 @@ class _progress:
             self.bar.close()
 
 
-def print_table(stream: Stream) -> None:
-    """The stream's times, one line each; what each word means stands beside it."""
+def print_table(stream: Stream, video: Mapping[str, float]) -> None:
+    """Print the times of a stream and of its video file, one line each with its meaning.
+
+    video: fps, encode_video_ms and write_wait_ms; they replace those of the stream.
+    """
     meaning = {
         "ttff_ms": "request to first decoded frame",
-        "frame_ms_p50": "interval per frame, steady state, median",
+        "frame_ms_p50": "interval per frame, steady state, median, without write_wait_ms",
         "frame_ms_p90": "  90th percentile",
         "frame_ms_p99": "  99th percentile",
-        "fps": "frames per second, end to end",
+        "fps": "frames per second, end to end, until the file is finished",
         "encode_text_ms": "text encoder, once",
         "encode_image_ms": "image or video encoder, once",
         "diffuse_ms": f"per block: all passes, {stream.rollout.config.refresh} refresh",
         "refresh_ms": "per block: clean pass",
         "decode_ms": "per block: latents to pixels",
+        "encode_video_ms": "per frame: encoding and writing, in a thread beside the others",
+        "write_wait_ms": "per frame: waiting until the writer takes it",
     }
-    summary = stream.timings.summary()
+    summary = {**stream.timings.summary(), **video}
     for name, text in meaning.items():
         if name in summary:
             print(f"  {name:<15}{summary[name]:>10.1f}  {text}")

@@ -60,8 +60,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code. What the user can mend is one line on stderr and exit code 2."""
+    from cfpp_rt.device.threads import set_wait_policy
     from cfpp_rt.errors import InputError, MissingExtraError, NonFiniteError, OutOfMemoryError
 
+    set_wait_policy()  # before a command imports torch
     argv = sys.argv[1:] if argv is None else argv
     for stop in (signal.SIGTERM, signal.SIGHUP):  # leave through the context managers: no half-written file stays
         signal.signal(stop, _leave)

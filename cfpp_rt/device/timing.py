@@ -27,7 +27,8 @@ class Timings:
 
     stages: durations of each stage, in order: encode_text, encode_image, diffuse (all passes of a block; with the
     fused refresh the clean pass of the block before is inside), refresh (separate mode only), decode.
-    deliveries: (seconds since the stream was asked for, pictures delivered) for each `Frames`.
+    deliveries: (seconds since the stream was asked for, pictures delivered) for each `Frames`; seconds inside `outside`
+    are not counted. outside_s: those seconds.
     """
 
     device: torch.device
@@ -36,6 +37,7 @@ class Timings:
     deliveries: deque[tuple[float, int]] = dataclasses.field(default_factory=lambda: deque(maxlen=_KEPT))
     first_s: float | None = None
     pictures: int = 0
+    outside_s: float = 0.0
     _running: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = dataclasses.field(default_factory=list, repr=False)
 
     @contextmanager
@@ -56,6 +58,15 @@ class Timings:
             yield
         self._note(name, 1000 * (time.perf_counter() - begin))
 
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Exclude what happens inside from the times between deliveries: the caller's work on the frames."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.outside_s += time.perf_counter() - begin
+
     def _note(self, name: str, ms: float) -> None:
         self.stages.setdefault(name, deque(maxlen=_KEPT)).append(ms)
 
@@ -67,7 +78,7 @@ class Timings:
                 self._note(name, started.elapsed_time(ended))
             else:
                 self._running.append((name, started, ended))
-        now = time.perf_counter() - self.started
+        now = time.perf_counter() - self.started - self.outside_s
         self.deliveries.append((now, pictures))
         self.first_s = now if self.first_s is None else self.first_s
         self.pictures += pictures
@@ -79,7 +90,10 @@ class Timings:
         return [1000 * (now - before) / pictures for (before, _), (now, pictures) in steady]
 
     def summary(self) -> dict[str, float]:
-        """ttff_ms, frame_ms_p50/p90/p99, fps (pictures per second, request to last picture), stage medians."""
+        """ttff_ms, frame_ms_p50/p90/p99, fps (pictures per second, request to last picture), stage medians.
+
+        None of them counts what happened inside `outside`.
+        """
         if self.first_s is None:
             return {}
         out = {"ttff_ms": 1000 * self.first_s}

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cfpp_rt.device.threads import largest_product, set_thread_count
 from cfpp_rt.distill.assemble import Weights, build_stage, open_feed
 from cfpp_rt.distill.batch import Batch
 from cfpp_rt.distill.checkpoint import checkpoints
 from cfpp_rt.distill.flops import matmul_rate, step_flops
 from cfpp_rt.distill.processes import joined, rank, whole
 from cfpp_rt.distill.samples import Samples, open_codec
-from cfpp_rt.distill.settings import STAGES, Settings
+from cfpp_rt.distill.settings import STAGES, Settings, StageSettings
 from cfpp_rt.distill.stage import Stage
 from cfpp_rt.distill.train import Feed, Trainer, Work
 from cfpp_rt.errors import InputError
@@ -55,6 +56,8 @@ def _train(name: str, settings: Settings, folder: Path, arguments: argparse.Name
     feed = open_feed(settings, own)
     first = feed(0)
     size = latent_size(settings, first)
+    frames = 2 * own.batch * _clip_frames(own, first)  # a pass has clean and noisy frames
+    set_thread_count(largest_product(settings.model, frames * settings.model.tokens_per_frame(*size[1:])))
     weights = Weights(arguments.init, arguments.teacher, arguments.real, arguments.critic)
     stage = build_stage(name, settings, weights, size, device)
     trainer = Trainer(
@@ -114,7 +117,7 @@ def _samples(
         return None
     if name == "base":
         raise InputError("stages.base.sample_every must be 0: what it trains sees the future and cannot be rolled out")
-    frames = wanted.frames or (own.frames if batch.latents is None else batch.latents.shape[1])
+    frames = wanted.frames or _clip_frames(own, batch)
     known = frames if batch.condition.actions is None else batch.condition.actions.shape[1]
     if not wanted.initial_frames < frames <= known:
         raise InputError(f"samples.frames must be in {wanted.initial_frames + 1}..{known}, got {frames}")
@@ -135,11 +138,16 @@ def _samples(
     )
 
 
+def _clip_frames(own: StageSettings, batch: Batch) -> int:
+    """Return the latent frames of a clip: those of the data, or of the settings where the data are prompts alone."""
+    return own.frames if batch.latents is None else batch.latents.shape[1]
+
+
 def _work(name: str, settings: Settings, batch: Batch, size: tuple[int, int, int], device: torch.device) -> Work | None:
     if device.type != "cuda":
         return None
     own = settings.stages[name]
-    frames = own.frames if batch.latents is None else batch.latents.shape[1]
+    frames = _clip_frames(own, batch)
     flops = step_flops(name, settings, own, frames, settings.model.tokens_per_frame(*size[1:]))
     return Work(flops, matmul_rate(device, DTYPES[settings.dtype]))
 

@@ -22,6 +22,9 @@ FORMATS = ("mp4", "png", "raw")
 _SUFFIXES = {".mp4": "mp4", ".mov": "mp4", ".mkv": "mp4", ".rgb": "raw", ".raw": "raw"}
 # First one that PyAV was built with. All but the last make H.264, which every browser plays.
 _ENCODERS = ("libx264", "libopenh264", "h264_videotoolbox", "mpeg4")
+# Of libx264: twice as fast as its default at 384x384, three times at 480x832; files no larger, 0.4 dB less at most.
+_PRESET = "veryfast"
+_ONE_THREAD_PIXELS = 512 * 512  # one core encodes 100 frames of this size per second
 _BT709 = 1  # the code of the H.264 standard for primaries, transfer and matrix alike
 
 
@@ -139,14 +142,17 @@ class Mp4Writer(FrameWriter):
             self._file.drop()
             raise InputError(f"{path}: cannot be written as a video ({error})") from error
         self._stream: Any = None
+        self._converter = self._av.video.reformatter.VideoReformatter()  # one for all frames: it keeps its tables
 
     def _begin(self, height: int, width: int) -> None:
         name = next(name for name in _ENCODERS if _has_encoder(self._av, name))
         stream = self._container.add_stream(name, rate=self._fps)
         stream.width, stream.height = width + width % 2, height + height % 2
         stream.pix_fmt = "yuv420p"
+        # An encoder takes all cores unless its threads are limited, and the runtime needs them.
+        stream.codec_context.thread_count = 1 if stream.width * stream.height <= _ONE_THREAD_PIXELS else 2
         if name == "libx264":
-            stream.options = {"crf": str(self._crf)}
+            stream.options = {"crf": str(self._crf), "preset": _PRESET}
         else:
             stream.bit_rate = int(0.2 * stream.width * stream.height * self._fps)
         context = stream.codec_context
@@ -158,7 +164,7 @@ class Mp4Writer(FrameWriter):
         if height % 2 or width % 2:
             picture = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         frame = self._av.VideoFrame.from_ndarray(picture, format="rgb24")
-        frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
+        frame = self._converter.reformat(frame, format="yuv420p", dst_colorspace="ITU709")
         self._container.mux(self._stream.encode(frame))
 
     def _finish(self) -> None:

@@ -4,8 +4,10 @@ import argparse
 import time
 
 from cfpp_rt.errors import InputError
+from cfpp_rt.pipeline import choose_threads
 from cfpp_rt.runtime.stream import Stream
 from cfpp_rt.world.simulator import ACTIONS
+from cfpp_rt.world.sprites import SIZE
 from cfpp_rt.world.student import SHIPPED, load_world_pipeline, start
 from cfpp_rt.world.terminal import screen
 
@@ -25,6 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not 0.1 <= arguments.fps <= 1000:
         raise InputError(f"--fps must be in 0.1..1000, got {arguments.fps}")
     pipeline = load_world_pipeline(arguments.student)
+    choose_threads(pipeline, pipeline.config, (SIZE, SIZE))
     seed, again = arguments.seed, True
     with screen() as terminal:
         while again:

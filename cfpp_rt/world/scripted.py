@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from cfpp_rt.errors import InputError
+from cfpp_rt.pipeline import choose_threads
 from cfpp_rt.runtime.stream import Stream
 from cfpp_rt.values import DTYPES, Frames
 from cfpp_rt.world.actions import parse_actions
 from cfpp_rt.world.simulator import NONE
+from cfpp_rt.world.sprites import SIZE
 from cfpp_rt.world.student import SHIPPED, load_world_pipeline, start
 
 NAME = "world"  # what --student calls it
@@ -37,6 +39,7 @@ def open_film(arguments: argparse.Namespace, changes: dict[str, Any]) -> tuple[S
         arguments.checkpoint or SHIPPED, dtype=DTYPES[arguments.dtype or "float32"], device=arguments.device
     )
     config = dataclasses.replace(pipeline.config, **changes)
+    choose_threads(pipeline, config, (SIZE, SIZE))
     block = config.frames_per_block
     frames = arguments.frames if arguments.frames is not None else whole_blocks(1 + len(actions), block)
     stream = start(pipeline, arguments.seed, num_frames=frames, config=config)
