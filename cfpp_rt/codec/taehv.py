@@ -70,7 +70,7 @@ class SoftClamp(nn.Module):
 
 
 def build_decoder(latent_channels: int, widths: tuple[int, ...]) -> nn.Sequential:
-    """Build the network from latents to pixels in about [0, 1]. widths: channels of the stages and of the last layer."""
+    """Build the network from latents to pixels in about [0, 1]. widths: channels of the stages and the last layer."""
     layers: list[nn.Module] = [SoftClamp(), nn.Conv2d(latent_channels, widths[0], 3, padding=1), nn.ReLU()]
     for stage, stride in enumerate(_DECODER_STRIDES):
         width = widths[stage]

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from cfpp_rt.errors import InputError
-from cfpp_rt.io.checkpoint import write_atomically
+from cfpp_rt.io.atomic import write_atomically
 from cfpp_rt.io.video import FrameWriter, import_pillow
 
 _GAP = 4  # pixels between pictures
