@@ -126,9 +126,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         start = file.read(4)
     zipped = start == b"PK\x03\x04"
     try:
-        with (
-            warnings.catch_warnings()
-        ):  # about pickle protocols: loading succeeds or raises an error
+        with warnings.catch_warnings():  # about pickle protocols: loading succeeds or raises an error
             warnings.simplefilter("ignore")
             # Files written by torch < 1.6 are not zip archives and cannot be memory-mapped.
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
