@@ -44,10 +44,10 @@ def test_noising_and_cleaning_are_inverse():
     torch.testing.assert_close(noisy - 0.8 * (noise - clean), clean, atol=1e-6, rtol=0)
 
 
-def test_students():
+def test_presets():
     assert rollout_preset("framewise-2step").steps == (1000, 500)
     assert all(("chunkwise" in name) == (config.frames_per_block > 1) for name, config in PRESETS.items())
-    with pytest.raises(InputError, match="student must be one of framewise-2step, .*got 'framewise'"):
+    with pytest.raises(InputError, match="preset must be one of framewise-2step, .*got 'framewise'"):
         rollout_preset("framewise")
 
 
