@@ -15,29 +15,15 @@ from cfpp_rt.export.bundle_rollout import BundleRollout, Floats, OnnxRunner
 from cfpp_rt.export.bundle_stream import BundleStream, encode_first
 from cfpp_rt.export.cameras import EngineCameras
 from cfpp_rt.io.video import DEFAULT_FPS
+from cfpp_rt.options import refuse_unused
+from cfpp_rt.runtime.clip import Clip
 from cfpp_rt.values import Frames
 from cfpp_rt.world import scripted
 from cfpp_rt.world.actions import parse_actions
 from cfpp_rt.world.student import first_picture
 
-# Options of `cfpp generate` that a bundle has settled.
-_SETTLED = (
-    *(
-        "checkpoint",
-        "key",
-        "config",
-        "offload_text",
-        "tiny_vae",
-        "size",
-        "image",
-        "video",
-        "steps",
-        "window",
-        "sinks",
-        "dtype",
-    ),
-    *("student", "kv_dtype", "linear_dtype", "prompts"),
-)
+# Options of `cfpp generate` that a bundle leaves open; the exporter has settled the others.
+_TAKES = {"engine", "base", "prompt", "embeds", "actions", "trajectory", "intrinsics", "frames", "refresh"}
 
 
 class TimedBundleStream:
@@ -63,16 +49,12 @@ class TimedBundleStream:
         self._stream.set_actions(actions)
 
 
-def open_film(arguments: argparse.Namespace) -> tuple[TimedBundleStream, Iterator[Frames], int, float]:
-    """The stream, its pictures as they are made, how many there will be, and at how many a second to play them.
+def open_clip(arguments: argparse.Namespace) -> Clip:
+    """Open the clip that a bundle generates. arguments: of `cfpp generate`.
 
-    arguments: of `cfpp generate`. Raises InputError for options that are settled in the bundle.
+    Raises InputError for options that are settled in the bundle.
     """
-    for name in _SETTLED:
-        if getattr(arguments, name) is not None:
-            raise InputError(f"--engine takes no --{name.replace('_', '-')}: the bundle has settled it")
-    if arguments.random_weights:
-        raise InputError("--engine takes no --random-weights: the bundle has weights")
+    refuse_unused(arguments, _TAKES, "--engine")
     engine = OnnxRunner(arguments.engine)
     card = engine.card
     if card.sizes.batch != 1:
@@ -109,8 +91,8 @@ def open_film(arguments: argparse.Namespace) -> tuple[TimedBundleStream, Iterato
         )
     )
     if acts:
-        return stream, scripted.follow(stream, actions, block), frames, scripted.FPS
-    return stream, stream, frames, DEFAULT_FPS
+        return Clip(stream, scripted.follow(stream, actions, block), frames, scripted.FPS)
+    return Clip(stream, stream, frames, DEFAULT_FPS)
 
 
 def _embeds(arguments: argparse.Namespace, engine: OnnxRunner) -> Floats | None:

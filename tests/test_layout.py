@@ -13,7 +13,7 @@ PACKAGES = {"cfpp_rt": ROOT / "cfpp_rt", "cfpp_rt.export": ROOT / "export", "cfp
 # A module may import from its own layer and from the layers above it in this list.
 LAYERS = [
     {"errors", "config", "values"},
-    {"core", "device", "io"},
+    {"core", "device", "io", "options"},
     {"reference"},
     {"ops"},
     {"cache", "codec", "text"},

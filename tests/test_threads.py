@@ -12,7 +12,7 @@ import torch
 from cfpp_rt.config import MODELS, STUDENTS
 from cfpp_rt.device.threads import SMALL_PRODUCT, largest_product, set_thread_count, thread_count
 from cfpp_rt.pipeline import choose_threads
-from cfpp_rt.world.student import load_student
+from cfpp_rt.world.student import load_world_pipeline
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "KMP_BLOCKTIME", "GOMP_SPINCOUNT")
@@ -48,10 +48,10 @@ def test_the_users_number_wins(threads, monkeypatch, value, count):
 
 
 def test_the_world_takes_one_thread_and_wan_all(threads):
-    pipeline = load_student()
-    choose_threads(pipeline, pipeline.rollout, (480, 832), batch=8)
+    pipeline = load_world_pipeline()
+    choose_threads(pipeline, pipeline.config, (480, 832), batch=8)
     assert torch.get_num_threads() == 4
-    choose_threads(pipeline, pipeline.rollout, (48, 48))
+    choose_threads(pipeline, pipeline.config, (48, 48))
     assert torch.get_num_threads() == 1
     for rollout in STUDENTS.values():
         assert thread_count(largest_product(MODELS["wan-1.3b"], rollout.frames_per_block * 1560)) is None

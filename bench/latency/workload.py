@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from cfpp_rt.bench.latency import baseline
-from cfpp_rt.cli.generate import parse_device, parse_size, rollout_changes
 from cfpp_rt.codec.base import Codec
 from cfpp_rt.codec.taehv import TAEHV
 from cfpp_rt.config import MODELS, PRESETS, ModelConfig, RolloutConfig, rollout_preset
@@ -17,6 +16,7 @@ from cfpp_rt.core.frame_counts import count_latent_frames
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.model.weights import load_model
+from cfpp_rt.options import parse_device, parse_size, rollout_overrides
 from cfpp_rt.pipeline import Pipeline, choose_threads, load_codec
 from cfpp_rt.random_weights import SMALL, random_prompt_embeds, random_vae
 from cfpp_rt.runtime.stream import Stream
@@ -208,7 +208,7 @@ def build(arguments: argparse.Namespace) -> Subject:
         pipeline = Pipeline(_model(arguments, dtype, device), codec, arguments.base, settings)
     if arguments.linear_dtype is not None:
         quantize_linears(pipeline.model, arguments.linear_dtype)
-    rollout = dataclasses.replace(settings, **rollout_changes(arguments))
+    rollout = dataclasses.replace(settings, **rollout_overrides(arguments))
     size = parse_size(arguments.size or PICTURES.get(arguments.model, "480x832"))
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from cfpp_rt.bench import harness
-from cfpp_rt.cli.generate import parse_size
 from cfpp_rt.codec.base import StreamingDecoder
 from cfpp_rt.codec.taehv import TAEHV
 from cfpp_rt.codec.wan import WanVAE
+from cfpp_rt.options import parse_size
 from cfpp_rt.random_weights import random_vae
 from cfpp_rt.values import DTYPES
 

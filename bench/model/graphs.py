@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from cfpp_rt.bench import harness
-from cfpp_rt.cli.generate import parse_device, parse_size
 from cfpp_rt.config import MODELS, RolloutConfig
 from cfpp_rt.model.transformer import CausalWanTransformer, random_model
+from cfpp_rt.options import parse_device, parse_size
 from cfpp_rt.random_weights import SMALL, random_prompt_embeds
 from cfpp_rt.runtime.cuda_graphs import CudaGraphCache
 from cfpp_rt.runtime.rollout import Rollout

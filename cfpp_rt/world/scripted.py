@@ -6,44 +6,38 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from cfpp_rt.errors import InputError
+from cfpp_rt.options import WORLD, refuse_unused, rollout_overrides
 from cfpp_rt.pipeline import choose_threads
-from cfpp_rt.runtime.stream import Stream
+from cfpp_rt.runtime.clip import Clip
 from cfpp_rt.values import DTYPES, Frames
 from cfpp_rt.world.actions import parse_actions
 from cfpp_rt.world.simulator import NONE
 from cfpp_rt.world.sprites import SIZE
 from cfpp_rt.world.student import SHIPPED, load_world_pipeline, start
 
-NAME = "world"  # what --student calls it
 FPS = 10.0  # pictures per second at which the world is meant to be played
 SCALE = 8  # pixels of a film per pixel of the world, whose pictures are 48 x 48
-# Options of `cfpp generate` that say nothing to this student.
-_UNUSED = (
-    *("base", "key", "config", "offload_text", "tiny_vae", "prompt", "prompts", "embeds"),
-    *("image", "video", "size", "trajectory", "intrinsics", "linear_dtype"),
-)
+# Options of `cfpp generate` that this student takes.
+_TAKES = {"checkpoint", "student", "actions", "frames", "steps", "window", "sinks", "refresh", "dtype", "kv_dtype"}
 
 
-def open_film(arguments: argparse.Namespace, changes: dict[str, Any]) -> tuple[Stream, Iterator[Frames], int]:
-    """The stream, its enlarged pictures as they are made, and how many there will be.
+def open_clip(arguments: argparse.Namespace) -> Clip:
+    """Open the clip of a list of actions, enlarged for the file.
 
-    arguments: of `cfpp generate`; actions decide the number of pictures unless --frames says more. changes: fields of
-    the student's `RolloutConfig` that are to be others. Raises InputError for options that this student cannot use.
+    arguments: of `cfpp generate`. The actions decide the number of frames unless --frames is given.
+    Raises InputError for options that this student cannot use.
     """
-    for name in _UNUSED:
-        if getattr(arguments, name) is not None:
-            raise InputError(f"--student {NAME} takes no --{name.replace('_', '-')}")
+    refuse_unused(arguments, _TAKES, f"--student {WORLD}")
     actions = parse_actions(arguments.actions or "")
     pipeline = load_world_pipeline(
         arguments.checkpoint or SHIPPED, dtype=DTYPES[arguments.dtype or "float32"], device=arguments.device
     )
-    config = dataclasses.replace(pipeline.config, **changes)
+    config = pipeline.config.replace(**rollout_overrides(arguments))
     choose_threads(pipeline, config, (SIZE, SIZE))
-    block = config.frames_per_block
-    frames = arguments.frames if arguments.frames is not None else whole_blocks(1 + len(actions), block)
-    stream = start(pipeline, arguments.seed, num_frames=frames, config=config)
-    return stream, follow(stream, actions, block), frames
+    n = config.frames_per_block
+    num_frames = arguments.frames if arguments.frames is not None else whole_blocks(1 + len(actions), n)
+    stream = start(pipeline, arguments.seed, num_frames=num_frames, config=config)
+    return Clip(stream, follow(stream, actions, n), num_frames, FPS)
 
 
 def whole_blocks(frames: int, block: int) -> int:

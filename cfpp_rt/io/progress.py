@@ -1,0 +1,23 @@
+"""A progress bar on a terminal."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def progress_bar(
+    total: int | None, name: str, unit: str, *, initial: int = 0, quiet: bool = False
+) -> Iterator[Callable[[int], object]]:
+    """Show a bar on stderr and yield the function that advances it by a number of units.
+
+    total: units in all, None = unknown. initial: units that are done already. Where stderr is no terminal, or with
+    `quiet`, nothing is shown and tqdm is not needed.
+    """
+    if quiet or not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, initial=initial, desc=name, unit=unit) as bar:
+        yield bar.update
