@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> None:
     from cfpp_rt.export.bundle import open_bundle
     from cfpp_rt.export.parity import require_passed, verify
     from cfpp_rt.export.source import load_source
-    from cfpp_rt.io.checkpoint import write_atomically
+    from cfpp_rt.io.atomic import write_atomically
 
     if not 0 < arguments.tolerance < 1:
         raise InputError(f"--tolerance must be in 0..1, got {arguments.tolerance}")

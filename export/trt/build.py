@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cfpp_rt.errors import InputError
-from cfpp_rt.export.bundle import Bundle, new_folder
+from cfpp_rt.export.bundle import Bundle
 from cfpp_rt.export.contract import PASSES, network_graphs
 from cfpp_rt.export.trt.build_worker import Job
 from cfpp_rt.export.trt.builder_process import DEFAULT_TIME_LIMIT_S, Built, build_engine
@@ -15,6 +15,7 @@ from cfpp_rt.export.trt.bundle import write_card
 from cfpp_rt.export.trt.cuda import Device
 from cfpp_rt.export.trt.library import CURRENT, Library, load_library
 from cfpp_rt.export.trt.parser import weight_bytes
+from cfpp_rt.io.atomic import new_folder
 
 EMBEDDINGS = ("embed_time", "embed_text")
 _WITHOUT_FLOAT8 = ("sm75", "sm80", "sm86")
