@@ -206,7 +206,7 @@ class KVCache:
         if self.layers[0].scales or self.camera_data is not None:
             raise InputError("rows: the cache must be neither float8 nor for cameras")
         part = copy.copy(self)
-        part.ring = FrameRing(self.ring.sinks, self.ring.ring, self.ring.block)
+        part.ring = FrameRing(self.ring.sinks, self.ring.ring, self.ring.frames_per_block)
         part.data = self.data[:, :, first:last]
         part.layers = [LayerCache(data, None, None) for data in part.data]
         return part

@@ -7,12 +7,7 @@ weights.bin    the network's weights, shared by its graphs
 
 import contextlib
 import dataclasses
-import errno
-import hashlib
 import json
-import os
-import secrets
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,12 +16,12 @@ from cfpp_rt.config import RolloutConfig
 from cfpp_rt.core.frame_ring import FrameRing
 from cfpp_rt.errors import InputError
 from cfpp_rt.export.contract import GraphSpec, Sizes, network_graphs
+from cfpp_rt.io.digest import sha256_of
 
 FORMAT, FORMAT_VERSION = "cfpp-rt ONNX bundle", 2
 CARD, WEIGHTS = "card.json", "weights.bin"
 BUNDLE_LINEAR_DTYPES = ("float8_e4m3",)  # dtypes of the blocks' linear layers besides the dtype of the bundle
 _CARD_KEYS = {"config": "rollout", "latent_frames": "frames"}  # field of `Card` -> key in card.json, where they differ
-_SPACE_MARGIN = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,44 +175,6 @@ def write_card(folder: Path, card: Card) -> None:
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())}
     values = {"format": FORMAT, "format_version": FORMAT_VERSION, **card.to_dict(), "files": files}
     (folder / CARD).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def new_folder(target: str | Path, needed_bytes: int) -> Iterator[Path]:
-    """Yield an empty folder; rename it to `target` if the body succeeds, delete it otherwise.
-
-    Raises InputError where `target` exists or cannot be made, or the disk has no room for `needed_bytes`.
-    """
-    target = Path(target).resolve()
-    if target.exists():
-        raise InputError(f"{target}: exists already, and a bundle is never written over: choose another name")
-    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}")
-    try:
-        temporary.mkdir()
-    except OSError as error:
-        raise InputError(f"{target}: cannot be written ({error.strerror})") from error
-    try:
-        free = shutil.disk_usage(temporary).free
-        if free < needed_bytes + _SPACE_MARGIN:
-            needed = needed_bytes + _SPACE_MARGIN >> 20
-            raise InputError(f"{target}: needs {needed} MiB, a margin included, the disk has {free >> 20} MiB free")
-        yield temporary
-        os.rename(temporary, target)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise InputError(f"{target}: no space left on the disk") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def require_file(folder: Path, name: str, size: int, sha256: str) -> Path:

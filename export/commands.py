@@ -15,7 +15,7 @@ from cfpp_rt.export.source import add_output, add_source, latent_size, load_sour
 from cfpp_rt.export.trt.build import DEFAULT_TARGETS, DEFAULT_TIME_LIMIT_S, build_engine_bundle, require_buildable
 from cfpp_rt.export.trt.build_worker import WEIGHT_MODES
 from cfpp_rt.export.trt.library import LIBRARIES
-from cfpp_rt.io.checkpoint import write_atomically
+from cfpp_rt.io.atomic import write_atomically
 
 PARITY_SIZE = (8, 12)  # latents of 64x96 frames
 

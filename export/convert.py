@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from cfpp_rt.config import ModelConfig
 from cfpp_rt.errors import InputError
-from cfpp_rt.io.checkpoint import write_atomically
+from cfpp_rt.io.atomic import write_atomically
 from cfpp_rt.model.weights import read_weights
 from cfpp_rt.values import DTYPES
 

@@ -16,12 +16,13 @@ from cfpp_rt.config import RolloutConfig
 from cfpp_rt.core.frame_ring import slots_for
 from cfpp_rt.core.schedule import FlowMatchSchedule
 from cfpp_rt.errors import InputError
-from cfpp_rt.export.bundle import WEIGHTS, Card, index_steps, new_folder, require_linear_dtype, write_card
+from cfpp_rt.export.bundle import WEIGHTS, Card, index_steps, require_linear_dtype, write_card
 from cfpp_rt.export.check_onnx import check_graph
 from cfpp_rt.export.codec_onnx import export_decoder
 from cfpp_rt.export.contract import Sizes
 from cfpp_rt.export.graph_builder import OPSET, WeightFile, require_onnx
 from cfpp_rt.export.transformer_onnx import build_graph
+from cfpp_rt.io.atomic import new_folder
 from cfpp_rt.model.transformer import CausalWanTransformer
 from cfpp_rt.runtime.rollout import PREFILL_TIMESTEP
 

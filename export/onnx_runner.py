@@ -33,7 +33,7 @@ class GraphSession:
     """A graph ready to run. Inputs are checked against the contract before every pass."""
 
     def __init__(self, bundle: Bundle, name: str, threads: int | None = None):
-        """threads: number of onnxruntime's threads; None = by the rule of `cfpp_rt.device.threads`, else its own choice.
+        """threads: number of onnxruntime's threads; None = chosen by `cfpp_rt.device.threads`, else by onnxruntime.
 
         Raises InputError for a graph whose inputs and outputs are not the contract's.
         """

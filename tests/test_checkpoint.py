@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from cfpp_rt.errors import CheckpointError, InputError
-from cfpp_rt.io.checkpoint import read_sharded, read_tensors, require_exact, write_atomically
+from cfpp_rt.io.atomic import write_atomically
+from cfpp_rt.io.checkpoint import read_sharded, read_tensors, require_exact
 
 
 class Malicious:

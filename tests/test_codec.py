@@ -151,7 +151,7 @@ def test_wrong_inputs(codec, vectors, pixels):
             codec.encode(bad)
     encoder = codec.encoder()
     encoder.encode(pixels[:, :1])
-    with pytest.raises(InputError, match=r"must have 4 \* k pictures, got 1"):
+    with pytest.raises(InputError, match=r"must have 4 \* k frames, got 1"):
         encoder.encode(pixels[:, :1])
 
 

@@ -12,7 +12,7 @@ from cfpp_rt.config import PRESETS, ModelConfig, RolloutConfig
 from cfpp_rt.core.camera import Cameras, parse_trajectory
 from cfpp_rt.errors import InputError, NonFiniteError, OutOfMemoryError
 from cfpp_rt.model.transformer import random_model
-from cfpp_rt.ops._library import kernels
+from cfpp_rt.ops._library import compiled_module
 from cfpp_rt.random_weights import random_pipeline
 from cfpp_rt.runtime.cuda_graphs import CudaGraphCache
 from cfpp_rt.runtime.rollout import Rollout
@@ -28,7 +28,7 @@ SETTINGS = {
     "float8": RING.replace(kv_dtype="float8_e4m3"),
 }
 
-needs_kernels = pytest.mark.skipif(kernels("cpu") is None, reason="the reference asks the host for ranges")
+needs_kernels = pytest.mark.skipif(compiled_module("cpu") is None, reason="the reference asks the host for ranges")
 pytestmark = needs_kernels
 
 

@@ -113,7 +113,7 @@ def test_wrong_files_and_inputs(state, codec, vectors):
         TAEHV.from_state_dict(patched, "taew2_2.pth")
     with pytest.raises(InputError, match=r"latents must be float \[B, n, 16, h, w\]"):
         codec.decode(vectors["latents"].transpose(1, 2))
-    with pytest.raises(InputError, match=r"1 \+ 4 \* k pictures, got 4"):
+    with pytest.raises(InputError, match=r"1 \+ 4 \* k frames, got 4"):
         codec.encode(vectors["pixels"][:, :4])
     decoder = codec.decoder()
     decoder.decode(vectors["latents"])

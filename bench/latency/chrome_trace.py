@@ -15,7 +15,7 @@ from torch import nn
 
 from cfpp_rt.bench.latency.workload import Subject
 from cfpp_rt.errors import InputError
-from cfpp_rt.io.checkpoint import write_atomically
+from cfpp_rt.io.atomic import write_atomically
 
 
 def record(subject: Subject, path: str | Path) -> int:

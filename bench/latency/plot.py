@@ -12,7 +12,7 @@ from typing import Any
 
 from cfpp_rt.bench.latency.compare import Row, read_rows
 from cfpp_rt.errors import InputError, MissingExtraError
-from cfpp_rt.io.checkpoint import write_atomically
+from cfpp_rt.io.atomic import write_atomically
 
 COLOURS = {"ours": "#1f4e79", "eager": "#c0762e", "compiled": "#7a9a52"}
 

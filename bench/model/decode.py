@@ -62,7 +62,7 @@ def held_by(decoder: StreamingDecoder, latent: Tensor, device: torch.device) -> 
 def contenders(vae: WanVAE, tiny: TAEHV, device: torch.device) -> dict[str, StreamingDecoder]:
     found: dict[str, StreamingDecoder] = {"library": vae.library_decoder(), "ours": vae.decoder()}
     if device.type == "cuda":
-        eager = WanVAE(vae.vae, graphs=False)
+        eager = WanVAE(vae.vae, cuda_graphs=False)
         found["eager"] = eager.decoder()
         for codec in (vae, eager):
             _ = codec.networks  # places the weights, which are not to count as a clip's memory

@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cfpp_rt.ops.block_attention  # noqa: F401  registers the op
 from cfpp_rt.bench import harness
-from cfpp_rt.ops.attention_libraries import LIBRARIES, attend_gathered, flash_version
-from cfpp_rt.ops.attention_table import Problem, choose_attention, kernel_takes
+from cfpp_rt.ops.attention_libraries import LIBRARY_BACKENDS, attend_gathered, flash_version
+from cfpp_rt.ops.attention_table import Problem, choose_attention, kernel_supports
 from cfpp_rt.ops.token_ranges import TokenRanges
 
 FRAME_480, FRAME_720 = 1560, 3600
@@ -82,11 +82,11 @@ def _sdpa_by(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor, float], T
 def contenders(shape: Shape, dtype: torch.dtype, device: torch.device, flex: bool) -> dict[str, Callable[[], Tensor]]:
     q, keys, values = make_tensors(shape, dtype, device)
     ranges, scale = shape.ranges(device), shape.head_dim**-0.5
-    dense: dict[str, Any] = {"sdpa": LIBRARIES["sdpa"]}
+    dense: dict[str, Any] = {"sdpa": LIBRARY_BACKENDS["sdpa"]}
     if device.type == "cuda":
-        dense = {"sdpa-flash": _sdpa_by(SDPBackend.FLASH_ATTENTION), "sdpa-cudnn": LIBRARIES["cudnn"]}
+        dense = {"sdpa-flash": _sdpa_by(SDPBackend.FLASH_ATTENTION), "sdpa-cudnn": LIBRARY_BACKENDS["cudnn"]}
         if flash_version():
-            dense[f"flash-attn-{flash_version()}"] = LIBRARIES["flash"]
+            dense[f"flash-attn-{flash_version()}"] = LIBRARY_BACKENDS["flash"]
         if flex:
             from torch.nn.attention.flex_attention import flex_attention
 
@@ -97,7 +97,7 @@ def contenders(shape: Shape, dtype: torch.dtype, device: torch.device, flex: boo
         for name, call in dense.items()
     }
     problem = Problem(device.type, _capability(device), dtype, shape.head_dim, shape.queries, shape.keys)
-    if kernel_takes(problem):
+    if kernel_supports(problem):
         calls["kernel"] = lambda: torch.ops.cfpp_rt.block_attention(q, keys, values, ranges.device, scale)
     return calls
 

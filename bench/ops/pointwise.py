@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cfpp_rt.bench import harness
-from cfpp_rt.core.schedule import add_noise, to_clean
+from cfpp_rt.core.schedule import add_noise
 from cfpp_rt.ops import backends
 from cfpp_rt.ops.adaln_modulate import adaln_modulate, adaln_modulate_quantized
 from cfpp_rt.ops.denoise_update import denoise_update
@@ -66,7 +66,7 @@ def plain_modulate_quantized(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[T
 
 
 def plain_update(x: Tensor, velocity: Tensor, noise: Tensor) -> Tensor:
-    return add_noise(to_clean(x, velocity, 0.9375), noise, 0.8333)
+    return add_noise(x - 0.9375 * velocity.float(), noise, 0.8333)
 
 
 def token_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:

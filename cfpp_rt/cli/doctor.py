@@ -70,13 +70,13 @@ def run(arguments: argparse.Namespace) -> None:
 def _attention(device: "torch.device", dtype: "torch.dtype") -> tuple[str, str]:
     import torch
 
-    from cfpp_rt.ops._library import choose
+    from cfpp_rt.ops._library import choose_backend
     from cfpp_rt.ops.attention_table import BACKENDS, Problem, choose_attention
 
     forced = os.environ.get("CFPP_BACKEND", "auto")
     if forced in BACKENDS:
         return forced, f"CFPP_BACKEND={forced}"
-    module, reason = choose(device.type)
+    module, reason = choose_backend(device.type)
     if module is None:
         return "reference", reason
     if forced == device.type:

@@ -20,7 +20,7 @@ from cfpp_rt.distill.settings import STAGES, Settings, StageSettings
 from cfpp_rt.distill.stage import Stage
 from cfpp_rt.distill.train import Feed, Trainer, Work
 from cfpp_rt.errors import InputError
-from cfpp_rt.io.checkpoint import write_atomically
+from cfpp_rt.io.atomic import write_atomically
 from cfpp_rt.model.transformer import CausalWanTransformer
 from cfpp_rt.values import DTYPES
 

@@ -88,7 +88,7 @@ class Denoiser:
         return self._run(both, levels, condition.twice(), *visible)[:, frames:]
 
     def diffusion_forced(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """Velocity of noisy frames conditioned on the noisy frames before them: [B, F, C, h, w] float32."""
+        """Velocity of noisy frames conditioned on the noisy frames before them: [B, F, C, h, w] float32. For tests."""
         return self._run(noisy, timesteps, condition, "causal", noisy.shape[1], [*range(noisy.shape[1])])
 
     def bidirectional(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:

@@ -17,7 +17,7 @@ from cfpp_rt.distill.self_rollout import Exits, SelfRollout
 from cfpp_rt.distill.settings import SampleSettings
 from cfpp_rt.distill.stage import clips
 from cfpp_rt.errors import InputError, MissingExtraError
-from cfpp_rt.io.checkpoint import write_atomically
+from cfpp_rt.io.atomic import write_atomically
 from cfpp_rt.model.transformer import CausalWanTransformer
 from cfpp_rt.values import Frames
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cfpp_rt.errors import InputError, MissingExtraError
-from cfpp_rt.io.checkpoint import write_atomically
+from cfpp_rt.io.atomic import write_atomically
 from cfpp_rt.values import Frames
 
 DEFAULT_FPS = 16.0  # of Wan2.1

@@ -332,7 +332,9 @@ class Rollout:
         ring = self.cache.ring
         self._finished_blocks[start] = FinishedBlock(latents.clone(), timestep, self._actions, cameras)
         self._finished_blocks = {
-            first: done for first, done in self._finished_blocks.items() if ring.holds[ring.slot(first)] == first
+            first: done
+            for first, done in self._finished_blocks.items()
+            if ring.stored_frames[ring.slot(first)] == first
         }
 
     def _embed_text(self, prompt_embeds: Tensor) -> list[LayerText]:

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from cfpp_rt.errors import InputError
-from cfpp_rt.export.bundle import Bundle, new_folder
+from cfpp_rt.export.bundle import Bundle
 from cfpp_rt.export.contract import PASSES, network_graphs
 from cfpp_rt.export.trt.build_worker import Job
 from cfpp_rt.export.trt.bundle import write_engine_card
 from cfpp_rt.export.trt.cuda import Device
 from cfpp_rt.export.trt.library import CURRENT, Library, load_library
 from cfpp_rt.export.trt.parser import weight_bytes
+from cfpp_rt.io.atomic import new_folder
 
 EMBEDDINGS = ("embed_time", "embed_text")
 DEFAULT_TARGETS = ("sm80", "sm86", "sm89", "sm120")

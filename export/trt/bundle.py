@@ -12,8 +12,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cfpp_rt.errors import InputError
-from cfpp_rt.export.bundle import CARD, Card, name_card_on_error, read_card, require_file, sha256_of
+from cfpp_rt.export.bundle import CARD, Card, name_card_on_error, read_card, require_file
 from cfpp_rt.export.trt.build_worker import WEIGHT_MODES
+from cfpp_rt.io.digest import sha256_of
 
 FORMAT, FORMAT_VERSION = "cfpp-rt TensorRT bundle", 2
 

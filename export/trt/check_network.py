@@ -12,6 +12,7 @@ from cfpp_rt.errors import InputError
 from cfpp_rt.export.contract import GraphSpec, TensorSpec
 from cfpp_rt.export.trt.library import Library
 from cfpp_rt.export.trt.parser import Network, inputs_of, layers
+from cfpp_rt.io.text import name_list
 
 Port = tuple[tuple[int, ...], str]  # shape and dtype, e.g. ((1, 12, 1560, 128), "bfloat16")
 
@@ -81,10 +82,10 @@ def prove(library: Library, network: Network, spec: GraphSpec) -> NetworkReport:
         caches = [cache for cache in caches if cache.rpartition(".")[2] != last]
     unread = [cache for cache in caches if cache not in read]
     if unread and not site_faults:
-        faults.append(f"no attention reads cache {_some(unread)}")
+        faults.append(f"no attention reads cache {name_list(unread)}")
     unused = [name for name in facts.inputs if name not in facts.needed]
     if unused:
-        faults.append(f"input {_some(unused)} reaches no output: the parser dropped it or nothing uses it")
+        faults.append(f"input {name_list(unused)} reaches no output: the parser dropped it or nothing uses it")
     if faults:
         more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise InputError(f"the network is not the graph of the contract: {'; '.join(faults[:3])}{more}")
@@ -154,10 +155,10 @@ class _Facts:
                 faults.append(f"output {output.name} must be {meant} updated in place, it is {cache.name}")
         twice = sorted({cache for cache in updated if updated.count(cache) > 1})
         if twice:
-            faults.append(f"cache {_some(twice)} is updated twice: one engine may update a cache once")
+            faults.append(f"cache {name_list(twice)} is updated twice: one engine may update a cache once")
         missing = [output for output, cache in aliases.items() if cache not in updated]
         if missing:
-            faults.append(f"output {_some(missing)} must be a cache updated in place: it has no KV cache update")
+            faults.append(f"output {name_list(missing)} must be a cache updated in place: it has no KV cache update")
         return faults
 
     def sites(self) -> tuple[list[Site], list[str]]:
@@ -174,7 +175,7 @@ class _Facts:
             if len(keys) != 1 or len(values) != 1 or keys == values:
                 faults.append(
                     f"attention {name} must read one cache of keys and one of values, it reads"
-                    f" {_some(keys) or 'none'} and {_some(values) or 'none'}"
+                    f" {name_list(keys) or 'none'} and {name_list(values) or 'none'}"
                 )
                 continue
             validity = self._validity(layer)
@@ -184,7 +185,7 @@ class _Facts:
         for cache in sorted({site.key_cache for site in sites}):
             sharing = [site.name for site in sites if site.key_cache == cache]
             if len(sharing) > 1:
-                faults.append(f"attentions {_some(sharing)} share cache {cache}: that crashes the builder")
+                faults.append(f"attentions {name_list(sharing)} share cache {cache}: that crashes the builder")
         return sites, faults
 
     def _validity(self, layer: Any) -> str:
@@ -207,8 +208,3 @@ def _port_faults(kind: str, found: Mapping[str, Port], wanted: Sequence[TensorSp
                 f"{kind} {tensor.name} must be {tensor.dtype} {list(tensor.shape)}, got {dtype} {list(shape)}"
             )
     return faults
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

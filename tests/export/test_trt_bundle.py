@@ -5,9 +5,9 @@ import json
 import pytest
 
 from cfpp_rt.errors import InputError
-from cfpp_rt.export.bundle import new_folder
 from cfpp_rt.export.export_bundle import make_card
 from cfpp_rt.export.trt.bundle import open_engine_bundle, write_engine_card
+from cfpp_rt.io.atomic import new_folder
 from cfpp_rt.model.transformer import random_model
 from tests.export.students import ROLLING, TINY
 

@@ -10,7 +10,6 @@ import pytest
 
 from cfpp_rt.bench.export import tensorrt as bench_tensorrt
 from cfpp_rt.errors import InputError
-from cfpp_rt.export.bundle import new_folder
 from cfpp_rt.export.bundle_rollout import BundleRollout
 from cfpp_rt.export.onnx_runner import OnnxRunner
 from cfpp_rt.export.trt import cuda
@@ -20,6 +19,7 @@ from cfpp_rt.export.trt.bundle import write_engine_card
 from cfpp_rt.export.trt.cuda import Device, Memory
 from cfpp_rt.export.trt.library import Library
 from cfpp_rt.export.trt.tensorrt_runner import TensorRTRunner
+from cfpp_rt.io.atomic import new_folder
 from tests.export.students import TINY, WORLD, bytes_moved, exported
 
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -14,9 +14,10 @@ from onnx import helper, numpy_helper
 
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import InputError
-from cfpp_rt.export.bundle import CARD, open_bundle, sha256_of
+from cfpp_rt.export.bundle import CARD, open_bundle
 from cfpp_rt.export.export_bundle import export_onnx
 from cfpp_rt.export.parity import require_passed, verify
+from cfpp_rt.io.digest import sha256_of
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.model.weights import build_model
 from cfpp_rt.world.sprites import SIZE

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from cfpp_rt.errors import InputError
 from cfpp_rt.ops import backends
-from cfpp_rt.ops.attention_libraries import LIBRARIES, attend_gathered, flash_version
-from cfpp_rt.ops.attention_table import BACKENDS, Problem, choose_attention, kernel_takes
+from cfpp_rt.ops.attention_libraries import LIBRARY_BACKENDS, attend_gathered, flash_version
+from cfpp_rt.ops.attention_table import BACKENDS, Problem, choose_attention, kernel_supports
 from cfpp_rt.ops.block_attention import block_attention
 from cfpp_rt.ops.token_ranges import TokenRanges
 from cfpp_rt.reference.block_attention import block_attention as reference
@@ -150,13 +150,15 @@ def test_the_public_function_agrees_whatever_the_table_picks(case: Case):
     check(case, torch.float32, "cpu", block_attention)
 
 
-@pytest.mark.parametrize("device,library", [("cpu", "sdpa"), *(pytest.param("cuda", n, marks=GPU) for n in LIBRARIES)])
+@pytest.mark.parametrize(
+    "device,library", [("cpu", "sdpa"), *(pytest.param("cuda", n, marks=GPU) for n in LIBRARY_BACKENDS)]
+)
 def test_libraries_agree_with_float64(device: str, library: str):
     if library == "flash" and not flash_version():
         pytest.skip("FlashAttention is not installed")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     case = CASES["two groups that see different windows"]
-    check(case, dtype, device, lambda *arguments: attend_gathered(LIBRARIES[library], *arguments))
+    check(case, dtype, device, lambda *arguments: attend_gathered(LIBRARY_BACKENDS[library], *arguments))
 
 
 @pytest.mark.parametrize("device,dtype", TARGETS)
@@ -285,7 +287,7 @@ def test_the_table_names_known_backends_for_every_problem():
                     problem = Problem(device_type, capability, dtype, head_dim, queries, 3 * queries)
                     name, reason = choose_attention(problem)
                     assert name in BACKENDS and reason
-                    assert name != "kernel" or kernel_takes(problem)
+                    assert name != "kernel" or kernel_supports(problem)
 
 
 @pytest.fixture

@@ -197,7 +197,7 @@ def filled_cache(
     q = torch.randn(1, heads, tokens, head_dim, generator=generator).to(dtype).to(device)
     layer.set_scales(keys.new_ones(heads * head_dim), values.transpose(1, 2).flatten(2))
     cache.data.view(torch.uint8).fill_(0x7F)
-    for tensor in layer._wide:
+    for tensor in layer._dequantized:
         tensor.fill_(float("nan"))
     groups = [[(0, tokens), (2 * tokens, 4 * tokens)]]
     ranges = TokenRanges.of(groups, capacity=frames * tokens, batch=1, device=device)

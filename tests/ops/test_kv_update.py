@@ -179,7 +179,7 @@ def test_a_bad_argument_is_named_and_nothing_is_written(name, change, message):
 def test_opcheck(device: str):
     arguments = Case(frames=2, rows=2, columns=3, groups=2).arguments(torch.float32, device)
     arguments[:2] = [t.contiguous().nan_to_num() for t in arguments[:2]]
-    torch.library.opcheck(torch.ops.cfpp_rt.kv_update_.default, (*arguments, EPS))
+    torch.library.opcheck(torch.ops.cfpp_rt.kv_update_.default, (*arguments, EPS, None, None))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
