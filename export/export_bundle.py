@@ -1,7 +1,7 @@
-"""A student to an ONNX bundle: graphs, one shared weight file and the card, whole or not at all.
+"""Exports a student to an ONNX bundle: graphs, one shared weight file and the card, complete or not at all.
 
-The graphs are written node by node (`graphs.py`), so no tracer decides what is in them, the same student gives the same
-bytes, and the memory that it takes is that of the model.
+The transformer's graphs are written node by node (`transformer_onnx`). So no tracer decides what they contain, the same
+student gives the same bytes, and the export needs little memory besides the model.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ def make_card(
     linear_dtype: str | None = None,
     about: dict[str, Any] | None = None,
 ) -> Card:
-    """The card of a student before it is exported. Arguments and errors as for `export_onnx`."""
+    """Return the card of a student before its export. Arguments and errors: see `export_onnx`."""
     if config.kv_dtype is not None:
         raise InputError(f"kv_dtype must be None: graphs keep the cache in the model's dtype, got {config.kv_dtype!r}")
     require_linear_dtype(linear_dtype)
@@ -50,7 +50,7 @@ def make_card(
     if latent_frames is not None and (latent_frames < 1 or latent_frames % n):
         raise InputError(f"latent_frames must be a multiple >= {n} of frames_per_block={n}, got {latent_frames}")
     if config.window is not None:
-        latent_frames = None  # the ring is of the window's size, whatever the length of the video
+        latent_frames = None  # the ring has the size of the window, whatever the length of the video
     sinks, ring = slots_for(config.replace(refresh="separate"), latent_frames)  # no graph needs the spare slot
     schedule = FlowMatchSchedule(config.shift)
     lists = [schedule.warp(steps) for steps in (config.steps, config.first_steps or config.steps)]
@@ -86,12 +86,14 @@ def export_onnx(
     codec: Codec | None = None,
     about: dict[str, Any] | None = None,
 ) -> Card:
-    """Write a bundle of the network's graphs in the model's dtype to a new folder; returns its card.
+    """Write a bundle of the model's graphs, in the model's dtype, to a new folder; return its card.
 
-    latent_size: (h, w). latent_frames: length of a video without a window, which the cache must hold; not used with
-    one. batch: rows made together. linear_dtype: "float8_e4m3" for the linear layers of the blocks in 8 bits. codec:
-    its streaming decoder becomes part of the bundle, in its own dtype. about: what the card is to say of the student
-    besides.
+    latent_size: (h, w).
+    latent_frames: latent frames of the longest video, for which the cache has room. Not used with a window.
+    batch: videos made together.
+    linear_dtype: "float8_e4m3" for the linear layers of the blocks in 8 bits; None = the model's dtype.
+    codec: its streaming decoder becomes part of the bundle, in its own dtype.
+    about: further entries of the card about the student.
 
     Raises InputError for a folder that exists, settings that the graphs do not cover and a full disk, and
     MissingExtraError without the onnx package.

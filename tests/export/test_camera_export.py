@@ -180,7 +180,7 @@ def test_bad_cameras_are_named(published, moving, tmp_path):
 @needs_tensorrt
 def test_every_pass_is_proven(tmp_path):
     """Two attentions per layer, each with caches of its own, each cache updated once and in place."""
-    from cfpp_rt.export.trt.check_network import prove
+    from cfpp_rt.export.trt.check_network import check_network
     from cfpp_rt.export.trt.library import load_library
     from cfpp_rt.export.trt.parser import parse
 
@@ -188,9 +188,9 @@ def test_every_pass_is_proven(tmp_path):
     export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 6), latent_frames=None)
     library, bundle = load_library("tensorrt-rtx"), open_bundle(tmp_path / "b")
     for name in ("embed_time", "embed_text"):
-        assert not prove(library, parse(library, bundle.path(name)), bundle.card.graphs[name]).sites
+        assert not check_network(library, parse(library, bundle.path(name)), bundle.card.graphs[name]).sites
     for name in PASSES:
-        report = prove(library, parse(library, bundle.path(name)), bundle.card.graphs[name])
+        report = check_network(library, parse(library, bundle.path(name)), bundle.card.graphs[name])
         layers = 1 if name == "refresh" else 2
         wanted = [f"{kind}.{layer}" for layer in range(layers) for kind in ("keys", "camera_keys")]
         assert [site.key_cache for site in report.sites] == wanted

@@ -164,16 +164,16 @@ def test_an_engine_multiplies_in_8_bits(tmp_path, dtype, target):
 
 @needs_tensorrt
 def test_a_network_that_lost_a_product_in_8_bits_is_refused(student):
-    from cfpp_rt.export.trt.check_network import prove
+    from cfpp_rt.export.trt.check_network import check_network
     from cfpp_rt.export.trt.library import load_library
     from cfpp_rt.export.trt.parser import parse
 
     library, (_, bundle) = load_library("tensorrt-rtx"), student
     network = parse(library, bundle.path("fused"))
-    assert prove(library, network, bundle.card.graphs["fused"]).float8_linears == 8 * TINY.num_layers
+    assert check_network(library, network, bundle.card.graphs["fused"]).float8_linears == 8 * TINY.num_layers
     lost = dataclasses.replace(network, source_float8=network.source_float8 + 1)
     with pytest.raises(InputError, match="the graph has 17 products of operands in 8 bits, the network 16"):
-        prove(library, lost, bundle.card.graphs["fused"])
+        check_network(library, lost, bundle.card.graphs["fused"])
 
 
 @needs_tensorrt

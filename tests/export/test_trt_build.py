@@ -71,7 +71,7 @@ def test_a_log_that_admits_an_ignored_input_stops_the_build(tmp_path, monkeypatc
     """In the process itself: parsed without lengths and with the proof switched off, only the log knows."""
 
     monkeypatch.setattr(parser, "_restore_lengths", lambda *arguments: [])
-    monkeypatch.setattr(build_worker, "prove", lambda *arguments: None)
+    monkeypatch.setattr(build_worker, "check_network", lambda *arguments: None)
     with pytest.raises(InputError, match="would ignore a part of the graph: .*length"):
         build_worker.compile_engine(job(tmp_path))
     assert not (tmp_path / "graph.engine").exists()

@@ -8,7 +8,7 @@ from cfpp_rt.errors import InputError
 from cfpp_rt.export.contract import PASSES
 from cfpp_rt.export.trt.build import build_engine, build_engine_bundle
 from cfpp_rt.export.trt.bundle import open_engine_bundle
-from cfpp_rt.export.trt.check_network import prove
+from cfpp_rt.export.trt.check_network import check_network
 from cfpp_rt.export.trt.library import load_library
 from cfpp_rt.export.trt.parser import parse, weight_bytes
 from tests.export.needs import needs_tensorrt
@@ -55,7 +55,7 @@ def test_every_pass_is_proven(tmp_path, config, rollout, batch, dtype):
     library = load_library("tensorrt-rtx")
     source = exported(tmp_path / "graphs", config, rollout, dtype, batch=batch)
     for name in PASSES:
-        report = prove(library, parse(library, source.path(name)), source.card.graphs[name])
+        report = check_network(library, parse(library, source.path(name)), source.card.graphs[name])
         layers = 1 if name == "refresh" else 2  # its last layer stops at keys and values
         assert [site.key_cache for site in report.sites] == [f"keys.{layer}" for layer in range(layers)]
         assert [site.value_cache for site in report.sites] == [f"values.{layer}" for layer in range(layers)]
@@ -75,7 +75,7 @@ def test_a_pass_that_forgets_what_is_valid_is_refused(tmp_path, name):
     onnx.save(graph, source.path(name))
     library = load_library("tensorrt-rtx")
     with pytest.raises(InputError, match="attention blocks.0.self_attn.* sees the whole cache"):
-        prove(library, parse(library, source.path(name)), source.card.graphs[name])
+        check_network(library, parse(library, source.path(name)), source.card.graphs[name])
 
 
 @pytest.fixture(scope="module")
