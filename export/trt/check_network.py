@@ -129,7 +129,7 @@ class _Facts:
         self.needed = self.behind(self.outputs, ends=set())
 
     def behind(self, names: Any, ends: set[str]) -> set[str]:
-        """Return all tensors that these depend on, themselves included. ends: kinds of layers at which the walk ends."""
+        """Return all tensors that these depend on, themselves included. ends: kinds of layers that end the walk."""
         seen: set[str] = set()
         waiting = list(names)
         while waiting:
