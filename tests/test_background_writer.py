@@ -125,7 +125,7 @@ def test_abort_drops_what_waits():
 
 
 def test_nothing_written_and_wrong_frames(tmp_path):
-    with pytest.raises(InputError, match="no pictures were written"):
+    with pytest.raises(InputError, match="no frames were written"):
         BackgroundWriter(RawWriter(tmp_path / "a.rgb")).close()
     with pytest.raises(InputError, match="pixels must be uint8"), BackgroundWriter(RawWriter(tmp_path / "a.rgb")) as w:
         w.write(Frames(torch.zeros(1, 1, 2, 2, 3), 0))

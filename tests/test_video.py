@@ -53,7 +53,7 @@ def test_unfinished_video_leaves_the_old_file(tmp_path):
                 writer.write(Frames(gradient(pictures), 0))
             raise RuntimeError
         assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["clip.mp4"]
-    with pytest.raises(InputError, match="no pictures were written"):
+    with pytest.raises(InputError, match="no frames were written"):
         open_writer(path).close()
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["clip.mp4"]
 
@@ -163,10 +163,10 @@ def test_read_video(tmp_path):
     assert read.shape == (1, 9, 3, 48, 64) and read.dtype == torch.float32
     wanted = pixels.movedim(-1, 2) / 127.5 - 1
     assert (read - wanted).abs().mean() < 0.05
-    assert torch.equal(read_video(tmp_path / "a.mp4", 48, 64, frames=5), read[:, -5:])
-    assert read_video(tmp_path / "a.mp4", 16, 24, frames=1).shape == (1, 1, 3, 16, 24)
-    with pytest.raises(InputError, match="at least 10 pictures, has 9"):
-        read_video(tmp_path / "a.mp4", 48, 64, frames=10)
+    assert torch.equal(read_video(tmp_path / "a.mp4", 48, 64, num_frames=5), read[:, -5:])
+    assert read_video(tmp_path / "a.mp4", 16, 24, num_frames=1).shape == (1, 1, 3, 16, 24)
+    with pytest.raises(InputError, match="at least 10 frames, has 9"):
+        read_video(tmp_path / "a.mp4", 48, 64, num_frames=10)
     (tmp_path / "text.mp4").write_text("no video")
     for name in ("text.mp4", "missing.mp4"):
         with pytest.raises(InputError, match=f"{name}: "):
