@@ -28,12 +28,12 @@ class Controlled(FrameWriter):
         self.open, self.started = threading.Event(), threading.Event()
         self.fails_at, self.indices, self.ended = fails_at, [], None
 
-    def _put(self, picture, index):
+    def _put(self, frame, index):
         self.started.set()
         assert self.open.wait(WAIT_S)
         if index == self.fails_at:
             raise InputError("no space left")
-        assert int(picture[0, 0, 0]) == index
+        assert int(frame[0, 0, 0]) == index
         self.indices.append(index)
 
     def _finish(self):

@@ -314,7 +314,7 @@ def test_cameras_for_a_model_without_the_branch_are_refused():
         roll(plain, path("w*5"), TWO_STEPS, 6)
 
 
-def test_the_branch_is_told_by_the_tensors(tmp_path, weights, config):
+def test_the_branch_is_reported_by_the_tensors(tmp_path, weights, config):
     """Public config files do not know of it; what has half of it is refused by name."""
     save_file(weights, tmp_path / "camera.safetensors")
     (tmp_path / "camera.json").write_text(json.dumps(META["config"]))

@@ -67,7 +67,7 @@ def test_every_student(files, tmp_path, student, frames):
     assert len(read_back(tmp_path / "out.mp4")[0]) == frames
 
 
-def test_a_real_photograph_is_the_first_picture(files, tmp_path):
+def test_a_real_photograph_is_the_first_frame(files, tmp_path):
     """Image-to-video: the photograph goes through the encoder, opens the video, and changes what follows."""
     datasets = pytest.importorskip("sklearn.datasets")
     from PIL import Image
@@ -179,7 +179,7 @@ def test_a_stopped_command_leaves_nothing(files, tmp_path, signal_name):
     assert "Traceback" not in stderr and not list(tmp_path.iterdir())
 
 
-def test_png_pictures(files, tmp_path):
+def test_png_frames(files, tmp_path):
     assert main(command(files, tmp_path / "pictures", "--quiet", frames=5)) == 0
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 5
 

@@ -245,7 +245,7 @@ def test_memory_that_runs_out_on_the_way(small, monkeypatch, graphed):
     assert torch.equal(play(start(small, RING, graphs), small), play(start(small, RING), small))
 
 
-def test_where_there_are_no_graphs_the_reason_is_told(small, monkeypatch):
+def test_where_there_are_no_graphs_the_reason_is_reported(small, monkeypatch):
     assert start(small, RING).why_no_cuda_graphs == "none were asked for"
     why = "CUDA graphs need a CUDA GPU, the model is on cpu"
     with pytest.warns(RuntimeWarning, match=f"rollout without CUDA graphs: {why}"):
@@ -271,7 +271,7 @@ def test_a_stream_takes_the_graphs_of_its_pipeline():
     assert torch.equal(graphed, pipeline.generate(prompt_embeds=prompt, cuda_graphs=False, **options).pixels)
 
 
-def test_a_stream_looks_for_nan_when_pictures_are_on_the_host():
+def test_a_stream_looks_for_nan_when_frames_are_on_the_host():
     """No pass waits for the answer; it still names frame, step and layer, and no picture of the block is given out."""
     pipeline = random_pipeline(RING, dtype=torch.float32, device=torch.device("cpu"))
     pipeline.cuda_graphs = graphs_of(pipeline.model)

@@ -90,7 +90,7 @@ def test_memory_is_half_and_one_layer(model, vectors, meta):
         KVCache(shape, FrameRing(0, 21, 1), torch.bfloat16, "cpu", torch.float8_e5m2)
 
 
-def test_a_cache_that_does_not_fit_is_told_with_its_own_size(model, vectors, monkeypatch):
+def test_a_cache_that_does_not_fit_is_reported_with_its_own_size(model, vectors, monkeypatch):
     """Of 50 frames of 2 x 2 x 24 x 256 numbers: 4 bytes each, or 1 and a layer of 2 in 4 more, 3."""
     monkeypatch.setattr("cfpp_rt.cache.available_bytes", lambda device: (256 << 20) + 10 * 4 * 24 * 256 * 4)
     for kv_dtype, fits in ((None, 9), ("float8_e4m3", 12)):

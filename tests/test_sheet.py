@@ -19,7 +19,7 @@ def video(count):
 @pytest.mark.parametrize(
     ("count", "kept"), [(1, [0]), (3, [0, 1, 2]), (6, [0, 1, 2, 3, 4, 5]), (101, [0, 20, 40, 60, 80, 100])]
 )
-def test_evenly_spread_pictures_row_by_row(tmp_path, count, kept):
+def test_evenly_spread_frames_row_by_row(tmp_path, count, kept):
     with SheetWriter(tmp_path / "sheet.png", count, columns=3, rows=2) as writer:
         for start in range(0, count, 4):
             writer.write(Frames(video(count)[:, start : start + 4], start))

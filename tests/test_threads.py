@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cfpp_rt.config import MODELS, STUDENTS
+from cfpp_rt.config import MODELS, PRESETS
 from cfpp_rt.device.threads import SMALL_PRODUCT, largest_product, set_thread_count, thread_count
 from cfpp_rt.pipeline import choose_threads
 from cfpp_rt.world.student import load_world_pipeline
@@ -53,8 +53,8 @@ def test_the_world_takes_one_thread_and_wan_all(threads):
     assert torch.get_num_threads() == 4
     choose_threads(pipeline, pipeline.config, (48, 48))
     assert torch.get_num_threads() == 1
-    for rollout in STUDENTS.values():
-        assert thread_count(largest_product(MODELS["wan-1.3b"], rollout.frames_per_block * 1560)) is None
+    for config in PRESETS.values():
+        assert thread_count(largest_product(MODELS["wan-1.3b"], config.frames_per_block * 1560)) is None
 
 
 def python(code, **environment):

@@ -1,4 +1,4 @@
-"""The `cfpp` command: dispatches to the command's own module, imported only when it is asked for."""
+"""The `cfpp` command. It imports the module of a sub-command only when that one is run."""
 
 import argparse
 import importlib
@@ -38,11 +38,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
-    asked = next((word for word in argv if not word.startswith("-")), None)
+    requested = next((word for word in argv if not word.startswith("-")), None)
     for name, (module, summary) in COMMANDS.items():
         description = f"{summary[0].upper()}{summary[1:]}."
         sub = commands.add_parser(name, help=summary, description=description, allow_abbrev=False)
-        if name == asked:
+        if name == requested:
             command = importlib.import_module(module)
             command.add_arguments(sub)
             sub.set_defaults(run=command.run)
@@ -59,7 +59,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit code. What the user can mend is one line on stderr and exit code 2."""
+    """Run a command and return the exit code. An error that the user can mend is one line on stderr and exit code 2."""
     from cfpp_rt.device.threads import set_wait_policy
     from cfpp_rt.errors import InputError, MissingExtraError, NonFiniteError, OutOfMemoryError
 

@@ -37,7 +37,7 @@ class CameraMetadata:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionMetadata:
-    """Where a forward pass writes its keys and values, and which ones its queries attend to.
+    """Positions of a forward pass in the cache: where it writes keys and values, and which ones its queries attend to.
 
     The tokens of a pass are G groups of equal size, one per block. Group g is written to the cache from token
     `write_index[:, g]` on, and its queries attend to the ranges of group g.

@@ -29,7 +29,7 @@ from cfpp_rt.ops.token_ranges import TokenRanges
 
 
 class Holder(Protocol):
-    """What holds captured passes: a rollout."""
+    """The holder of captured passes: a rollout."""
 
     @property
     def closed(self) -> bool:
