@@ -22,7 +22,7 @@ FORMATS = ("mp4", "png", "raw")
 _SUFFIXES = {".mp4": "mp4", ".mov": "mp4", ".mkv": "mp4", ".rgb": "raw", ".raw": "raw"}
 # The first that PyAV was built with is used. All but the last write H.264, which every browser plays.
 _ENCODERS = ("libx264", "libopenh264", "h264_videotoolbox", "mpeg4")
-# For libx264: twice as fast as its default at 384x384, three times at 480x832; files no larger, PSNR 0.4 dB less at most.
+# For libx264: twice as fast as its default at 384x384, three times at 480x832; files no larger, 0.4 dB less at most.
 _PRESET = "veryfast"
 _ONE_THREAD_PIXELS = 512 * 512  # one core encodes 100 frames of this size per second
 _BT709 = 1  # the code of the H.264 standard for primaries, transfer and matrix alike

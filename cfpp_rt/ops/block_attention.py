@@ -23,7 +23,7 @@ def block_attention(
     q: [B, H, Sq, D]. Queries, in G consecutive groups of equal size.
     k_cache, v_cache: [B, H, capacity, D] of the same dtype. Tokens outside the ranges of a group do not affect its
         output, whatever their values are.
-    ranges: token ranges that each group sees, in any order; G divides Sq. `TokenRanges.of` checks them.
+    ranges: token ranges that each group attends to, in any order; G divides Sq. `TokenRanges.of` checks them.
     scale: factor of the logits; None = 1 / sqrt(D).
 
     bfloat16, float16 or float32; logits and sums are float32. Of q and the caches the last dimension is contiguous,

@@ -43,7 +43,7 @@ class Case:
         return max(last for visible in self.ranges for _, last in visible) + self.slack
 
     def arguments(self, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, TokenRanges]:
-        """q and the caches are strided views of larger buffers; every row that no group sees is NaN."""
+        """q and the caches are strided views of larger buffers; every row outside the ranges of all groups is NaN."""
         generator = torch.Generator().manual_seed(11)
         total = self.queries * len(self.ranges)
         q = torch.randn(self.batch, self.heads, total + 3, self.head_dim, generator=generator) * self.sharpness
@@ -75,7 +75,7 @@ CASES = {
     "176 keys": Case(65, one((5, 181)), head_dim=128),
     "177 keys": Case(65, one((5, 182)), head_dim=128),
     "353 keys": Case(200, one((0, 353)), head_dim=128),
-    "the whole capacity": Case(40, one((0, 300)), slack=0),
+    "the full capacity": Case(40, one((0, 300)), slack=0),
     "130 keys, odd query tile": Case(33, one((1, 131)), head_dim=128),
     "257 keys": Case(17, one((0, 257))),
     "ranges that touch": Case(20, one((0, 10), (10, 20))),
@@ -237,7 +237,7 @@ def test_bad_ranges_are_refused(pairs, message, attend):
         ([[(-1, 3)]], r"got \[-1, 3\]"),
         ([[(3, 3)]], r"not empty, got \[3, 3\]"),
         ([[(0, 4)], [(0, 4), (3, 5)]], "group 1 must not overlap"),
-        ([[(0, 4)], []], "group 1 must hold at least one token"),
+        ([[(0, 4)], []], "group 1 must contain at least one token"),
         ([], "at least one group"),
     ],
 )
