@@ -3,8 +3,7 @@
 python -m cfpp_rt.bench.world_study.plot bench/results/amd-epyc-2core/world_study.jsonl docs/world_study
 """
 
-import argparse
-
+from cfpp_rt.bench import harness
 from cfpp_rt.bench.latency.compare import read_rows
 from cfpp_rt.bench.world_study.table import groups, spread
 
@@ -65,7 +64,7 @@ def draw(path: str, out: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("rows", help="study.jsonl of world_study")
     parser.add_argument("out", help="where to draw, without suffix")
     arguments = parser.parse_args()

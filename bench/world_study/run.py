@@ -81,7 +81,7 @@ def _start(run: Run, logs: Path) -> "subprocess.Popen[bytes]":
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("--config", type=Path, default=Path("configs/world-study.yaml"), help="(default: %(default)s)")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="a new folder, for some GB")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="what is kept")

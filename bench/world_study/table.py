@@ -3,13 +3,13 @@
 python -m cfpp_rt.bench.world_study.table bench/results/amd-epyc-2core/world_study.jsonl
 """
 
-import argparse
 import re
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from cfpp_rt.bench import harness
 from cfpp_rt.bench.latency.compare import Row, read_rows
 
 COLUMNS = {  # figure, heading, digits
@@ -94,7 +94,7 @@ def paces(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("rows", help="study.jsonl of world_study")
     rows = read_rows(parser.parse_args().rows)
     print("\n\n".join((table(rows), costs(rows), paces(rows))))
