@@ -84,7 +84,7 @@ def summarize(workload: Workload, requests: Sequence[Timings], peak: float) -> d
     intervals = [interval for timings in requests for interval in timings.frame_ms()]
     if intervals:
         out |= {f"frame_ms_p{p}": percentile(intervals, p) for p in (50, 90, 99)}
-    out["fps"] = statistics.median(timings.pictures / timings.deliveries[-1][0] for timings in requests)
+    out["fps"] = statistics.median(timings.summary()["fps"] for timings in requests)
     for stage in ("encode_text", "diffuse", "refresh", "decode"):
         skipped = {"encode_text": 0, "refresh": _STEADY - 1}.get(stage, _STEADY)
         steady = [ms for timings in requests for ms in list(timings.stages.get(stage, ()))[skipped:]]

@@ -162,8 +162,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="timesteps such as 1000,500; the first block keeps its own (default: of the preset)",
     )
-    source.add_argument("--window", type=int, metavar="N", help="latent frames that attention sees (default: all)")
-    source.add_argument("--sinks", type=int, metavar="N", help="first latent frames that stay visible (default: 0)")
+    source.add_argument("--window", type=int, metavar="N", help="latent frames visible to attention (default: all)")
+    source.add_argument("--sinks", type=int, metavar="N", help="first latent frames, which stay visible (default: 0)")
     source.add_argument(
         "--refresh", choices=("fused", "separate", "skip"), help="refresh mode of ours (default: fused)"
     )

@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--model", choices=SIZES, default="world")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the model (default: bfloat16 on CUDA, else float32)")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8], help="batch sizes to time")
-    parser.add_argument("--window", type=int, help="latent frames that attention sees (default: 6; world 3)")
+    parser.add_argument("--window", type=int, help="latent frames visible to attention (default: 6; world 3)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps (default: 20)")
     arguments = parser.parse_args()
     device, config = torch.device(arguments.device), rollout_config(arguments.model, arguments.window)

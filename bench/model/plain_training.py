@@ -4,13 +4,15 @@
 loss, but shares no arithmetic with `cfpp_rt`.
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cfpp_rt.config import ModelConfig
 
-Weights = dict[str, Tensor]
+Weights = Mapping[str, Tensor]
 
 
 def teacher_forced(

@@ -10,6 +10,7 @@ just been written: more than 100 % of the peak is possible.
     python -m cfpp_rt.bench.ops.kv_update [--device cpu] [--json PATH]
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,8 +51,8 @@ def main() -> None:
     for dtype, kv_dtype in pairs:
         tensors = make_arguments(dtype, kv_dtype, device)
         with torch.inference_mode():
-            times = harness.measure(lambda args=tensors: kv_update_(*args), device)
-            plain = harness.measure(lambda args=tensors: reference(*args), device, repeats=20)
+            times = harness.measure(partial(kv_update_, *tensors), device)
+            plain = harness.measure(partial(reference, *tensors), device, repeats=20)
         rate = TOKENS * WIDTH * (4 * dtype.itemsize + 2 * kv_dtype.itemsize) / times.median_ms / 1e6
         speed_up = plain.median_ms / times.median_ms
         name, kv_name = (str(d).removeprefix("torch.") for d in (dtype, kv_dtype))

@@ -19,7 +19,7 @@ def latents(kind, model, config, latent_frames, **options):
 
 
 @pytest.mark.parametrize(
-    "config,latent_frames",
+    "rollout_config,latent_frames",
     [
         (RolloutConfig(first_steps=(1000, 750, 500)), 4),
         (RolloutConfig(window=2), 5),
@@ -29,9 +29,9 @@ def latents(kind, model, config, latent_frames, **options):
     ],
     ids=["first steps", "window", "sinks", "chunks", "skip"],
 )
-def test_eager_rollout_makes_the_same_latents(model, config, latent_frames):
-    ours = latents(Rollout, model, config, latent_frames)
-    assert_close_max(latents(EagerRollout, model, config, latent_frames), ours, 2e-4, "latents")
+def test_eager_rollout_makes_the_same_latents(model, rollout_config, latent_frames):
+    ours = latents(Rollout, model, rollout_config, latent_frames)
+    assert_close_max(latents(EagerRollout, model, rollout_config, latent_frames), ours, 2e-4, "latents")
 
 
 def test_eager_rollout_of_a_model_with_actions_and_no_text():
