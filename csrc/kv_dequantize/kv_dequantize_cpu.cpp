@@ -1,7 +1,5 @@
 // CPU kernel of kv_dequantize_. Threads share the visible rows, each once however many groups see it. What binds is
 // memory traffic, 1 byte in and 2 or 4 out per element; large calls store past the caches.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
 #include <algorithm>
 #include <limits>
 #include <utility>
