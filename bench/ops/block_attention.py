@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cfpp_rt.ops.block_attention  # noqa: F401  registers the op
 from cfpp_rt.bench import harness
-from cfpp_rt.ops.attention_libraries import LIBRARIES, attend_gathered, flash_version
+from cfpp_rt.ops.attention_libraries import LIBRARIES, attend_gathered, flash_module
 from cfpp_rt.ops.attention_table import Problem, choose_attention, kernel_takes
 from cfpp_rt.ops.token_ranges import TokenRanges
 
@@ -85,8 +85,8 @@ def contenders(shape: Shape, dtype: torch.dtype, device: torch.device, flex: boo
     dense: dict[str, Any] = {"sdpa": LIBRARIES["sdpa"]}
     if device.type == "cuda":
         dense = {"sdpa-flash": _sdpa_by(SDPBackend.FLASH_ATTENTION), "sdpa-cudnn": LIBRARIES["cudnn"]}
-        if flash_version():
-            dense[f"flash-attn-{flash_version()}"] = LIBRARIES["flash"]
+        if (flash := flash_module()) is not None:
+            dense[f"flash-attn-{flash[0]}"] = LIBRARIES["flash"]
         if flex:
             from torch.nn.attention.flex_attention import flex_attention
 

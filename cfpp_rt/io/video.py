@@ -326,7 +326,7 @@ def _import_av() -> Any:
     try:
         import av
     except ImportError as error:
-        raise MissingExtraError("av", "wan", "reading or writing a video file") from error
+        raise MissingExtraError("av", "video", "reading or writing a video file") from error
     return av
 
 
@@ -334,5 +334,5 @@ def import_pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise MissingExtraError("pillow", "wan", "reading or writing pictures") from error
+        raise MissingExtraError("pillow", "video", "reading or writing pictures") from error
     return Image
