@@ -82,7 +82,7 @@ def write_graph(folder: Path, modules: list[str]) -> None:
             flags = f"-DCFPP_MODULE={module} -DCFPP_CUDA={int(cuda)} {includes}"
             binding = f"{folder}/{module}.o"
             graph.build(binding, "cxx", "csrc/module.cpp", variables={"flags": flags})
-            sources = sorted(Path("csrc").rglob("*.cu" if cuda else "*_cpu.cpp"))
+            sources = sorted(set(Path("csrc").rglob("*.cu" if cuda else "*.cpp")) - {Path("csrc/module.cpp")})
             objects = [f"{folder}/{source}.o" for source in sources]
             for source, target in zip(sources, objects, strict=True):
                 graph.build(target, "nvcc" if cuda else "cxx", str(source))

@@ -9,7 +9,7 @@ namespace {
 
 constexpr const char* kOp = "block_attention";
 
-// Everything but the pointers to results.
+// Checks all tensors but the outputs and returns the params without the pointers to them.
 BlockAttentionParams read_params(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& ranges,
                                  double scale) {
   check_shape(q, {{"B", -1}, {"H", -1}, {"Sq", -1}, {"D", -1}});
@@ -56,7 +56,7 @@ void set_out(BlockAttentionParams& p, const Tensor& out, const Tensor& q) {
 
 #if CFPP_CUDA
 
-// Bytes of workspace for tensors of this shape and dtype on q's device.
+// Returns the bytes of workspace for tensors of this shape and dtype on q's device.
 int64_t workspace_bytes(py::handle q_object, py::handle k_object, py::handle v_object, py::handle ranges_object) {
   const Tensor q(kOp, "q", q_object), k_cache(kOp, "k_cache", k_object), v_cache(kOp, "v_cache", v_object);
   const BlockAttentionParams p = read_params(q, k_cache, v_cache, Tensor(kOp, "ranges", ranges_object), 1.0);

@@ -1,4 +1,4 @@
-// What bindings ask of a tensor argument. Each check throws InputError "<op>: <argument> must be <wanted>, got <got>".
+// Checks of tensor arguments for bindings. Each throws InputError "<op>: <argument> must be <wanted>, got <got>".
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace cfpp {
 
-// One wanted axis: its name in the messages and its size; a negative size takes any.
+// A required axis: its name in messages and its size; a negative size accepts any.
 struct Axis {
   const char* name;
   int64_t size;
@@ -55,7 +55,7 @@ inline void check_same_device(const Tensor& tensor, const Tensor& like) {
   }
 }
 
-// The module at hand runs on one device type only.
+// A compiled module runs on one device type only.
 inline void check_device(const Tensor& tensor, bool is_cuda) {
   if (tensor.is_cuda() != is_cuda) tensor.refuse(is_cuda ? "on a CUDA device" : "on the CPU", tensor.device_text());
 }

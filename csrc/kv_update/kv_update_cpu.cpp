@@ -1,6 +1,9 @@
-// CPU kernel of kv_update_. Threads share the tokens. A row of q or k is read twice, for the sum of squares and, then
-// from L1, to be normalised, rotated, narrowed and written in vectors of 16. What binds is memory traffic: 6 * H * D
-// elements a token, and for large calls no more, since streaming stores keep the destinations from being read first.
+// CPU kernel of kv_update_.
+// One task: a token. Rows of q and k are read twice: for the sum of squares and, then from L1, to be normalised,
+// rotated,
+//   narrowed and written in vectors of 16.
+// What binds: memory traffic, 6 * H * D elements per token. Large calls use streaming stores, so that destinations are
+//   not read before they are written.
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
@@ -18,12 +21,12 @@ namespace {
 
 constexpr int kWidth = 2 * kLanes;  // channels a vector step takes
 
-// kWidth channels: the first and the second of each adjacent pair.
+// kWidth channels: the first and the second channel of each adjacent pair.
 struct Pairs {
   Floats first, second;
 };
 
-// A pair of 16-bit channels is one word, the first channel in its low half.
+// A pair of 16-bit channels is one 32-bit element of Words, the first channel in its low half.
 [[gnu::always_inline]] inline Pairs load(const bfloat16* source) {
   const Words words = read<Words>(source);
   return {bit_cast<Floats>(words << 16), bit_cast<Floats>(words & 0xffff0000u)};
@@ -90,10 +93,10 @@ template <typename T>
   return sum / static_cast<float>(channels);
 }
 
-// The turn of each pair of a head at one token.
+// Cosine and sine of the rotation of each pair of a head, at one token.
 struct Rotation {
   explicit Rotation(int64_t pairs) : cos(pairs), sin(pairs) {}
-  // Sets `pairs` of them from `first` on from a table of (cos, sin).
+  // Sets pairs first .. first + pairs from a table of (cos, sin).
   void set(int64_t first, const float* table, int64_t pairs) {
     for (int64_t i = 0; i < pairs; ++i) {
       cos[first + i] = table[2 * i];
@@ -240,7 +243,7 @@ void update_tokens(const KvUpdateParams& p, bool streaming, int64_t first, int64
   if (streaming) finish_writes<true>();
 }
 
-// Large enough to stream, and every head a whole number of vectors at an address that streaming stores take.
+// True if the call is large enough for streaming stores, and every head is a multiple of vectors at a 16-byte boundary.
 bool streams(const KvUpdateParams& p) {
   const int64_t bytes = size_of(p.cache_dtype);
   const int64_t written = p.batch * p.tokens() * p.channels() * (size_of(p.dtype) + 2 * bytes);
