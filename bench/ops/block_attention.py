@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import cfpp_rt.ops.block_attention  # noqa: F401  registers the op
 from cfpp_rt.bench import harness
 from cfpp_rt.device.peak import peak_matmul_flops
-from cfpp_rt.ops.attention_libraries import LIBRARY_BACKENDS, attend_gathered, flash_version
+from cfpp_rt.ops.attention_libraries import LIBRARY_BACKENDS, attend_gathered, flash_module
 from cfpp_rt.ops.attention_table import Problem, choose_attention, kernel_supports
 from cfpp_rt.ops.token_ranges import TokenRanges
 
@@ -86,8 +86,8 @@ def backends(shape: Shape, dtype: torch.dtype, device: torch.device, flex: bool)
     dense: dict[str, Any] = {"sdpa": LIBRARY_BACKENDS["sdpa"]}
     if device.type == "cuda":
         dense = {"sdpa-flash": _sdpa_by(SDPBackend.FLASH_ATTENTION), "sdpa-cudnn": LIBRARY_BACKENDS["cudnn"]}
-        if flash_version():
-            dense[f"flash-attn-{flash_version()}"] = LIBRARY_BACKENDS["flash"]
+        if (flash := flash_module()) is not None:
+            dense[f"flash-attn-{flash[0]}"] = LIBRARY_BACKENDS["flash"]
         if flex:
             from torch.nn.attention.flex_attention import flex_attention
 

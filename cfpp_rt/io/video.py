@@ -349,7 +349,7 @@ def _import_av() -> Any:
     try:
         import av
     except ImportError as error:
-        raise MissingExtraError("av", "wan", "reading or writing a video file") from error
+        raise MissingExtraError("av", "video", "reading or writing a video file") from error
     return av
 
 
@@ -357,5 +357,5 @@ def import_pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise MissingExtraError("pillow", "wan", "reading or writing images") from error
+        raise MissingExtraError("pillow", "video", "reading or writing images") from error
     return Image

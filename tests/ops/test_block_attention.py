@@ -1,6 +1,7 @@
 """block_attention against its plain PyTorch twin; float64 is the oracle."""
 
 import dataclasses
+import importlib.util
 import sys
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from cfpp_rt.errors import InputError
 from cfpp_rt.ops import backends
-from cfpp_rt.ops.attention_libraries import LIBRARY_BACKENDS, attend_gathered, flash_version
+from cfpp_rt.ops.attention_libraries import FLASH_MODULES, LIBRARY_BACKENDS, attend_gathered, flash_module
 from cfpp_rt.ops.attention_table import BACKENDS, Problem, choose_attention, kernel_supports
 from cfpp_rt.ops.block_attention import block_attention
 from cfpp_rt.ops.token_ranges import TokenRanges
@@ -154,7 +155,7 @@ def test_the_public_function_agrees_whatever_the_table_picks(case: Case):
     "device,library", [("cpu", "sdpa"), *(pytest.param("cuda", n, marks=GPU) for n in LIBRARY_BACKENDS)]
 )
 def test_libraries_agree_with_float64(device: str, library: str):
-    if library == "flash" and not flash_version():
+    if library == "flash" and flash_module() is None:
         pytest.skip("FlashAttention is not installed")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     case = CASES["two groups that see different windows"]
@@ -303,9 +304,15 @@ def forget_choices():
 def test_an_attention_backend_can_be_forced(backend: str, monkeypatch, forget_choices):
     monkeypatch.setenv("CFPP_BACKEND", backend)
     if backend == "flash":
-        if flash_version():
+        if flash_module() is not None:
             pytest.skip("FlashAttention is installed, and takes CUDA tensors only")
         with pytest.raises(InputError, match="CFPP_BACKEND=flash cannot be met"):
             check(CASES["three ranges"], torch.float32, "cpu", block_attention)
     else:
         check(CASES["three ranges"], torch.float32, "cpu", block_attention)
+
+
+@pytest.mark.parametrize("version,module", FLASH_MODULES)
+def test_flash_attention_is_found_under_each_of_its_names(version: int, module: str, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == module or None)
+    assert flash_module.__wrapped__() == (version, module)
