@@ -1,7 +1,7 @@
-"""How well do students of the built-in world keep to its rules, and how fast?
+"""Evaluate students of the built-in world: how well they keep to its rules, and how fast they run.
 
-Every student plays unseen arenas beside the simulator, by the same keys: see `cfpp_rt.world.evaluate` for what is
-scored. Each seed is other arenas, other keys and other noise.
+Every student plays unseen arenas beside the simulator with the same keys; `cfpp_rt.world.evaluate` defines the scores.
+Each seed means other arenas, other keys and other noise.
 
     cfpp world-eval --student cd=runs/cd --student dmd=runs/dmd --steps 1000,500 --steps 1000 --frames 300
 """
@@ -20,7 +20,7 @@ from cfpp_rt.world.evaluate import LOOKED_AT, pace, play, score
 from cfpp_rt.world.sprites import SIZE
 from cfpp_rt.world.student import SHIPPED, load_world_pipeline
 
-_COLUMNS = {  # of the table: figure, heading, digits
+_COLUMNS = {  # metric: (heading, digits)
     "follow": ("follow", 3),
     "follow_moving": ("moving", 3),
     "error_16_px": ("px @16", 2),
@@ -34,11 +34,15 @@ _COLUMNS = {  # of the table: figure, heading, digits
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--student", action="append", metavar="[NAME=]DIR", help="default: the shipped one")
-    parser.add_argument("--steps", action="append", metavar="LIST", help="as 1000,500; default: the student's own")
-    parser.add_argument("--frames", type=int, default=64, help="pictures of an episode (default: %(default)s)")
-    parser.add_argument("--episodes", type=int, default=32, help="per seed (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="how often, for the spread (default: %(default)s)")
+    parser.add_argument(
+        "--student", action="append", metavar="[NAME=]DIR", help="student to evaluate (default: the shipped one)"
+    )
+    parser.add_argument(
+        "--steps", action="append", metavar="LIST", help="timesteps such as 1000,500 (default: the student's own)"
+    )
+    parser.add_argument("--frames", type=int, default=64, help="frames of an episode (default: %(default)s)")
+    parser.add_argument("--episodes", type=int, default=32, help="episodes per seed (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, for the spread (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--no-pace", action="store_true", help="leave out first_ms and fps")
     parser.add_argument("--json", metavar="PATH", help="append the rows as JSON lines")
@@ -59,35 +63,35 @@ def run(arguments: argparse.Namespace) -> None:
     for name, folder in students.items():
         pipeline = load_world_pipeline(folder, device=device)
         for own in steps or [pipeline.config.steps]:
-            rollout = pipeline.config.replace(steps=own)
-            choose_threads(pipeline, rollout, (SIZE, SIZE), arguments.episodes)
-            made = [_row(name, pipeline, rollout, arguments, seed) for seed in range(arguments.seeds)]
+            config = pipeline.config.replace(steps=own)
+            choose_threads(pipeline, config, (SIZE, SIZE), arguments.episodes)
+            made = [_row(name, pipeline, config, arguments, seed) for seed in range(arguments.seeds)]
             rows += made
             print(_line(name, own, made, shown))
     harness.record(rows, arguments.json, device)
 
 
 def _row(
-    name: str, pipeline: Pipeline, rollout: RolloutConfig, arguments: argparse.Namespace, seed: int
+    name: str, pipeline: Pipeline, config: RolloutConfig, arguments: argparse.Namespace, seed: int
 ) -> dict[str, Any]:
-    n = rollout.frames_per_block
-    frames = -(-arguments.frames // n) * n
-    played = play(pipeline, rollout, episodes=arguments.episodes, num_frames=frames, seed=seed, noise_seed=seed)
+    n = config.frames_per_block
+    num_frames = -(-arguments.frames // n) * n
+    played = play(pipeline, config, episodes=arguments.episodes, num_frames=num_frames, seed=seed, noise_seed=seed)
     return {
         "bench": "world_eval",
         "student": name,
-        "steps": list(rollout.steps),
+        "steps": list(config.steps),
         "frames_per_block": n,
-        "frames": frames,
+        "frames": num_frames,
         "episodes": arguments.episodes,
         "seed": seed,
         **score(played),
-        **({} if arguments.no_pace else pace(pipeline, rollout, num_frames=60, seed=seed)),
+        **({} if arguments.no_pace else pace(pipeline, config, num_frames=60, seed=seed)),
     }
 
 
 def _line(name: str, steps: tuple[int, ...], rows: list[dict[str, Any]], shown: list[str]) -> str:
-    """Means over the seeds, and under them half the spread from least to greatest."""
+    """Return the means over the seeds, and in a second line half the range from minimum to maximum."""
     means, spreads = [], []
     for key in shown:
         values, digits = [row[key] for row in rows], _COLUMNS[key][1]

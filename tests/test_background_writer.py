@@ -125,7 +125,7 @@ def test_abort_drops_what_waits():
 
 
 def test_nothing_written_and_wrong_frames(tmp_path):
-    with pytest.raises(InputError, match="no pictures were written"):
+    with pytest.raises(InputError, match="no frames were written"):
         BackgroundWriter(RawWriter(tmp_path / "a.rgb")).close()
     with pytest.raises(InputError, match="pixels must be uint8"), BackgroundWriter(RawWriter(tmp_path / "a.rgb")) as w:
         w.write(Frames(torch.zeros(1, 1, 2, 2, 3), 0))
@@ -152,8 +152,8 @@ def test_a_video_file(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_no_file_and_no_process(tmp_path, number):
     pytest.importorskip("av")
-    words = ["generate", "--student", "world", "--actions", "right*1000000", "-o", str(tmp_path / "a.mp4")]
-    child = subprocess.Popen([sys.executable, "-m", "cfpp_rt.cli", *words], cwd=ROOT, stderr=subprocess.DEVNULL)
+    arguments = ["generate", "--student", "world", "--actions", "right*1000000", "-o", str(tmp_path / "a.mp4")]
+    child = subprocess.Popen([sys.executable, "-m", "cfpp_rt.cli", *arguments], cwd=ROOT, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 2 * WAIT_S
         while not any(path.stat().st_size for path in tmp_path.iterdir()):  # the encoder has written something

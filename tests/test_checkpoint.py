@@ -86,9 +86,9 @@ def test_truncated_files_are_named(tmp_path, state, kind):
         save_file(state, path)
     else:
         torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
-    whole = path.read_bytes()
-    for length in (1, 3, 9, 100, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:length])
+    complete = path.read_bytes()
+    for length in (1, 3, 9, 100, len(complete) // 2, len(complete) - 1):
+        path.write_bytes(complete[:length])
         with pytest.raises(CheckpointError) as error:
             read_tensors(path)
         assert one_line(error).startswith(f"{path}: truncated or not a")

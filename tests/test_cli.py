@@ -219,7 +219,7 @@ def fault(capsys, arguments):
         (["--output", ""], "--output must name a file"),
         (["--output", "film.avi"], "the suffix must be one of"),
         (["--output", "x" * 300 + ".mp4"], "cannot be written"),
-        (["--image", ""], "no such file|not a picture"),
+        (["--image", ""], "no such file|not an image"),
         (["--student", "chunkwise-4step", "--image", "x.jpg"], "--image is one latent frame, student chunkwise-4step"),
         (["--sinks", "3"], "sinks need a window"),
         (["--kv-dtype", "int8"], "--kv-dtype.*invalid choice: 'int8'"),

@@ -79,7 +79,7 @@ def test_one_op_one_room():
         if not folder.is_dir() or folder.name == "common":
             continue
         op = folder.name
-        wanted = [folder / f"{op}{end}" for end in (".h", "_cpu.cpp", "_binding.cpp")]
+        wanted = [folder / f"{op}{end}" for end in (".h", "_cpu.cpp", "_binding.h")]
         wanted += [ROOT / "cfpp_rt" / room / f"{op}.py" for room in ("ops", "reference")]
         bench = "pointwise" if op in POINTWISE else op
         wanted += [ROOT / "tests" / "ops" / f"test_{op}.py", ROOT / "bench" / "ops" / f"{bench}.py"]

@@ -53,7 +53,7 @@ def test_a_rollout_repeats_itself_and_poison_never_shows(model, vectors, meta):
             renoise=list(vectors[f"{name}.renoise"]),
         )
         rollout.cache.data.view(torch.uint8).fill_(poison)
-        for tensor in rollout.cache.layers[0]._wide:
+        for tensor in rollout.cache.layers[0]._dequantized:
             tensor.fill_(float("nan") if poison else 0.0)
         return torch.cat([block.values for block in rollout], dim=1)
 

@@ -43,9 +43,9 @@ def test_agrees_with_the_public_implementation(codec, vectors):
 def test_streaming_is_the_whole_clip(codec, vectors, sizes):
     decoded = in_parts(codec.decoder().decode, vectors["latents"], sizes)
     assert difference(decoded, vectors["frames"]) < 1e-5
-    pictures = [4 * n for n in sizes]
-    pictures[0] -= 3
-    assert difference(in_parts(codec.encoder().encode, vectors["pixels"], pictures), vectors["encoded"]) < 1e-5
+    frames = [4 * n for n in sizes]
+    frames[0] -= 3
+    assert difference(in_parts(codec.encoder().encode, vectors["pixels"], frames), vectors["encoded"]) < 1e-5
 
 
 def test_the_past_is_seen_and_clips_are_apart(codec, vectors):

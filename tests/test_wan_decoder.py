@@ -30,7 +30,7 @@ def make_latents(batch: int, frames: int, height: int = 3, width: int = 5, *, se
 
 
 def in_parts(decoder: StreamingDecoder, latents: Tensor) -> Tensor:
-    """Latent by latent. (A pointwise convolution sees all latents of a call at once: other calls, other bits.)"""
+    """Latent by latent. (A pointwise convolution processes all latents of a call at once: other calls, other bits.)"""
     return torch.cat([decoder.decode(latent) for latent in latents.split(1, dim=1)], dim=1)
 
 
@@ -126,7 +126,7 @@ def test_the_memory_of_a_clip_at_480x832():
 
 
 def test_works_across_inference_mode():
-    """Memory made in inference mode serves a clip outside it, and the pictures are ordinary tensors."""
+    """Memory made in inference mode serves a clip outside it, and the pixels are ordinary tensors."""
     codec = random_vae(1, torch.float32, CPU, base_dim=8)
     latents = make_latents(1, 2, 2, 3)
     with torch.inference_mode():

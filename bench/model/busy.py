@@ -89,7 +89,7 @@ def distill(folder: Path, config: Path) -> float:
 def verify(folder: Path) -> float:
     bundle = folder / "bundle"
     if not bundle.exists():
-        run("export", "onnx", "--student", "world", "-o", str(bundle), "--quiet")
+        run("export", "onnx", "--student", "world", "-o", str(bundle))
     return run("export", "verify", str(bundle), "--student", "world", "--quiet")[1]
 
 

@@ -255,7 +255,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / 'config.json'}: {error}") from error
     if not isinstance(config, dict):
-        raise InputError(f"{folder / 'config.json'}: must hold a mapping, got {type(config).__name__}")
+        raise InputError(f"{folder / 'config.json'}: must contain a mapping, got {type(config).__name__}")
     return config
 
 

@@ -185,7 +185,7 @@ class Upsampler:
         batch, groups = x.shape[0], 1
         if self._time_conv is not None and not first:
             self._time_conv.input_view(x.shape[2]).copy_(x)
-            x, groups = self._time_conv(x.shape[2]), 2  # the channels hold two frames each
+            x, groups = self._time_conv(x.shape[2]), 2  # the channels contain two frames each
         doubled = _doubled_rows(x, groups) if self._layout.channels_last else _doubled_planes(x, groups)
         return _frames(self._layout.apply(F.conv2d(doubled, *self._conv, padding=1)), batch)
 

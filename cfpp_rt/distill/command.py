@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cfpp_rt.device.peak import peak_matmul_flops
 from cfpp_rt.device.threads import largest_product, set_thread_count
 from cfpp_rt.distill.assemble import Weights, build_stage, open_feed
 from cfpp_rt.distill.batch import Batch
 from cfpp_rt.distill.checkpoint import checkpoints
-from cfpp_rt.distill.flops import matmul_rate, step_flops
+from cfpp_rt.distill.flops import step_flops
 from cfpp_rt.distill.processes import joined, rank, whole
 from cfpp_rt.distill.samples import Samples, open_codec
 from cfpp_rt.distill.settings import STAGES, Settings, StageSettings
@@ -149,7 +150,7 @@ def _work(name: str, settings: Settings, batch: Batch, size: tuple[int, int, int
     own = settings.stages[name]
     frames = _clip_frames(own, batch)
     flops = step_flops(name, settings, own, frames, settings.model.tokens_per_frame(*size[1:]))
-    return Work(flops, matmul_rate(device, DTYPES[settings.dtype]))
+    return Work(flops, peak_matmul_flops(device, DTYPES[settings.dtype]))
 
 
 def export(state: dict[str, Tensor], settings: Settings, folder: Path) -> None:

@@ -1,9 +1,7 @@
 """How much arithmetic a training step is, by formula: what its time is compared with."""
 
 import math
-import time
 
-import torch
 from torch import Tensor
 
 from cfpp_rt.config import ModelConfig, RolloutConfig
@@ -63,17 +61,3 @@ def _rollout_flops(config: ModelConfig, rollout: RolloutConfig, own: StageSettin
 
 def _pairs(visible: Tensor) -> int:
     return int(visible.sum())
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of one large matrix product on a GPU, median of ten: what a step could reach at most."""
-    size = 8192
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    times = []
-    for _ in range(12):
-        torch.cuda.synchronize(device)
-        begin = time.perf_counter()
-        torch.mm(a, b)
-        torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begin)
-    return 2 * size**3 / sorted(times[2:])[5]

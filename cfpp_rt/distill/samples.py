@@ -106,4 +106,4 @@ def _require_av() -> None:
     try:
         import av  # noqa: F401  said before the training, not at its first sample
     except ImportError as error:
-        raise MissingExtraError("av", "wan", "writing samples as videos") from error
+        raise MissingExtraError("av", "video", "writing samples as videos") from error

@@ -1,4 +1,4 @@
-"""A frame writer that works in a thread of its own, beside the code that makes the frames."""
+"""A frame writer that works in a separate thread, in parallel with the code that makes the frames."""
 
 import contextlib
 import queue
@@ -15,35 +15,37 @@ _QUEUED = 16  # frames; at 480x832 they take 19 MB
 
 
 class BackgroundWriter(FrameWriter):
-    """Give the frames to another writer in a thread: encoders release Python's lock while they encode.
+    """Pass the frames to another writer in a thread; encoders release the GIL while they encode.
 
-    writer: receives every frame in order, and is closed or aborted with this writer. queued: number of frames that may
-    wait for it; `write` then waits. row: the video of the batch to write.
+    writer: receives every frame in order, and is closed or aborted with this writer.
+    queued: number of frames that may wait for the writer; `write` blocks while the queue is full.
+    row: the row of the batch to write.
 
+    work_s: seconds that the writer has worked in its thread, including the end of the file.
     An error of the writer is raised by the next `write` or by `close`, and the writer is aborted. `abort` drops the
-    frames that wait and returns as soon as the frame in progress is encoded.
+    queued frames and returns as soon as the frame in progress is encoded.
     """
 
     def __init__(self, writer: FrameWriter, *, queued: int = _QUEUED, row: int = 0):
         super().__init__(row)
-        self.work_s = 0.0  # what the writer took in its thread, to finish the file included
+        self.work_s = 0.0
         self._writer = writer
         self._queue: queue.Queue[tuple[np.ndarray, int] | None] = queue.Queue(queued)
         self._error: BaseException | None = None
         self._dropping = False
-        # A daemon: the interpreter does not wait for a disk that does not answer.
+        # A daemon, so that the interpreter does not wait for a disk that does not respond.
         self._thread = threading.Thread(target=self._run, name="frame writer", daemon=True)
         self._thread.start()
 
-    def _put(self, picture: np.ndarray, index: int) -> None:
+    def _put(self, frame: np.ndarray, index: int) -> None:
         if self._error is not None:
             raise self._error
-        self._queue.put((picture, index))
+        self._queue.put((frame, index))
 
     def _finish(self) -> None:
         try:
             self._end()
-        except BaseException:  # a signal while this waits
+        except BaseException:  # such as KeyboardInterrupt while this waits
             self._drop()
             raise
         if self._error is not None:
@@ -54,7 +56,7 @@ class BackgroundWriter(FrameWriter):
         self._end()
 
     def _end(self) -> None:
-        """Wait for the thread. The end mark may lie in the queue twice: the thread leaves at the first."""
+        """Stop the thread and wait for it. The end mark may be in the queue twice: the thread stops at the first."""
         while self._thread.is_alive():
             with contextlib.suppress(queue.Full):
                 self._queue.put(None, timeout=0.05)
@@ -62,7 +64,9 @@ class BackgroundWriter(FrameWriter):
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
-            if not self._dropping and self._error is None:  # else the queue is emptied, so that `write` goes on
+            if (
+                not self._dropping and self._error is None
+            ):  # otherwise only empty the queue, so that `write` does not block
                 self._work(item)
         began = time.perf_counter()
         try:
@@ -75,10 +79,10 @@ class BackgroundWriter(FrameWriter):
         self.work_s += time.perf_counter() - began
 
     def _work(self, item: tuple[np.ndarray, int]) -> None:
-        picture, index = item
+        frame, index = item
         began = time.perf_counter()
         try:
-            self._writer.write(Frames(torch.from_numpy(picture)[None, None], index))
+            self._writer.write(Frames(torch.from_numpy(frame)[None, None], index))
         except BaseException as error:
             self._error = error
         self.work_s += time.perf_counter() - began

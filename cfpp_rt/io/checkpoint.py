@@ -149,7 +149,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     ) as error:
         raise CheckpointError(f"{path}: truncated or not a torch checkpoint") from error
     if not isinstance(loaded, Mapping):
-        raise CheckpointError(f"{path}: must hold a mapping of names to tensors, got {type(loaded).__name__}")
+        raise CheckpointError(f"{path}: must contain a mapping of names to tensors, got {type(loaded).__name__}")
     return dict(loaded)
 
 

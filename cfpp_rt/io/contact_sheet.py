@@ -16,22 +16,22 @@ class SheetWriter(FrameWriter):
     """Writer of a contact sheet with columns * rows frames, evenly spaced from the first to the last.
 
     path: a .png file, which appears when the writer is closed.
-    frames: number of frames that will be written.
+    num_frames: number of frames that will be written.
     columns, rows: size of the sheet in frames, smaller if there are fewer frames.
     row: the row of the batch to write.
 
     Raises InputError for another suffix or sizes below 1, MissingExtraError without Pillow.
     """
 
-    def __init__(self, path: str | Path, frames: int, *, columns: int = 8, rows: int = 4, row: int = 0):
+    def __init__(self, path: str | Path, num_frames: int, *, columns: int = 8, rows: int = 4, row: int = 0):
         super().__init__(row)
         if Path(path).suffix.lower() != ".png":
             raise InputError(f"{path}: a contact sheet must be named .png")
-        if min(frames, columns, rows) < 1:
-            raise InputError(f"frames, columns and rows must be >= 1, got {frames}, {columns} and {rows}")
+        if min(num_frames, columns, rows) < 1:
+            raise InputError(f"num_frames, columns and rows must be >= 1, got {num_frames}, {columns} and {rows}")
         self._image = import_pillow()
-        self._path, self._columns = path, min(columns, frames)
-        self._wanted = set(np.linspace(0, frames - 1, min(columns * rows, frames)).round().astype(int).tolist())
+        self._path, self._columns = path, min(columns, num_frames)
+        self._wanted = set(np.linspace(0, num_frames - 1, min(columns * rows, num_frames)).round().astype(int).tolist())
         self._selected: list[np.ndarray] = []
 
     def _put(self, frame: np.ndarray, index: int) -> None:

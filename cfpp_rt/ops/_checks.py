@@ -1,4 +1,4 @@
-"""Checks of arguments that several ops share. `argument_error` words every message in the same way."""
+"""Checks of arguments that several ops share; all messages come from `argument_error`."""
 
 import torch
 from torch import Tensor

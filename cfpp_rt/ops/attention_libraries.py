@@ -28,19 +28,23 @@ def _cudnn(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
 
 
 def _flash(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    function = importlib.import_module(_FLASH_MODULES[flash_version()]).flash_attn_func
+    flash = flash_module()
+    assert flash is not None
+    function = importlib.import_module(flash[1]).flash_attn_func
     result = function(*(t.transpose(1, 2) for t in (q, keys, values)), softmax_scale=scale)
     return (result[0] if isinstance(result, tuple) else result).transpose(1, 2)
 
 
-_FLASH_MODULES = {3: "flash_attn_interface", 2: "flash_attn"}
+# FlashAttention, the newest first. Version 3 is `flash_attn_interface` when built from its repository, and
+# `fa3_fwd_interface` in the package fa3-fwd.
+FLASH_MODULES = ((3, "flash_attn_interface"), (3, "fa3_fwd_interface"), (2, "flash_attn"))
 LIBRARY_BACKENDS: dict[str, DenseAttention] = {"sdpa": _sdpa, "cudnn": _cudnn, "flash": _flash}
 
 
 @functools.cache
-def flash_version() -> int:
-    """Return the major version of FlashAttention that can be imported, 3 or 2, or 0 without one."""
-    return next((v for v, name in _FLASH_MODULES.items() if importlib.util.find_spec(name) is not None), 0)
+def flash_module() -> tuple[int, str] | None:
+    """Return FlashAttention's version, 3 or 2, and its module; None where neither is installed."""
+    return next((flash for flash in FLASH_MODULES if importlib.util.find_spec(flash[1]) is not None), None)
 
 
 def _gather(tensor: Tensor, ranges: tuple[Range, ...]) -> Tensor:

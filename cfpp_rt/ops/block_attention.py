@@ -9,7 +9,7 @@ from torch import Tensor
 from cfpp_rt.errors import InputError
 from cfpp_rt.ops._checks import argument_error, require_tensor
 from cfpp_rt.ops._library import can_bypass_dispatcher, choose_backend, compiled_module, register
-from cfpp_rt.ops.attention_libraries import LIBRARY_BACKENDS, attend_gathered, flash_version
+from cfpp_rt.ops.attention_libraries import FLASH_MODULES, LIBRARY_BACKENDS, attend_gathered, flash_module
 from cfpp_rt.ops.attention_table import BACKENDS, Problem, choose_attention, kernel_supports
 from cfpp_rt.ops.token_ranges import TokenRanges
 from cfpp_rt.reference.block_attention import block_attention as reference
@@ -23,7 +23,7 @@ def block_attention(
     q: [B, H, Sq, D]. Queries, in G consecutive groups of equal size.
     k_cache, v_cache: [B, H, capacity, D] of the same dtype. Tokens outside the ranges of a group do not affect its
         output, whatever their values are.
-    ranges: token ranges that each group sees, in any order; G divides Sq. `TokenRanges.of` checks them.
+    ranges: token ranges that each group attends to, in any order; G divides Sq. `TokenRanges.of` checks them.
     scale: factor of the logits; None = 1 / sqrt(D).
 
     bfloat16, float16 or float32; logits and sums are float32. Of q and the caches the last dimension is contiguous,
@@ -54,8 +54,9 @@ def _capability(device: torch.device) -> tuple[int, int]:
 @functools.cache
 def _forced() -> str:
     forced = os.environ.get("CFPP_BACKEND", "auto")
-    if forced == "flash" and not flash_version():
-        raise InputError("CFPP_BACKEND=flash cannot be met: neither flash_attn_interface nor flash_attn is installed")
+    if forced == "flash" and flash_module() is None:
+        names = ", ".join(name for _, name in FLASH_MODULES)
+        raise InputError(f"CFPP_BACKEND=flash cannot be met: none of {names} is installed")
     return forced
 
 

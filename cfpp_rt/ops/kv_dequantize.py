@@ -26,8 +26,8 @@ def kv_dequantize_(
     k_cache, v_cache: float8_e4m3fn [B, H, capacity, D]. D is even; of all four the last dimension is contiguous, other
         strides are free.
     k_scale, v_scale: float32 [B, H], contiguous.
-    ranges: token ranges that each group of queries sees. A token that several groups see is written once, one that no
-        group sees is neither read nor written. The compiled kernels read ranges.device when they run.
+    ranges: token ranges that each group of queries attends to. A token in the ranges of several groups is written once,
+        a token in none is neither read nor written. The compiled kernels read ranges.device when they run.
 
     The product is rounded once and saturated at the largest number of the dtype. With a scale that is a power of two,
     as KVCache makes them, it is exact wherever that dtype can represent it. NaN stays NaN.

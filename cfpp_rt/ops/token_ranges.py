@@ -1,4 +1,4 @@
-"""Token ranges of the KV cache that each group of queries sees, checked once on the host and stored on the device."""
+"""Token ranges of the KV cache per group of queries, checked once on the host and stored on the device."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class TokenRanges:
     device: int32 [B, G, R, 2], contiguous, for kernels that read the ranges when they run. A group with fewer than R
         ranges is padded with (0, 0).
     by_row: the ranges of each part of a joined batch, if they differ; host is then None.
-    max_keys: largest number of tokens that a group sees; 0 if the ranges are known only to the device.
+    max_keys: largest number of tokens that a group attends to; 0 if the ranges are known only to the device.
     """
 
     host: tuple[tuple[Range, ...], ...] | None
@@ -48,7 +48,7 @@ class TokenRanges:
         batch: B; every row has the same ranges.
         width: least number R of ranges per group in the tensor `device`.
 
-        Raises InputError unless every group sees at least one token and its ranges are disjoint and in 0..capacity.
+        Raises InputError unless every group has at least one token and its ranges are disjoint and in 0..capacity.
         """
         for index, ranges in enumerate(groups):
             end = 0
@@ -62,7 +62,7 @@ class TokenRanges:
                     raise InputError(f"ranges of group {index} must not overlap, got {list(ranges)}")
                 end = last
             if not ranges:
-                raise InputError(f"ranges of group {index} must hold at least one token, got none")
+                raise InputError(f"ranges of group {index} must contain at least one token, got none")
         if not groups:
             raise InputError("ranges must be given for at least one group, got none")
         width = max(width, *(len(ranges) for ranges in groups))

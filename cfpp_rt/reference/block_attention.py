@@ -39,4 +39,4 @@ def check_ranges(ranges: list[list[list[list[int]]]], capacity: int) -> None:
                     )
                 end = max(end, last)
             if end == 0:
-                raise InputError(f"block_attention: ranges[{b}, {g}] must hold at least one token, got {visible}")
+                raise InputError(f"block_attention: ranges[{b}, {g}] must contain at least one token, got {visible}")

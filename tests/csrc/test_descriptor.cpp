@@ -2,7 +2,7 @@
 // who must agree on every element: TMA that writes it, and wgmma that reads it along rows (Q, K) or down columns (V).
 #include <string>
 
-#include "block_attention/descriptor.h"
+#include "block_attention/sm90/descriptor.h"
 #include "csrc/check.h"
 
 using namespace cfpp;

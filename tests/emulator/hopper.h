@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "block_attention/descriptor.h"
+#include "block_attention/sm90/descriptor.h"
 #include "core.h"
 #include "wgmma.h"
 

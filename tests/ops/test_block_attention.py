@@ -1,6 +1,7 @@
 """block_attention against its plain PyTorch twin; float64 is the oracle."""
 
 import dataclasses
+import importlib.util
 import sys
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from cfpp_rt.errors import InputError
 from cfpp_rt.ops import backends
-from cfpp_rt.ops.attention_libraries import LIBRARY_BACKENDS, attend_gathered, flash_version
+from cfpp_rt.ops.attention_libraries import FLASH_MODULES, LIBRARY_BACKENDS, attend_gathered, flash_module
 from cfpp_rt.ops.attention_table import BACKENDS, Problem, choose_attention, kernel_supports
 from cfpp_rt.ops.block_attention import block_attention
 from cfpp_rt.ops.token_ranges import TokenRanges
@@ -43,7 +44,7 @@ class Case:
         return max(last for visible in self.ranges for _, last in visible) + self.slack
 
     def arguments(self, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, TokenRanges]:
-        """q and the caches are strided views of larger buffers; every row that no group sees is NaN."""
+        """q and the caches are strided views of larger buffers; every row outside the ranges of all groups is NaN."""
         generator = torch.Generator().manual_seed(11)
         total = self.queries * len(self.ranges)
         q = torch.randn(self.batch, self.heads, total + 3, self.head_dim, generator=generator) * self.sharpness
@@ -75,7 +76,7 @@ CASES = {
     "176 keys": Case(65, one((5, 181)), head_dim=128),
     "177 keys": Case(65, one((5, 182)), head_dim=128),
     "353 keys": Case(200, one((0, 353)), head_dim=128),
-    "the whole capacity": Case(40, one((0, 300)), slack=0),
+    "the full capacity": Case(40, one((0, 300)), slack=0),
     "130 keys, odd query tile": Case(33, one((1, 131)), head_dim=128),
     "257 keys": Case(17, one((0, 257))),
     "ranges that touch": Case(20, one((0, 10), (10, 20))),
@@ -154,7 +155,7 @@ def test_the_public_function_agrees_whatever_the_table_picks(case: Case):
     "device,library", [("cpu", "sdpa"), *(pytest.param("cuda", n, marks=GPU) for n in LIBRARY_BACKENDS)]
 )
 def test_libraries_agree_with_float64(device: str, library: str):
-    if library == "flash" and not flash_version():
+    if library == "flash" and flash_module() is None:
         pytest.skip("FlashAttention is not installed")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     case = CASES["two groups that see different windows"]
@@ -237,7 +238,7 @@ def test_bad_ranges_are_refused(pairs, message, attend):
         ([[(-1, 3)]], r"got \[-1, 3\]"),
         ([[(3, 3)]], r"not empty, got \[3, 3\]"),
         ([[(0, 4)], [(0, 4), (3, 5)]], "group 1 must not overlap"),
-        ([[(0, 4)], []], "group 1 must hold at least one token"),
+        ([[(0, 4)], []], "group 1 must contain at least one token"),
         ([], "at least one group"),
     ],
 )
@@ -303,9 +304,15 @@ def forget_choices():
 def test_an_attention_backend_can_be_forced(backend: str, monkeypatch, forget_choices):
     monkeypatch.setenv("CFPP_BACKEND", backend)
     if backend == "flash":
-        if flash_version():
+        if flash_module() is not None:
             pytest.skip("FlashAttention is installed, and takes CUDA tensors only")
         with pytest.raises(InputError, match="CFPP_BACKEND=flash cannot be met"):
             check(CASES["three ranges"], torch.float32, "cpu", block_attention)
     else:
         check(CASES["three ranges"], torch.float32, "cpu", block_attention)
+
+
+@pytest.mark.parametrize("version,module", FLASH_MODULES)
+def test_flash_attention_is_found_under_each_of_its_names(version: int, module: str, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == module or None)
+    assert flash_module.__wrapped__() == (version, module)

@@ -54,7 +54,7 @@ def assert_all_as_good(results, plain, wanted, backend: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_agrees_with_float64(shape, strided: bool, dtype: torch.dtype, backend: str):
     if strided and backend == "interpreter":
-        pytest.skip("the public function makes arguments contiguous before the kernel sees them")
+        pytest.skip("the public function makes arguments contiguous before it calls the kernel")
     for levels_batch in {1, shape[0]}:
         arguments = make_arguments(shape, dtype, device_of(backend), levels_batch, strided)
         results = implementation("denoise_update", backend)(*arguments)
@@ -73,18 +73,18 @@ def test_after_the_last_step_there_is_no_noise(backend: str):
 
 def test_without_noise_the_next_input_is_the_clean_estimate():
     x, velocity, sigma, *_ = make_arguments((1, 2, 5), torch.float32)
-    clean, following = denoise_update(x, velocity, sigma, None, None)
-    assert following is clean
+    clean, next_input = denoise_update(x, velocity, sigma, None, None)
+    assert next_input is clean
     assert torch.equal(clean, denoise_update(x, velocity, sigma, None, torch.full((1, 2), float("nan")))[0])
 
 
 def test_it_is_the_schedules_two_formulas():
     x, velocity, _, noise, _ = make_arguments((1, 2, 40), torch.bfloat16)
     levels = torch.tensor([0.9375, 0.25]).expand(2, 2)
-    clean, following = denoise_update(x, velocity, levels[:1, :1].expand(1, 2), noise, levels[:1, 1:].expand(1, 2))
+    clean, next_input = denoise_update(x, velocity, levels[:1, :1].expand(1, 2), noise, levels[:1, 1:].expand(1, 2))
     wanted = x - 0.9375 * velocity.float()
     torch.testing.assert_close(clean, wanted, rtol=0, atol=1e-6)
-    torch.testing.assert_close(following, add_noise(wanted, noise, 0.25), rtol=0, atol=1e-6)
+    torch.testing.assert_close(next_input, add_noise(wanted, noise, 0.25), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", COMPILED)

@@ -216,7 +216,7 @@ def test_what_attention_loses(dtype: torch.dtype, device: str):
     scale = q.shape[-1] ** -0.5
     read = layer.readable(ranges)
     out = block_attention(q, *read, ranges).double()
-    assert bool(out.isfinite().all()), "unused rows hold NaN, stored and widened"
+    assert bool(out.isfinite().all()), "unused rows are NaN, stored and dequantized"
 
     def exact(k: Tensor, v: Tensor) -> Tensor:
         return attention_reference(q.double(), k.double(), v.double(), ranges.device, scale)

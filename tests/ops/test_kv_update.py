@@ -78,7 +78,7 @@ CASES = {
 
 
 def copied(arguments: list[Tensor]) -> list[Tensor]:
-    """The same call on copies of the whole cache buffers; the views keep strides and offset."""
+    """The same call on copies of the entire cache buffers; the views keep strides and offset."""
     base = arguments[0]._base.clone()
     caches = [base.as_strided(c.shape, c.stride(), c.storage_offset()) for c in arguments[:2]]
     return [*caches, *arguments[2:]]

@@ -1,4 +1,4 @@
-"""rms_silu_ on every backend; a formula in float64 is the oracle, diffusers' layers tell the bits on the CPU."""
+"""rms_silu_ on every backend; a formula in float64 is the oracle, on the CPU the layers of diffusers give the bits."""
 
 import dataclasses
 

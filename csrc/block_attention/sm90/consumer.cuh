@@ -4,11 +4,11 @@
 //   this group          | softmax_0 |      | softmax_1 |      | softmax_2 | ...
 //
 // wgmma runs on its own, so softmax_j works while PV_{j-1} is under way, and the other warpgroup's products fill what
-// is left. Nothing makes the two take turns at issuing: barriers for it cost 1 % more than they gained (H200).
+// is left. Nothing makes the two issue alternately: barriers for it cost 1 % more than they gained (H200).
 #pragma once
 
-#include "block_attention/sm90_epilogue.cuh"
-#include "block_attention/sm90_softmax.cuh"
+#include "block_attention/sm90/epilogue.cuh"
+#include "block_attention/sm90/softmax.cuh"
 
 namespace cfpp {
 namespace sm90 {
@@ -133,14 +133,14 @@ class Consumer {
     if (last_of_item) release(shared_.q_empty);
   }
 
-  // The accumulator's registers 8 i to 8 i + 7 are just what the A operand of k-step i wants, in pairs.
+  // The accumulator's registers 8 i to 8 i + 7 are the A operand of k-step i, in pairs.
   __device__ __forceinline__ static void pack(const float (&logits)[kKeys / 2],
                                               uint32_t (&probabilities)[kKeys / kMmaDepth][4]) {
 #pragma unroll
     for (int i = 0; i < kKeys / 4; ++i) probabilities[i / 4][i % 4] = pack_2<T>(logits[2 * i], logits[2 * i + 1]);
   }
 
-  // Rows of V behind the end of a range shorter than a tile are someone else's: their probability is 0, but 0 * NaN is
+  // Rows of V behind the end of a range shorter than a tile belong to others: their probability is 0, but 0 * NaN is
   // not. Both consumers clear, then both multiply.
   __device__ __forceinline__ void clear_foreign_values(const KvTile& tile) {
     if (tile.end == kKeys) return;

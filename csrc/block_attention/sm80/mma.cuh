@@ -22,15 +22,15 @@ __device__ __forceinline__ void load_rows(uint32_t tile, const T* from, int64_t 
 #pragma unroll
   for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
     const int row = first + i * kRowsAtOnce;
-    const bool inside = row < valid;  // a copy of 0 bytes wants a valid address too
+    const bool inside = row < valid;  // a copy of 0 bytes needs a valid address too
     cp_async_16(tile + chunk_offset<kHeadDim>(row, chunk), from + (inside ? row : 0) * stride + chunk * kChunk,
                 inside ? 16 : 0);
   }
 }
 
-// Lane's address for ldmatrix_x4 of a 16x16 block whose four 8x8 matrices go down first, then right (Q and V), or right
-// first, then down (K). The block `columns16` further right is at address ^ (32 * columns16), for the swizzle is an
-// xor; the one 16 rows down is at address + 32 * kHeadDim.
+// Returns the lane's address for ldmatrix_x4 of a 16x16 block whose four 8x8 matrices go down first, then right (Q and
+// V), or right first, then down (K). The block `columns16` further right is at address ^ (32 * columns16), for the
+// swizzle is an xor; the one 16 rows down is at address + 32 * kHeadDim.
 template <int kHeadDim>
 __device__ __forceinline__ uint32_t down_then_right(uint32_t tile, int lane) {
   return tile + chunk_offset<kHeadDim>(lane & 15, lane >> 4);

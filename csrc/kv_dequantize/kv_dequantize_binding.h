@@ -1,9 +1,7 @@
-// Checks the tensors of kv_dequantize_ and hands them to the launcher of this module's device.
-#include <pybind11/pybind11.h>
+// Binding of kv_dequantize_: checks the tensors and calls the launcher of this module's device.
+#pragma once
 
-#include <stdexcept>
-
-#include "common/checks.h"
+#include "common/binding.h"
 #include "kv_dequantize/kv_dequantize.h"
 
 namespace cfpp {
@@ -33,13 +31,9 @@ void kv_dequantize(py::handle k_out_object, py::handle v_out_object, py::handle 
     check_dtype(*scale, DType::kFloat32);
     check_contiguous(*scale);
   }
-  p.groups = ranges.dim() == 4 ? ranges.size(1) : 0;
-  p.ranges = ranges.dim() == 4 ? ranges.size(2) : 0;
-  if (p.groups < 1 || p.ranges < 1 || ranges.size(0) != p.batch || ranges.size(3) != 2) {
-    ranges.refuse("[B=" + std::to_string(p.batch) + ", G, R, 2]", ranges.shape_text());
-  }
-  check_dtype(ranges, DType::kInt32);
-  check_contiguous(ranges);
+  check_ranges(ranges, p.batch);
+  p.groups = ranges.size(1);
+  p.ranges = ranges.size(2);
   for (const Tensor* cache : {&k_cache, &v_cache}) check_dtype(*cache, DType::kFloat8E4M3);
   check_dtype(k_out, {DType::kFloat32, DType::kBFloat16, DType::kFloat16});
   check_same_dtype(v_out, k_out);
@@ -60,20 +54,14 @@ void kv_dequantize(py::handle k_out_object, py::handle v_out_object, py::handle 
   k_cache.copy_strides(p.k_cache_stride);
   v_cache.copy_strides(p.v_cache_stride);
 #if CFPP_CUDA
-  const Status status = kv_dequantize_cuda(p, k_out.device_index(), k_out.current_stream());
-  if (!status.empty()) throw std::runtime_error(status);
+  raise_launch_error(kv_dequantize_cuda(p, k_out.device_index(), k_out.current_stream()));
 #else
-  Status status;
-  {
-    py::gil_scoped_release release;
-    status = kv_dequantize_cpu(p, num_threads);
-  }
-  if (!status.empty()) raise_input_error(status);
+  run_without_gil([&] { return kv_dequantize_cpu(p, num_threads); });
 #endif
 }
 
 }  // namespace
 
-void register_kv_dequantize(py::module_& m) { m.def("kv_dequantize_", &kv_dequantize); }
+inline void register_kv_dequantize(py::module_& m) { m.def("kv_dequantize_", &kv_dequantize); }
 
 }  // namespace cfpp

@@ -1,8 +1,9 @@
-// The walk over a group's visible token ranges in tiles of keys. Kernels on every architecture take their tiles from
-// here, producer and consumer alike, and a CPU test proves that each visible token is counted exactly once.
+// The walk over a group's visible token ranges in tiles of keys, and the checks of ranges. Kernels on every
+// architecture take their tiles from here, and a CPU test proves that each visible token is counted exactly once.
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "common/status.h"
 
@@ -62,9 +63,23 @@ class RangeWalker {
   int range_ = 0, tile_ = 0;
 };
 
-// True where [first, last) may stand in a list of ranges.
+// True if [first, last) is valid in a list of ranges: (0, 0), or not empty and within the capacity.
 CFPP_HOST_DEVICE inline bool range_fits(int32_t first, int32_t last, int64_t capacity) {
   return (first == 0 && last == 0) || (first >= 0 && first < last && last <= capacity);
+}
+
+// Message of an op for the first of ranges [batch, groups, count, 2] that does not fit; empty if all do.
+inline Status find_bad_range(const char* op, const int32_t* ranges, int64_t batch, int64_t groups, int64_t count,
+                             int64_t capacity) {
+  for (int64_t i = 0; i < batch * groups * count; ++i) {
+    const int32_t first = ranges[2 * i], last = ranges[2 * i + 1];
+    if (range_fits(first, last, capacity)) continue;
+    const auto text = [](int64_t number) { return std::to_string(number); };
+    return std::string(op) + ": ranges[" + text(i / count / groups) + ", " + text(i / count % groups) + ", " +
+           text(i % count) + "] must be (0, 0) or 0 <= first < last <= capacity " + text(capacity) + ", got [" +
+           text(first) + ", " + text(last) + ")";
+  }
+  return {};
 }
 
 }  // namespace cfpp

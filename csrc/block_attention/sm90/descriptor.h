@@ -1,6 +1,6 @@
-// How the Hopper kernel's tiles lie in shared memory, and what the hardware is told about it: the swizzled address of
-// an element, the matrix descriptors of wgmma and the arguments of the TMA tensor maps. No CUDA header, so that CPU
-// tests hold all three against each other. A tile of 16-bit elements is a row of slabs, each 64 columns wide and as
+// The layout of the Hopper kernel's tiles in shared memory, as the hardware describes it: the swizzled address of an
+// element, the matrix descriptors of wgmma and the arguments of the TMA tensor maps. No CUDA header, so that CPU
+// tests compare all three. A tile of 16-bit elements is a row of slabs, each 64 columns wide and as
 // tall as the tile: 128 bytes to a row, the widest that TMA and wgmma swizzle. Within 8 rows the 16-byte chunks are
 // permuted, which keeps both free of bank conflicts. Slabs start on 1024 bytes.
 #pragma once
@@ -16,7 +16,7 @@ constexpr int kSlabRowBytes = 128;
 constexpr int kSwizzleBytes = 8 * kSlabRowBytes;  // the pattern's period and a slab's alignment
 constexpr int kMmaDepth = 16;                     // elements that one wgmma sums over
 
-// Matrix descriptor of an operand with 128-byte swizzle. `leading_bytes` is looked at where the summed index is not the
+// Matrix descriptor of an operand with 128-byte swizzle. `leading_bytes` is read where the summed index is not the
 // contiguous one and the tile has more than one slab: it is the distance of two slabs.
 CFPP_HOST_DEVICE constexpr uint64_t matrix_descriptor(uint32_t shared_address, int leading_bytes) {
   constexpr uint64_t kSwizzle128 = 1;
@@ -38,7 +38,7 @@ CFPP_HOST_DEVICE constexpr int k_major_step(int step, int rows) {
 // V, whose rows are the summed index.
 CFPP_HOST_DEVICE constexpr int mn_major_step(int step) { return step * kMmaDepth * kSlabRowBytes; }
 
-// What cuTensorMapEncodeTiled is told. A box is one tile in the layout above, because the slab index is a dimension of
+// Arguments of cuTensorMapEncodeTiled. A box is one tile in the layout above, because the slab index is a dimension of
 // its own that comes after the rows: dimensions are {column within the slab, token, slab, head, batch}.
 struct TensorMapArguments {
   static constexpr int kRank = 5;
@@ -59,7 +59,7 @@ inline TensorMapArguments tile_map(const void* address, int64_t batch, int64_t h
   map.address = address;
   const uint64_t slabs = unsign(head_dim) / kSlabColumns;
   const uint64_t sizes[] = {kSlabColumns, unsign(tokens), slabs, unsign(heads), unsign(batch)};
-  // The stride of a dimension of size 1 means nothing and may be anything; the map wants it in order all the same.
+  // The stride of a dimension of size 1 means nothing and may be any number; the map still requires a valid one.
   const int64_t head_stride = heads > 1 ? stride[1] : head_dim, batch_stride = batch > 1 ? stride[0] : head_dim;
   const int64_t token_stride = tokens > 1 ? stride[2] : head_dim;
   const uint64_t strides[] = {2 * unsign(token_stride), kSlabRowBytes, 2 * unsign(head_stride),
@@ -70,7 +70,7 @@ inline TensorMapArguments tile_map(const void* address, int64_t batch, int64_t h
   return map;
 }
 
-// Empty where the hardware takes the map, else what it does not take.
+// Returns an empty Status if the hardware takes the map, else the reason why not.
 inline Status tensor_map_fault(const TensorMapArguments& map) {
   if (reinterpret_cast<uintptr_t>(map.address) % 16 != 0) return "the address must be a multiple of 16 bytes";
   for (uint64_t size : map.sizes) {

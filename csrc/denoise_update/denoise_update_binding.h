@@ -1,14 +1,10 @@
-// Checks the tensors of denoise_update and hands them to the kernel. On CUDA the op is a Triton kernel instead.
-#include <pybind11/pybind11.h>
+// Binding of denoise_update: checks the tensors and calls the CPU kernel. On CUDA the op is a Triton kernel.
+#pragma once
 
-#include "common/checks.h"
+#include "common/binding.h"
 #include "denoise_update/denoise_update.h"
 
 namespace cfpp {
-
-#if CFPP_CUDA
-void register_denoise_update(py::module_&) {}
-#else
 namespace {
 
 void check_latents(const Tensor& tensor, const Tensor& x) {
@@ -71,7 +67,6 @@ void denoise_update(py::handle x0_object, py::handle x_next_object, py::handle x
 
 }  // namespace
 
-void register_denoise_update(py::module_& m) { m.def("denoise_update", &denoise_update); }
-#endif
+inline void register_denoise_update(py::module_& m) { m.def("denoise_update", &denoise_update); }
 
 }  // namespace cfpp

@@ -7,10 +7,6 @@
 
 namespace cfpp {
 
-// A maximum is kept until a row passes it by this much: weights stay below 2^8, which costs no precision in bfloat16
-// nor float16, and most tiles need not rescale the output.
-constexpr float kSlack = 8.f;
-
 // Largest of the four threads that share a row, and their sum.
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
@@ -62,7 +58,7 @@ struct OnlineSoftmax {
 #pragma unroll
         for (int n = 0; n < kKeyTiles; ++n) x = fmaxf(x, fmaxf(logits[m][n][2 * half], logits[m][n][2 * half + 1]));
         larger[m][half] = fmaxf(max[m][half], quad_max(x) * scale_log2);
-        moves = moves || larger[m][half] > max[m][half] + kSlack;
+        moves = moves || larger[m][half] > max[m][half] + kMaxLag;
       }
     }
     if (__any_sync(0xffffffffu, moves)) rescale(larger, out);

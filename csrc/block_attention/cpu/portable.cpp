@@ -1,9 +1,9 @@
-// block_attention for everything else: 128-bit vectors of the compiler's own, SSE2 on x86-64 and NEON on Arm.
+// block_attention for all other CPUs: 128-bit vectors of the compiler, SSE2 on x86-64 and NEON on Arm.
 #ifdef __ARM_NEON
 #include <arm_neon.h>
 #endif
 
-#include "block_attention/block_attention_cpu_tile.h"
+#include "block_attention/cpu/tile.h"
 
 namespace cfpp {
 namespace {

@@ -1,9 +1,7 @@
-// Checks the tensors of kv_update_ and hands them to the launcher of this module's device.
-#include <pybind11/pybind11.h>
+// Binding of kv_update_: checks the tensors and calls the launcher of this module's device.
+#pragma once
 
-#include <stdexcept>
-
-#include "common/checks.h"
+#include "common/binding.h"
 #include "kv_update/kv_update.h"
 
 namespace cfpp {
@@ -124,20 +122,14 @@ void kv_update(py::handle q_out_object, py::handle k_cache_object, py::handle v_
   write_index.copy_strides(p.write_index_stride);
   p.eps = static_cast<float>(eps);
 #if CFPP_CUDA
-  const Status status = kv_update_cuda(p, q.device_index(), q.current_stream());
-  if (!status.empty()) throw std::runtime_error(status);
+  raise_launch_error(kv_update_cuda(p, q.device_index(), q.current_stream()));
 #else
-  Status status;
-  {
-    py::gil_scoped_release release;
-    status = kv_update_cpu(p, num_threads);
-  }
-  if (!status.empty()) raise_input_error(status);
+  run_without_gil([&] { return kv_update_cpu(p, num_threads); });
 #endif
 }
 
 }  // namespace
 
-void register_kv_update(py::module_& m) { m.def("kv_update_", &kv_update); }
+inline void register_kv_update(py::module_& m) { m.def("kv_update_", &kv_update); }
 
 }  // namespace cfpp

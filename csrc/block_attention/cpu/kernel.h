@@ -1,4 +1,4 @@
-// What the CPU entry point sees of a kernel. Each instruction set has a translation unit of its own that offers one.
+// The interface of a CPU kernel to the entry point. Each instruction set has a translation unit that defines one.
 #pragma once
 
 #include <cstddef>

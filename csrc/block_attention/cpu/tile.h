@@ -1,5 +1,5 @@
 // Flash attention on the CPU with queries in the vector lanes. Included by one translation unit per instruction set,
-// which defines `Simd` (see block_attention_avx512_cpu.cpp) and compiles this file for its target.
+// which defines `Simd` (see cpu/avx512.cpp) and compiles this file for its target.
 //
 // A register tile is kVecs vectors of queries times kRows accumulators each; both products are
 //     acc[row][query] += word(row, step) broadcast * panel[step][query]
@@ -9,7 +9,7 @@
 //   - keys are broadcast from where they lie in the cache, and only values are copied, once per KV tile.
 // A word is 32 bits: one float, or a pair of bfloat16 neighbours in D (logits) or in time (output).
 //
-// What binds is the FMA rate: per token and register tile 2 * D * kVecs FMAs against some 11 vector operations of
+// What binds: the FMA rate. Per token and register tile 2 * D * kVecs FMAs against some 11 vector operations of
 // softmax per kVecs. The logits of a KV tile (kTokens * kWidth floats, 24 KiB with AVX-512; bfloat16 weights take half)
 // stay in L1 while the values of a few channels stream past them; q, the output and the values of a tile stay in L2.
 //
@@ -21,7 +21,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "block_attention/block_attention_cpu_kernel.h"
+#include "block_attention/cpu/kernel.h"
 #include "common/half.h"
 
 #define CFPP_INLINE [[gnu::always_inline]] static inline

@@ -1,17 +1,15 @@
-// Checks the tensors of block_attention and hands them to the launcher of this module's device.
-#include <pybind11/pybind11.h>
-
-#include <stdexcept>
+// Binding of block_attention: checks the tensors and calls the launcher of this module's device.
+#pragma once
 
 #include "block_attention/block_attention.h"
-#include "common/checks.h"
+#include "common/binding.h"
 
 namespace cfpp {
 namespace {
 
 constexpr const char* kOp = "block_attention";
 
-// Everything but the pointers to results.
+// Checks all tensors but the outputs and returns the params without the pointers to them.
 BlockAttentionParams read_params(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& ranges,
                                  double scale) {
   check_shape(q, {{"B", -1}, {"H", -1}, {"Sq", -1}, {"D", -1}});
@@ -25,14 +23,9 @@ BlockAttentionParams read_params(const Tensor& q, const Tensor& k_cache, const T
   p.capacity = k_cache.size(2);
   check_shape(v_cache, {{"B", p.batch}, {"H", p.heads}, {"capacity", p.capacity}, {"D", p.head_dim}});
   for (const Tensor* rows : {&q, &k_cache, &v_cache}) check_contiguous_rows(*rows);
-  p.groups = ranges.dim() == 4 ? ranges.size(1) : 0;
-  p.ranges = ranges.dim() == 4 ? ranges.size(2) : 0;
-  if (p.groups < 1 || p.ranges < 1 || ranges.size(0) != p.batch || ranges.size(3) != 2 || p.queries % p.groups) {
-    ranges.refuse("[B=" + std::to_string(p.batch) + ", G, R, 2] with G a divisor of Sq=" + std::to_string(p.queries),
-                  ranges.shape_text());
-  }
-  check_dtype(ranges, DType::kInt32);
-  check_contiguous(ranges);
+  check_ranges(ranges, p.batch, p.queries);
+  p.groups = ranges.size(1);
+  p.ranges = ranges.size(2);
 #if CFPP_CUDA
   check_dtype(q, {DType::kBFloat16, DType::kFloat16});
 #else
@@ -63,7 +56,7 @@ void set_out(BlockAttentionParams& p, const Tensor& out, const Tensor& q) {
 
 #if CFPP_CUDA
 
-// Bytes of workspace for tensors of this shape and dtype on q's device.
+// Returns the bytes of workspace for tensors of this shape and dtype on q's device.
 int64_t workspace_bytes(py::handle q_object, py::handle k_object, py::handle v_object, py::handle ranges_object) {
   const Tensor q(kOp, "q", q_object), k_cache(kOp, "k_cache", k_object), v_cache(kOp, "v_cache", v_object);
   const BlockAttentionParams p = read_params(q, k_cache, v_cache, Tensor(kOp, "ranges", ranges_object), 1.0);
@@ -80,15 +73,14 @@ void block_attention(py::handle out_object, py::handle workspace_object, py::han
   BlockAttentionParams p = read_params(q, k_cache, v_cache, ranges, scale);
   set_out(p, Tensor(kOp, "out", out_object), q);
   int64_t wanted = 0;
-  Status status = block_attention_workspace(p, q.device_index(), &wanted);
+  const Status status = block_attention_workspace(p, q.device_index(), &wanted);
   if (!status.empty()) raise_input_error(status);
   check_same_device(workspace, q);
   check_contiguous(workspace);
   const int64_t given = workspace.numel() * size_of(workspace.dtype());
   if (given < wanted) workspace.refuse(std::to_string(wanted) + " bytes or more", std::to_string(given));
   p.workspace_ptr = workspace.data();
-  status = block_attention_cuda(p, q.device_index(), q.current_stream());
-  if (!status.empty()) throw std::runtime_error(status);
+  raise_launch_error(block_attention_cuda(p, q.device_index(), q.current_stream()));
 }
 
 #else
@@ -98,19 +90,14 @@ void block_attention(py::handle out_object, py::handle q_object, py::handle k_ob
   const Tensor q(kOp, "q", q_object), k_cache(kOp, "k_cache", k_object), v_cache(kOp, "v_cache", v_object);
   BlockAttentionParams p = read_params(q, k_cache, v_cache, Tensor(kOp, "ranges", ranges_object), scale);
   set_out(p, Tensor(kOp, "out", out_object), q);
-  Status status;
-  {
-    py::gil_scoped_release release;
-    status = block_attention_cpu(p, num_threads);
-  }
-  if (!status.empty()) raise_input_error(status);
+  run_without_gil([&] { return block_attention_cpu(p, num_threads); });
 }
 
 #endif
 
 }  // namespace
 
-void register_block_attention(py::module_& m) {
+inline void register_block_attention(py::module_& m) {
   m.def("block_attention", &block_attention);
 #if CFPP_CUDA
   m.def("block_attention_workspace", &workspace_bytes);

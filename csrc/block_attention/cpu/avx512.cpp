@@ -4,21 +4,21 @@
 #include <limits>
 #include <type_traits>
 
-#include "block_attention/block_attention_cpu_kernel.h"
+#include "block_attention/cpu/kernel.h"
 #include "common/half.h"
 
 #ifdef CFPP_ATTENTION_X86
-// GCC 12 takes the deliberately undefined pass-through operand of its own intrinsics for a mistake of ours.
+// GCC 12 warns about the deliberately undefined pass-through operand of its own intrinsics.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
-// From here on functions are compiled for the target; the standard headers above are not, so that no inline function of
-// theirs leaves this file with instructions that other CPUs lack.
+// From here on functions are compiled for the target. The standard headers above are not: an inline function of theirs
+// would carry instructions that other CPUs lack into the rest of the module.
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
 
-#include "block_attention/block_attention_cpu_tile.h"
+#include "block_attention/cpu/tile.h"
 
 namespace cfpp {
 namespace {

@@ -1,22 +1,15 @@
-// Online softmax on the registers of a wgmma accumulator. A thread holds two rows of the warpgroup's 64, register i
+// Online softmax on the registers of a wgmma accumulator. A thread has two rows of the warpgroup's 64, register i
 // belonging to row i / 2 % 2, and four adjacent lanes share a row; kKeys / 2 registers are its part of a tile.
 #pragma once
 
-#include "block_attention/sm90_shared.cuh"
+#include "block_attention/sm90/shared.cuh"
 
 namespace cfpp {
 namespace sm90 {
 
-constexpr float kLog2E = 1.4426950408889634f;
-
-// The maximum that probabilities are relative to may lag behind the true one by this much in base 2: they stay below
-// 2^8, and multiplying what was made of the tiles before, 1 to 3 % of the time, is seldom needed. The result is as
-// good: numerator and denominator grow alike, and rounding to 16 bits is relative.
-constexpr float kMaxLag = 8.f;
-
 __device__ __forceinline__ constexpr int row_of(int i) { return i / 2 % 2; }
 
-// Hides the columns that do not count. A select, not an addition: the masked logits may be NaN.
+// Sets the columns that do not count to -infinity. A select, not an addition: the masked logits may be NaN.
 __device__ __forceinline__ void mask(float (&logits)[kKeys / 2], const KvTile& tile) {
   const int lane_column = 2 * (threadIdx.x % 4);
 #pragma unroll
@@ -31,8 +24,8 @@ struct Softmax {
   float max[2] = {-INFINITY, -INFINITY};  // of the raw logits or less, by kMaxLag at most; the same in the four lanes
   float sum[2] = {0.f, 0.f};              // of this lane's columns only: total() adds up the four
 
-  // Turns logits into probabilities relative to the running maximum; what was made of the tiles before has to be
-  // multiplied by `rescale` if this returns true, which a warp agrees on: else they are all 1. A tile has at least one
+  // Turns logits into probabilities relative to the running maximum; if this returns true, which a warp agrees on,
+  // results of earlier tiles have to be multiplied by `rescale`; else all its factors are 1. A tile has at least one
   // column that counts, so the maximum is never -inf.
   __device__ __forceinline__ bool update(float (&x)[kKeys / 2], float (&rescale)[2]) {
     float best[2] = {max[0], max[1]}, shift[2];

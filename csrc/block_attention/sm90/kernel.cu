@@ -1,10 +1,10 @@
-// block_attention on Hopper (sm_90a): one persistent CTA per SM, a producer warpgroup that loads by TMA and two
-// consumer warpgroups that multiply by wgmma. docs/attention_kernel.md explains the design. What binds: the tensor
-// cores at head_dim 128; the exponentials (MUFU) at 64. Assumes compute capability 9.0, 16-byte aligned rows, a scale
-// above 0.
+// block_attention on Hopper (sm_90a). docs/attention_kernel.md explains the design.
+// One CTA per SM, persistent: a producer warpgroup that loads by TMA and two consumer warpgroups that multiply by
+// wgmma. What binds: the tensor cores at head_dim 128; the exponentials (MUFU) at 64. Assumes: compute capability 9.0,
+// 16-byte aligned rows, a scale above 0, ranges as in block_attention.h, else it traps.
 #include "block_attention/kernels.h"
-#include "block_attention/sm90_consumer.cuh"
-#include "block_attention/sm90_producer.cuh"
+#include "block_attention/sm90/consumer.cuh"
+#include "block_attention/sm90/producer.cuh"
 #include "common/occupancy.cuh"
 
 namespace cfpp {
@@ -44,7 +44,7 @@ struct Encoder {
   Status status;
 };
 
-// Asked of the driver at run time: linking libcuda would keep the module from importing where there is no driver.
+// Found through the driver at run time: linking libcuda would keep the module from importing where there is no driver.
 Encoder find_encoder() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
@@ -98,9 +98,9 @@ Status run(const BlockAttentionParams& p, const AttentionPlan& plan, cudaStream_
 }  // namespace
 }  // namespace sm90
 
-Status sm90_shape(const BlockAttentionParams&, int device, KernelShape* shape) {
-  shape->tile_rows = sm90::kRows;
-  const cudaError_t error = device_attribute(cudaDevAttrMultiProcessorCount, device, &shape->ctas);
+Status sm90_occupancy(const BlockAttentionParams&, int device, Occupancy* occupancy) {
+  occupancy->tile_rows = sm90::kRows;
+  const cudaError_t error = device_attribute(cudaDevAttrMultiProcessorCount, device, &occupancy->ctas);
   return error == cudaSuccess ? Status{} : Status("block_attention: ") + cudaGetErrorString(error);
 }
 

@@ -1,14 +1,11 @@
-// Checks the tensors of adaln_modulate and hands them to the kernel. On CUDA the op is a Triton kernel instead.
-#include <pybind11/pybind11.h>
+// Binding of adaln_modulate: checks the tensors and calls the CPU kernel. On CUDA the op is a Triton kernel.
+#pragma once
 
 #include "adaln_modulate/adaln_modulate.h"
+#include "common/binding.h"
 #include "common/frame_rows.h"
 
 namespace cfpp {
-
-#if CFPP_CUDA
-void register_adaln_modulate(py::module_&) {}
-#else
 namespace {
 
 void adaln_modulate(py::handle out_object, py::handle x_object, py::handle shift_object, py::handle scale_object,
@@ -49,7 +46,6 @@ void adaln_modulate(py::handle out_object, py::handle x_object, py::handle shift
 
 }  // namespace
 
-void register_adaln_modulate(py::module_& m) { m.def("adaln_modulate", &adaln_modulate); }
-#endif
+inline void register_adaln_modulate(py::module_& m) { m.def("adaln_modulate", &adaln_modulate); }
 
 }  // namespace cfpp

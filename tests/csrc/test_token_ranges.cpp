@@ -1,10 +1,10 @@
-// ranges.h: the walk over random lists of ranges counts every visible token once and touches no other row, except where
-// a short range leaves no choice; and it can start anywhere.
+// token_ranges.h: the walk over random lists of ranges counts every visible token once and touches no other row, except
+// where a short range leaves no choice; and it can start anywhere.
 #include <algorithm>
 #include <random>
 #include <vector>
 
-#include "block_attention/ranges.h"
+#include "common/token_ranges.h"
 #include "csrc/check.h"
 
 using cfpp::KvTile;

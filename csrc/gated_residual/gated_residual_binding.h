@@ -1,16 +1,13 @@
-// Checks the tensors of gated_residual and hands them to the kernel. On CUDA the op is a Triton kernel instead.
-#include <pybind11/pybind11.h>
+// Binding of gated_residual: checks the tensors and calls the CPU kernel. On CUDA the op is a Triton kernel.
+#pragma once
 
 #include <optional>
 
+#include "common/binding.h"
 #include "common/frame_rows.h"
 #include "gated_residual/gated_residual.h"
 
 namespace cfpp {
-
-#if CFPP_CUDA
-void register_gated_residual(py::module_&) {}
-#else
 namespace {
 
 void gated_residual(py::handle sum_object, py::handle normed_object, py::handle x_object, py::handle y_object,
@@ -75,7 +72,6 @@ void gated_residual(py::handle sum_object, py::handle normed_object, py::handle 
 
 }  // namespace
 
-void register_gated_residual(py::module_& m) { m.def("gated_residual", &gated_residual); }
-#endif
+inline void register_gated_residual(py::module_& m) { m.def("gated_residual", &gated_residual); }
 
 }  // namespace cfpp

@@ -1,16 +1,17 @@
 // The producer of the Hopper kernel: one thread that keeps TMA busy.
 #pragma once
 
-#include "block_attention/sm90_shared.cuh"
+#include "block_attention/sm90/shared.cuh"
 
 namespace cfpp {
 namespace sm90 {
 
+// Stops the kernel at a range that does not fit, and for a group without keys.
 __device__ __forceinline__ void check_ranges(const BlockAttentionParams& p, const WorkItem& item) {
   const int32_t* ranges = ranges_of(p, item);
   bool sees_any = false;
   for (int i = 0; i < 2 * static_cast<int>(p.ranges); i += 2) {
-    if (!range_fits(ranges[i], ranges[i + 1], p.capacity)) __trap();
+    check_range(ranges[i], ranges[i + 1], p.capacity);
     sees_any |= ranges[i] < ranges[i + 1];
   }
   if (!sees_any) __trap();

@@ -1,7 +1,7 @@
-// From a consumer's registers to global memory: the finished rows of a whole tile, or the partial result of a piece.
+// Writes a consumer's registers to global memory: the finished rows of a tile, or the partial result of a piece.
 #pragma once
 
-#include "block_attention/sm90_softmax.cuh"
+#include "block_attention/sm90/softmax.cuh"
 
 namespace cfpp {
 namespace sm90 {

@@ -1,23 +1,24 @@
-// block_attention for compute capability 8.0 and newer, on mma.sync and cp.async. A persistent grid; each CTA takes the
-// work items of plan.h one by one. Of an item it holds Q and two stages of K and V in shared memory: while it works on
-// one tile of keys the next one comes in, and one barrier per tile serves both directions. Every warp has its own rows
-// of Q and of the output, and meets all keys, so warps exchange nothing else.
-// What binds: the tensor cores, 4 D FLOPs per query and key; then shared memory reads, since every warp brings all of K
-// and V to its registers.
-// Assumes: 16-byte aligned rows; ranges as in block_attention.h, else it traps. cp.async fills the rows past a range's
-// end with zeros, so nothing outside a range is ever multiplied.
+// block_attention for compute capability 8.0 and newer, on mma.sync and cp.async.
+// One CTA of a persistent grid: the work items of plan.h that are its own, one by one. Shared memory has Q of the item
+// and
+//   two stages of K and V: while one tile of keys is in use the next one is loaded, and one barrier per tile serves
+//   both directions. Every warp has its own rows of Q and of the output and meets all keys, so warps exchange nothing
+//   else.
+// What binds: the tensor cores, 4 D FLOPs per query and key; then shared memory reads, since every warp reads all of K
+//   and V into its registers.
+// Assumes: 16-byte aligned rows; ranges as in block_attention.h, else it traps. cp.async fills rows past a range's end
+//   with zeros, so nothing outside a range is ever multiplied.
 #include "block_attention/combine.cuh"
 #include "block_attention/kernels.h"
-#include "block_attention/mma_sm80.cuh"
-#include "block_attention/ranges.h"
-#include "block_attention/softmax_sm80.cuh"
+#include "block_attention/sm80/mma.cuh"
+#include "block_attention/sm80/softmax.cuh"
 #include "common/occupancy.cuh"
+#include "common/token_ranges.cuh"
 
 namespace cfpp {
 namespace {
 
-constexpr int kStages = 2;  // of K and V, used in turns
-constexpr float kLog2E = 1.4426950408889634f;
+constexpr int kStages = 2;  // of K and V, used alternately
 
 // Each warp computes 16 * kRowTiles_ queries against kKvRows_ keys at a time.
 template <int kHeadDim_, int kWarps, int kRowTiles_, int kKvRows_, int kCtasPerSm_>
@@ -28,23 +29,12 @@ struct TileShape {
   static constexpr int kSharedBytes = kQueryBytes + kStages * 2 * kKvBytes;
 };
 
-// Two row tiles per warp halve the shared memory reads per product, but want 4 warps and thus two CTAs on an SM to fill
+// Two row tiles per warp halve the shared memory reads per product, but need 4 warps and thus two CTAs on an SM to fill
 // it. At head_dim 128 that takes 130 KiB of shared memory, which 8.6, 8.9 and 12.x do not have; their tensor cores are
 // also slower against their shared memory, so there 8 warps of one row tile do.
 using Shape64 = TileShape<64, 4, 2, 64, 2>;               // 48 KiB
 using Shape128 = TileShape<128, 4, 2, 32, 2>;             // 64 KiB
 using Shape128SmallShared = TileShape<128, 8, 1, 64, 1>;  // 96 KiB
-
-// Checks the ranges of a group and returns its number of tiles.
-__device__ __forceinline__ int checked_tiles(const RangeWalker& walker, const int32_t* ranges, int count,
-                                             int64_t capacity) {
-  for (int r = 0; r < count; ++r) {
-    if (!range_fits(ranges[2 * r], ranges[2 * r + 1], capacity)) __trap();
-  }
-  const int tiles = walker.tiles();
-  if (tiles == 0) __trap();
-  return tiles;
-}
 
 // The finished rows of this warp go through its rows of Q's tile, so that they leave in pieces of 16 bytes.
 template <typename T, typename Shape>
@@ -120,7 +110,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
     const int range_count = static_cast<int>(p.ranges);
     const int32_t* ranges = p.ranges_ptr + (item.batch * p.groups + item.group) * p.ranges * 2;
     RangeWalker walker(ranges, range_count, kKvRows, Tail::kClip);
-    const int tiles = checked_tiles(walker, ranges, range_count, p.capacity);
+    for (int r = 0; r < range_count; ++r) check_range(ranges[2 * r], ranges[2 * r + 1], p.capacity);
+    const int tiles = walker.tiles();
+    if (tiles == 0) __trap();
     const int first_tile = item.first_kv_tile(tiles), last_tile = item.last_kv_tile(tiles);
     walker.seek(first_tile);
     const T* k = static_cast<const T*>(p.k_ptr) + item.batch * p.k_stride[0] + item.head * p.k_stride[1];
@@ -159,7 +151,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
       softmax.step(logits, out, scale_log2);
       multiply_pv<kHeadDim, T>(out, logits, v_lane + stage_bytes);
     }
-    derive_again(index);  // rather than hold the item in registers through the loop: Shape128 has none to spare
+    derive_again(index);  // rather than keep the item in registers through the loop: Shape128 has none to spare
     const WorkItem done = plan.item(index);
     if (done.slot < 0) {
       store_rows<T, Shape>(p, done, shared, out, softmax);
@@ -200,10 +192,10 @@ cudaError_t find_variant(const BlockAttentionParams& p, int device, Variant* fou
 
 }  // namespace
 
-Status sm80_shape(const BlockAttentionParams& params, int device, KernelShape* shape) {
+Status sm80_occupancy(const BlockAttentionParams& params, int device, Occupancy* occupancy) {
   Variant variant{};
-  const cudaError_t error = find_variant(params, device, &variant, &shape->ctas);
-  shape->tile_rows = variant.rows;
+  const cudaError_t error = find_variant(params, device, &variant, &occupancy->ctas);
+  occupancy->tile_rows = variant.rows;
   return error == cudaSuccess ? Status{} : Status("block_attention: sm_80 kernel: ") + cudaGetErrorString(error);
 }
 
