@@ -87,7 +87,7 @@ def test_int8_product_is_that_of_its_codes(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_int8_codes_are_the_rows_to_eight_bits(dtype):
-    """Of every magnitude, and where rounding the scale makes it too small: no code leaves -127..127."""
+    """Rows of every magnitude, also where rounding makes the scale too small: no code leaves -127..127."""
     generator = torch.Generator().manual_seed(0)
     rows = (torch.randn(700, 400, generator=generator) * 10.0 ** torch.linspace(-20, 20, 700)[:, None]).to(dtype)
     before = rows.clone()

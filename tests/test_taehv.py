@@ -65,7 +65,7 @@ def test_rows_are_independent(codec, vectors):
 
 
 def test_names_and_shapes_of_the_public_file():
-    """Those of `taew2_1.pth`: 23 layers of a decoder, 18 of an encoder."""
+    """The names and shapes of `taew2_1.pth`: 23 layers of a decoder, 18 of an encoder."""
     with torch.device("meta"):
         names = {n.removeprefix("networks."): tuple(t.shape) for n, t in TAEHV().state_dict().items()}
     wanted = {"decoder.1.weight": (256, 16, 3, 3), "decoder.1.bias": (256,)}

@@ -117,7 +117,7 @@ def test_a_clip_keeps_its_size():
 
 
 def test_the_memory_of_a_clip_at_480x832():
-    """What `WanVAE.decoder` says of the published network in half precision."""
+    """The figure in the docstring of `WanVAE.decoder`, for the published network in half precision."""
     with torch.device("meta"):
         vae = torch.nn.ModuleList([AutoencoderKLWan()]).to(torch.bfloat16)[0]
         networks = ClipNetworkPool(vae)

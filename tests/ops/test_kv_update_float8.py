@@ -15,7 +15,7 @@ SENTINEL = 0xA5  # a byte of the cache that nobody writes by chance
 
 
 def arguments_of(case: Case, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """Those of the ordinary call, with caches that are views of one float8 buffer, eps, and scales of every kind."""
+    """The arguments of the ordinary call, with caches that are views of one float8 buffer, eps, and varied scales."""
     ordinary = case.arguments(dtype, device)
     shape = ordinary[0]._base.shape
     buffer = torch.full(shape, SENTINEL, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
