@@ -16,8 +16,9 @@ import torch
 from cfpp_rt.bench import harness
 from cfpp_rt.bench.latency.workload import WORLD
 from cfpp_rt.config import RolloutConfig
-from cfpp_rt.export.bundle_rollout import BundleRollout, OnnxRunner
+from cfpp_rt.export.bundle_rollout import BundleRollout
 from cfpp_rt.export.export_bundle import export_onnx
+from cfpp_rt.export.onnx_runner import OnnxRunner
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.runtime.rollout import Rollout
 from cfpp_rt.values import DTYPES, empty_prompt_embeds

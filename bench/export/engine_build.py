@@ -16,10 +16,10 @@ import torch
 
 from cfpp_rt.bench import harness
 from cfpp_rt.config import MODELS, rollout_preset
-from cfpp_rt.export.bundle import LINEAR_DTYPES
+from cfpp_rt.export.bundle import BUNDLE_LINEAR_DTYPES
 from cfpp_rt.export.export_bundle import export_onnx
+from cfpp_rt.export.trt.build import build_engine
 from cfpp_rt.export.trt.build_worker import Job
-from cfpp_rt.export.trt.builder_process import build_engine
 from cfpp_rt.export.trt.library import load_library
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.random_weights import SMALL
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--target", default="sm89", help="GPU architecture to build for (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument(
-        "--linear-dtype", choices=LINEAR_DTYPES, help="8-bit dtype of the linear layers (default: none)"
+        "--linear-dtype", choices=BUNDLE_LINEAR_DTYPES, help="8-bit dtype of the linear layers (default: none)"
     )
     parser.add_argument("--model", choices=SIZES, default="wan-1.3b")
     parser.add_argument("--graphs", nargs="+", help="names of the graphs to build (default: all)")

@@ -16,7 +16,7 @@ import torch
 
 from cfpp_rt.bench import harness
 from cfpp_rt.config import MODELS, rollout_preset
-from cfpp_rt.export.bundle import LINEAR_DTYPES, open_bundle
+from cfpp_rt.export.bundle import BUNDLE_LINEAR_DTYPES, open_bundle
 from cfpp_rt.export.export_bundle import export_onnx
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.values import DTYPES
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="wan-1.3b")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument(
-        "--linear-dtype", choices=LINEAR_DTYPES, help="8-bit dtype of the linear layers (default: none)"
+        "--linear-dtype", choices=BUNDLE_LINEAR_DTYPES, help="8-bit dtype of the linear layers (default: none)"
     )
     parser.add_argument("--frames", type=int, default=21, help="latent frames of the cache (default: %(default)s)")
     parser.add_argument("--folder", help="parent of the temporary folder for the bundle (default: the system's)")

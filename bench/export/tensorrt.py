@@ -35,8 +35,10 @@ def main(argv: list[str] | None = None) -> None:
     text = (sizes.batch, sizes.model.text_len, sizes.model.text_dim)
     prompt_embeds = np.random.default_rng(0).standard_normal(text, np.float32) if sizes.model.text_len else None
     # Without a window the video ends with the cache; with one, `STEADY` more blocks are timed at its full length.
-    blocks = sizes.slots // sizes.block + (0 if runner.card.frames is not None else STEADY)
-    rollout = BundleRollout(runner, prompt_embeds, latent_frames=blocks * sizes.block, refresh=arguments.refresh)
+    blocks = sizes.slots // sizes.frames_per_block + (0 if runner.card.latent_frames is not None else STEADY)
+    rollout = BundleRollout(
+        runner, prompt_embeds, latent_frames=blocks * sizes.frames_per_block, refresh=arguments.refresh
+    )
     rows = []
     for block in range(blocks):
         begin = time.perf_counter()
@@ -48,9 +50,9 @@ def main(argv: list[str] | None = None) -> None:
                 "dtype": sizes.dtype,
                 "steps": len(runner.card.steps if block else runner.card.first_steps),
                 "refresh": rollout.config.refresh,
-                "frames_per_block": sizes.block,
+                "frames_per_block": sizes.frames_per_block,
                 "block": block,
-                "visible_frames": min((block + 1) * sizes.block, sizes.slots),
+                "visible_frames": min((block + 1) * sizes.frames_per_block, sizes.slots),
                 "load_s": load_s,
                 "block_ms": 1000 * (time.perf_counter() - begin),
             }

@@ -16,9 +16,10 @@ import torch
 from cfpp_rt.bench import harness
 from cfpp_rt.cache import CacheShape, KVCache
 from cfpp_rt.config import MODELS
-from cfpp_rt.core.camera import Cameras, Projections, parse_trajectory
+from cfpp_rt.core.camera import Cameras, parse_trajectory
 from cfpp_rt.core.frame_ring import FrameRing
 from cfpp_rt.model.attention import AttentionMetadata, CameraMetadata, per_frame
+from cfpp_rt.model.projections import Projections
 from cfpp_rt.model.transformer import CausalWanTransformer, random_model
 from cfpp_rt.values import DTYPES
 
@@ -64,7 +65,7 @@ def main() -> None:
     x = torch.randn(1, block * config.tokens_per_frame(*harness.LATENT_480P), config.dim).to(device, dtype)
     time = model.embed_time(torch.full((block,), 1000.0)).blocks[0]
     text = model.embed_text(torch.randn(1, config.text_len, config.text_dim))[0]
-    cameras = Cameras.of(parse_trajectory(f"w*{block}")[1:]).projections(device)
+    cameras = Projections.of(Cameras.of(parse_trajectory(f"w*{block}")[1:]), device)
 
     def layer(cache: KVCache, attn: AttentionMetadata) -> Callable[[], object]:
         return lambda: model.blocks[0](x, time, text, cache.layers[0], attn, 1)

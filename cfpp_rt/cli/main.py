@@ -10,7 +10,7 @@ from typing import NoReturn
 COMMANDS = {
     "generate": ("cfpp_rt.cli.generate", "prompt or image in, video out"),
     "convert": ("cfpp_rt.export.convert", "any public checkpoint to one safetensors file"),
-    "export": ("cfpp_rt.export.command", "a student to ONNX graphs, proven against PyTorch"),
+    "export": ("cfpp_rt.export.commands", "a student to ONNX graphs, proven against PyTorch"),
     "play": ("cfpp_rt.world.play", "the built-in world in a terminal, by arrow keys"),
     "world-eval": ("cfpp_rt.bench.world_eval", "how well a student of the built-in world keeps to its rules"),
     "bench": (

@@ -10,9 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cfpp_rt.core.camera import Cameras, Projections
+from cfpp_rt.core.camera import Cameras
 from cfpp_rt.distill import masks
 from cfpp_rt.errors import InputError
+from cfpp_rt.model.projections import Projections
 from cfpp_rt.model.transformer import CausalWanTransformer
 
 
@@ -39,7 +40,9 @@ class Condition:
 
     def projections(self, device: torch.device) -> Projections | None:
         """What the camera branch takes of the cameras, in the world of the first one; None without cameras."""
-        return None if self.cameras is None else self.cameras.rows(len(self.embeds)).from_first().projections(device)
+        if self.cameras is None:
+            return None
+        return Projections.of(self.cameras.rows(len(self.embeds)).from_first(), device)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from cfpp_rt.cache import KVCache, LayerCache
 from cfpp_rt.config import ModelConfig
-from cfpp_rt.core.camera import Projections
 from cfpp_rt.device.transfer import to_device
 from cfpp_rt.errors import InputError
+from cfpp_rt.model.projections import Projections
 from cfpp_rt.model.rope import RotaryTables, rotate
 from cfpp_rt.ops.block_attention import block_attention
 from cfpp_rt.ops.kv_update import kv_update_

@@ -13,11 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from cfpp_rt.cache import KVCache
 from cfpp_rt.config import ModelConfig
-from cfpp_rt.core.camera import Projections
 from cfpp_rt.device.transfer import to_device
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.attention import Attend, AttentionMetadata, SequenceCamera
 from cfpp_rt.model.block import TransformerBlock
+from cfpp_rt.model.projections import Projections
 from cfpp_rt.model.rope import RotaryTables
 from cfpp_rt.ops.adaln_modulate import adaln_modulate
 

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from cfpp_rt.cache import CacheShape, KVCache, empty_device_cache
 from cfpp_rt.config import RolloutConfig
-from cfpp_rt.core.camera import Projections
 from cfpp_rt.core.frame_ring import FrameRing
 from cfpp_rt.device.capture import Capture, CudaCapture, Work
 from cfpp_rt.device.lease import LeasePool
 from cfpp_rt.errors import OutOfMemoryError
 from cfpp_rt.model.attention import AttentionMetadata
+from cfpp_rt.model.projections import Projections
 from cfpp_rt.model.transformer import CausalWanTransformer, LayerText, TimeEmbedding
 from cfpp_rt.ops.block_attention import why_not_kernel
 from cfpp_rt.ops.token_ranges import TokenRanges

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from cfpp_rt.cache import KVCache
-from cfpp_rt.core.camera import Projections
 from cfpp_rt.core.controls import Actions
 from cfpp_rt.model.attention import AttentionMetadata
+from cfpp_rt.model.projections import Projections
 from cfpp_rt.model.transformer import CausalWanTransformer, LayerText, TimeEmbedding
 from cfpp_rt.ops.token_ranges import TokenRanges
 

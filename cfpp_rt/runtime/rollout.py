@@ -17,11 +17,12 @@ from torch import Tensor
 
 from cfpp_rt.cache import CacheShape, KVCache, empty_device_cache
 from cfpp_rt.config import RolloutConfig
-from cfpp_rt.core.camera import CameraPath, Cameras, Projections
+from cfpp_rt.core.camera import CameraPath, Cameras
 from cfpp_rt.core.controls import action_rows, check_camera_count, check_latent_frames, no_actions
 from cfpp_rt.core.frame_ring import FrameRing, slots_for
 from cfpp_rt.core.schedule import noise_levels
 from cfpp_rt.errors import InputError, OutOfMemoryError
+from cfpp_rt.model.projections import Projections
 from cfpp_rt.model.transformer import CausalWanTransformer, LayerText
 from cfpp_rt.ops.denoise_update import denoise_update
 from cfpp_rt.runtime.cuda_graphs import CudaGraphCache
@@ -342,7 +343,9 @@ class Rollout:
 
     def _projections(self, start: int, latent_frames: int) -> Projections | None:
         """P and P^-1 of the latent frames beginning at `start`; None without cameras."""
-        return None if self._path is None else self._path.projections(start, latent_frames, self.model.device)
+        if self._path is None:
+            return None
+        return Projections.of(self._path.cameras(start, latent_frames), self.model.device)
 
     def _build(self, blocks: list[BlockInput], num_outputs: int) -> ForwardInputs:
         return self._builder.build(self.cache, blocks, self._text, num_outputs)

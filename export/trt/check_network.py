@@ -1,6 +1,6 @@
-"""Proof that a parsed network is the graph that was meant: one attention per site, every cache updated in place.
+"""Checks that a parsed network is the graph of the contract: one attention per site, every cache updated in place.
 
-TensorRT parses and builds networks that compute something else, or the same thing slowly, without a word. Everything
+TensorRT parses and builds networks that compute something else, or the same thing slowly, without an error. Everything
 that can be known before the build is checked here; each fault is one line.
 """
 
@@ -25,13 +25,18 @@ _DTYPES = {
     "BOOL": "bool",
     "FP8": "float8_e4m3",
 }
-# A walk from an attention's keys back to the update of their cache passes views and scales, never another computation.
+# A walk from an attention's keys back to the update of their cache may cross views and scales, and ends at these.
 _WALK_ENDS = {"KV_CACHE_UPDATE", "ATTENTION_OUTPUT", "MATRIX_MULTIPLY", "CONVOLUTION"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One self-attention: the caches that it reads, the input that says which part of them is valid."""
+    """One self-attention.
+
+    key_cache, value_cache: the caches that it reads.
+    validity: the network inputs that determine the valid part of them.
+    decomposable: True if TensorRT may run it as separate kernels.
+    """
 
     name: str
     key_cache: str
@@ -42,8 +47,13 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class NetworkReport:
-    """What was proven. cross_attentions: attentions that read no cache. float8_linears: products of two operands in 8
-    bits. notes: what parsing changed.
+    """The facts that `check_network` established.
+
+    layers: number of layers of the network.
+    sites: the self-attentions.
+    cross_attentions: number of attentions that read no cache.
+    float8_linears: number of products of two operands in 8 bits.
+    notes: changes made after parsing.
     """
 
     layers: int
@@ -55,8 +65,8 @@ class NetworkReport:
     notes: tuple[str, ...]
 
 
-def prove(library: Library, network: Network, spec: GraphSpec) -> NetworkReport:
-    """Check a network against the contract of its graph.
+def check_network(library: Library, network: Network, spec: GraphSpec) -> NetworkReport:
+    """Check a network against the contract of its graph; return the facts.
 
     Raises InputError naming the first three faults and how many more there are.
     """
@@ -101,7 +111,7 @@ def prove(library: Library, network: Network, spec: GraphSpec) -> NetworkReport:
 
 
 class _Facts:
-    """The network as maps: who makes which tensor, what every output needs."""
+    """The network as maps: the layer behind each tensor, and the tensors that the outputs depend on."""
 
     def __init__(self, library: Library, definition: Any):
         self.inputs = {t.name: _port(t) for t in (definition.get_input(i) for i in range(definition.num_inputs))}
@@ -119,7 +129,7 @@ class _Facts:
         self.needed = self.behind(self.outputs, ends=set())
 
     def behind(self, names: Any, ends: set[str]) -> set[str]:
-        """All tensors that these are made from, themselves included; layers of the kinds in `ends` are not passed."""
+        """Return all tensors that these depend on, themselves included. ends: kinds of layers that end the walk."""
         seen: set[str] = set()
         waiting = list(names)
         while waiting:
@@ -133,13 +143,14 @@ class _Facts:
         return seen
 
     def _from_float8(self, tensor: Any) -> bool:
-        """Whether a tensor is what a DequantizeLinear made of one in 8 bits, past views."""
+        """Return True if a tensor, apart from views, is the output of a DequantizeLinear of one in 8 bits."""
         maker = self.makers.get(tensor.name)
         while maker is not None and maker.type.name == "SHUFFLE":
             maker = self.makers.get(maker.get_input(0).name)
         return maker is not None and maker.type.name == "DEQUANTIZE" and maker.get_input(0).dtype.name == "FP8"
 
     def update_faults(self, aliases: Mapping[str, str]) -> list[str]:
+        """Return the faults of the cache updates. aliases: `GraphSpec.aliases`."""
         faults = []
         updated = [update.get_input(0).name for update in self.updates]
         for update in self.updates:
@@ -162,6 +173,7 @@ class _Facts:
         return faults
 
     def sites(self) -> tuple[list[Site], list[str]]:
+        """Return the self-attentions and their faults."""
         sites, faults = [], []
         owner = {update.get_output(0).name: update.get_input(0).name for update in self.updates}
         for layer in self.attentions:
@@ -189,7 +201,7 @@ class _Facts:
         return sites, faults
 
     def _validity(self, layer: Any) -> str:
-        """The network inputs that the attention's lengths or mask come from."""
+        """Return the network inputs that the attention's lengths or mask depend on."""
         extra = [tensor.name for tensor in inputs_of(layer)[3:] if tensor is not None]
         return ", ".join(sorted(self.behind(extra, ends=set()) & self.inputs.keys()))
 

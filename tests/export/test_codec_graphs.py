@@ -12,12 +12,12 @@ from cfpp_rt.codec.taehv import TAEHV
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import InputError
 from cfpp_rt.export.bundle import open_bundle
-from cfpp_rt.export.bundle_rollout import OnnxRunner
 from cfpp_rt.export.bundle_stream import BundleDecoder, BundleStream
 from cfpp_rt.export.bundle_stream import to_uint8 as to_uint8_without_torch
 from cfpp_rt.export.codec_onnx import export_decoder
 from cfpp_rt.export.contract import Sizes
 from cfpp_rt.export.export_bundle import export_onnx
+from cfpp_rt.export.onnx_runner import OnnxRunner
 from cfpp_rt.export.parity import verify
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.world.codec import PatchCodec
@@ -90,4 +90,4 @@ def test_a_bundle_without_a_decoder_says_so(tmp_path):
     model = random_model(ACTING, seed=0, dtype=torch.float32)
     export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 4), latent_frames=None)
     with pytest.raises(InputError, match="has no decoder: export it with a codec"):
-        BundleStream(OnnxRunner(tmp_path / "b"), frames=2)
+        BundleStream(OnnxRunner(tmp_path / "b"), latent_frames=2)

@@ -25,7 +25,7 @@ RUN = RolloutConfig(steps=(1000, 500), window=3)
 
 def export(folder, dtype=torch.float32, run=RUN, **options):
     model = random_model(ACTING, seed=0, dtype=dtype)
-    return export_onnx(model, run, folder, **{"latent_size": (4, 4), "frames": None, **options})
+    return export_onnx(model, run, folder, **{"latent_size": (4, 4), "latent_frames": None, **options})
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_graphs_are_what_the_contract_says(tmp_path, dtype):
 def test_the_card_tells_all_that_the_exporter_knew(bundle):
     values = json.loads((bundle / CARD).read_text())
     card = Card.from_dict(values)
-    assert card.sizes.model == ACTING and card.rollout == RUN and card.sizes.slots == 3
+    assert card.sizes.model == ACTING and card.config == RUN and card.sizes.slots == 3
     assert [card.timesteps[step.timestep] for step in card.steps] == pytest.approx([1000.0, 833.333], abs=1e-2)
     assert [step.sigma for step in card.steps] == pytest.approx([1.0, 0.83333], abs=1e-4)
     assert values["about"]["versions"].keys() == {"cfpp_rt", "onnx", "opset"}
@@ -78,7 +78,7 @@ def test_the_card_tells_all_that_the_exporter_knew(bundle):
         (RUN.replace(kv_dtype="float8_e4m3"), {}, "kv_dtype must be None"),
         (RolloutConfig(frames_per_block=2, window=3), {}, "whole blocks of 2 frames.*got window=3"),
         (RolloutConfig(), {}, "window must be given for a rollout without end"),
-        (RolloutConfig(frames_per_block=3), {"frames": 4}, "frames must be a multiple >= 3"),
+        (RolloutConfig(frames_per_block=3), {"latent_frames": 4}, "latent_frames must be a multiple >= 3"),
         (RUN, {"latent_size": (5, 4)}, "multiple of the patch"),
         (RUN, {"batch": 0}, "batch must be an integer >= 1"),
     ],
@@ -146,7 +146,8 @@ def test_a_wrong_card_is_named(copied, tmp_path):
 
 
 def test_a_card_of_other_sizes_does_not_load(copied):
-    from cfpp_rt.export.bundle_rollout import BundleRollout, OnnxRunner
+    from cfpp_rt.export.bundle_rollout import BundleRollout
+    from cfpp_rt.export.onnx_runner import OnnxRunner
 
     sizes = json.loads((copied / CARD).read_text())["sizes"]
     change_card(copied, sizes={**sizes, "latent_size": [4, 8]})
@@ -170,7 +171,8 @@ def test_damage_is_found(copied):
 
 
 def test_bfloat16_says_what_runs_here(tmp_path):
-    from cfpp_rt.export.bundle_rollout import BundleRollout, OnnxRunner
+    from cfpp_rt.export.bundle_rollout import BundleRollout
+    from cfpp_rt.export.onnx_runner import OnnxRunner
 
     export(tmp_path / "b", torch.bfloat16)
     with pytest.raises(InputError, match="no bfloat16 on the CPU: export with --dtype float32 or float16"):
@@ -231,6 +233,6 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch, arguments, message
 
 def test_make_card_keeps_the_first_block_and_the_context(model):
     run = RolloutConfig(steps=(1000,), first_steps=(1000, 500), context_noise=100)
-    card = make_card(model, run, latent_size=(8, 12), frames=5)
+    card = make_card(model, run, latent_size=(8, 12), latent_frames=5)
     assert card.timesteps[card.context] == 100.0 and card.timesteps[card.given] == 0.0
-    assert len(card.steps) == 1 and len(card.first_steps) == 2 and card.sizes.slots == card.frames == 5
+    assert len(card.steps) == 1 and len(card.first_steps) == 2 and card.sizes.slots == card.latent_frames == 5

@@ -14,9 +14,10 @@ from cfpp_rt.config import RolloutConfig
 from cfpp_rt.core.frame_ring import FrameRing
 from cfpp_rt.core.schedule import FlowMatchSchedule
 from cfpp_rt.errors import InputError, NonFiniteError
-from cfpp_rt.export.bundle_rollout import BundleRollout, OnnxRunner
+from cfpp_rt.export.bundle_rollout import BundleRollout
 from cfpp_rt.export.export_bundle import export_onnx
-from cfpp_rt.export.onnx_runner import Buffer
+from cfpp_rt.export.onnx_runner import OnnxRunner
+from cfpp_rt.export.runner import Buffer
 from cfpp_rt.export.torch_oracle import fixed_inputs
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.model.weights import build_model
@@ -202,7 +203,7 @@ def test_a_slot_out_of_bounds_is_refused_before_anything_is_written(acting, monk
     before = {name: buffer.array.copy() for name, buffer in rollout.caches.items()}
     monkeypatch.setattr(FrameRing, "slot", lambda ring, frame: frame + 4)
     monkeypatch.setattr(FrameRing, "write", lambda ring, start: start)
-    monkeypatch.setattr(BundleRollout, "_one_block", lambda self, group: {"valid": np.full(2, 16, np.int64)})
+    monkeypatch.setattr(BundleRollout, "_claim_slots", lambda self, group: {"valid": np.full(2, 16, np.int64)})
     with pytest.raises(InputError, match=r"step: write_index must be in 0..12, got \[16, 16\]"):
         next(rollout)
     assert all((rollout.caches[name].array == old).all() for name, old in before.items())
@@ -211,14 +212,17 @@ def test_a_slot_out_of_bounds_is_refused_before_anything_is_written(acting, monk
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"frames": 0}, "frames must be a multiple >= 1"),
-        ({"frames": 3, "seed": [1]}, "seed must be one integer or 2 of them"),
-        ({"frames": 3, "noise": np.zeros((2, 2, 16, 4, 4))}, "noise must cover the 3 generated frames, got 2"),
-        ({"frames": 3, "noise": np.zeros((1, 3, 16, 4, 4))}, r"noise must be \[B=2, F, 16, 4, 4\]"),
-        ({"frames": 3, "initial": np.full((2, 1, 16, 4, 4), np.nan)}, "initial must be finite"),
-        ({"frames": 1, "initial": np.zeros((2, 1, 16, 4, 4))}, "fewer than frames=1, got 1"),
-        ({"frames": 3, "embeds": np.zeros((2, 3, 5))}, "embeds must not be given to a model without text"),
-        ({"frames": 3, "refresh": "never"}, "refresh must be fused, separate or skip"),
+        ({"latent_frames": 0}, "latent_frames must be a multiple >= 1"),
+        ({"latent_frames": 3, "seed": [1]}, "seed must be one integer or 2 of them"),
+        ({"latent_frames": 3, "noise": np.zeros((2, 2, 16, 4, 4))}, "noise must cover the 3 generated frames, got 2"),
+        ({"latent_frames": 3, "noise": np.zeros((1, 3, 16, 4, 4))}, r"noise must be \[B=2, F, 16, 4, 4\]"),
+        ({"latent_frames": 3, "initial_latents": np.full((2, 1, 16, 4, 4), np.nan)}, "initial_latents must be finite"),
+        ({"latent_frames": 1, "initial_latents": np.zeros((2, 1, 16, 4, 4))}, "fewer than latent_frames=1, got 1"),
+        (
+            {"latent_frames": 3, "prompt_embeds": np.zeros((2, 3, 5))},
+            "prompt_embeds must not be given to a model without text",
+        ),
+        ({"latent_frames": 3, "refresh": "never"}, "refresh must be fused, separate or skip"),
     ],
 )
 def test_bad_arguments_are_named(acting, options, message):
@@ -234,11 +238,11 @@ def test_bad_actions_are_refused(acting, actions):
 
 def test_a_bundle_without_a_window_holds_so_many_frames(engine_of, vectors):
     embeds = vectors["prompt_embeds"].numpy()
-    with pytest.raises(InputError, match="frames must be <= 5, what the bundle was exported for, got 6"):
+    with pytest.raises(InputError, match="latent_frames must be <= 5, what the bundle was exported for, got 6"):
         BundleRollout(engine_of("framewise_2step"), embeds, latent_frames=6)
-    with pytest.raises(InputError, match="frames must be given"):
+    with pytest.raises(InputError, match="latent_frames must be given"):
         BundleRollout(engine_of("framewise_2step"), embeds, latent_frames=None)
-    with pytest.raises(InputError, match="embeds must be given and finite"):
+    with pytest.raises(InputError, match="prompt_embeds must be given and finite"):
         BundleRollout(engine_of("framewise_2step"), latent_frames=2)
 
 
@@ -250,8 +254,9 @@ def test_the_runner_needs_no_torch(acting):
         "        if name.split('.')[0] in ('torch', 'onnx', 'safetensors'):\n"
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Block())\n"
-        "from cfpp_rt.export.bundle_rollout import OnnxRunner, BundleRollout\n"
-        f"rollout = BundleRollout(OnnxRunner({str(acting[1].bundle.folder)!r}, threads=1), frames=6, seed=3)\n"
+        "from cfpp_rt.export.bundle_rollout import BundleRollout\n"
+        "from cfpp_rt.export.onnx_runner import OnnxRunner\n"
+        f"rollout = BundleRollout(OnnxRunner({str(acting[1].bundle.folder)!r}, threads=1), latent_frames=6, seed=3)\n"
         "rollout.set_actions(2)\n"
         "print(sum(float(abs(block.values).sum()) for block in rollout))\n"
     )

@@ -10,11 +10,12 @@ import pytest
 
 from cfpp_rt.bench.export import tensorrt as bench_tensorrt
 from cfpp_rt.errors import InputError
-from cfpp_rt.export.bundle_rollout import BundleRollout, OnnxRunner
+from cfpp_rt.export.bundle_rollout import BundleRollout
+from cfpp_rt.export.onnx_runner import OnnxRunner
 from cfpp_rt.export.trt import cuda
 from cfpp_rt.export.trt import tensorrt_runner as engines
-from cfpp_rt.export.trt.build import make_bundle
-from cfpp_rt.export.trt.bundle import write_card
+from cfpp_rt.export.trt.build import build_engine_bundle
+from cfpp_rt.export.trt.bundle import write_engine_card
 from cfpp_rt.export.trt.cuda import Device, Memory
 from cfpp_rt.export.trt.library import Library
 from cfpp_rt.export.trt.tensorrt_runner import TensorRTRunner
@@ -65,13 +66,13 @@ class PretendedDevice:
         return self.memory[pointer][:size].view(dtype).reshape(tensor.shape)
 
     def write(self, memory, values):
-        self.calls.append(cuda.pointer)
+        self.calls.append(memory.pointer)
         self.copied += values.nbytes
-        self.memory[cuda.pointer][: values.nbytes] = np.frombuffer(values.tobytes(), np.uint8)
+        self.memory[memory.pointer][: values.nbytes] = np.frombuffer(values.tobytes(), np.uint8)
 
     def read(self, memory, values):
         self.copied += values.nbytes
-        values[...] = self.memory[cuda.pointer][: values.nbytes].view(values.dtype).reshape(values.shape)
+        values[...] = self.memory[memory.pointer][: values.nbytes].view(values.dtype).reshape(values.shape)
 
     def close(self):
         self.memory.clear()
@@ -140,7 +141,7 @@ def pretended(tmp_path, monkeypatch, source):
             (folder / "sm89" / f"{name}.engine").write_text(name)
         values = {"library": "tensorrt-rtx", "library_version": "1.7", "weights": "embedded"}
         values["student"] = source.card.to_dict()
-        write_card(folder, values, {"sm89": {name: {} for name in source.card.graphs}})
+        write_engine_card(folder, values, {"sm89": {name: {} for name in source.card.graphs}})
     return tmp_path / "bundle"
 
 
@@ -260,7 +261,7 @@ def test_no_gpu_is_one_line():
 @pytest.mark.parametrize("library", ["tensorrt", "tensorrt-rtx"])
 def test_engines_agree_with_onnx_runtime(tmp_path, source, library, refresh):
     pytest.importorskip(library.replace("-", "_"), reason=f"pip install {library}")
-    make_bundle(source, tmp_path / "bundle", {}, library=library, targets=("current",))
+    build_engine_bundle(source, tmp_path / "bundle", {}, library=library, targets=("current",))
     engine = TensorRTRunner(tmp_path / "bundle", library=library)
     np.testing.assert_allclose(
         roll(source, engine, refresh=refresh),

@@ -53,9 +53,9 @@ def test_the_shipped_student_of_the_world_passes(tmp_path, dtype, linear_dtype):
     """Trained weights, whose attention is sharp: float16 has to be measured by an attention that rounds as coarsely."""
     student = load_world_pipeline(SHIPPED, dtype=getattr(torch, dtype), fuse=False)
     size, codec = (SIZE // 8, SIZE // 8), student.codec
-    options = {"latent_size": size, "frames": None, "codec": codec, "linear_dtype": linear_dtype}
-    export_onnx(student.model, student.rollout, tmp_path / "b", **options)
-    report = verify(open_bundle(tmp_path / "b"), student.model, codec=codec, frames=6, threads=1)
+    options = {"latent_size": size, "latent_frames": None, "codec": codec, "linear_dtype": linear_dtype}
+    export_onnx(student.model, student.config, tmp_path / "b", **options)
+    report = verify(open_bundle(tmp_path / "b"), student.model, codec=codec, latent_frames=6, threads=1)
     require_passed(report)
     assert report["rollout"]["ring_wraps"] and report["rollout"]["psnr_db"] > 40
 
@@ -164,5 +164,5 @@ def test_bfloat16_is_checked_in_structure_alone(tmp_path):
     model = random_model(ACTING, seed=0, dtype=torch.bfloat16)
     export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 4), latent_frames=None)
     said = []
-    report = verify(open_bundle(tmp_path / "b"), model, say=said.append)
+    report = verify(open_bundle(tmp_path / "b"), model, log=said.append)
     assert report["numerics"] == "not run" and "numbers are not" in said[0]
