@@ -1,4 +1,4 @@
-"""On what a pointwise op is tested: plain PyTorch, the C++ kernel, the Triton kernel on the CPU and on a GPU."""
+"""The backends that tests of pointwise ops run: plain PyTorch, the C++ kernel, the Triton kernel on CPU and GPU."""
 
 import importlib
 import importlib.util
