@@ -30,7 +30,7 @@ def make_latents(batch: int, frames: int, height: int = 3, width: int = 5, *, se
 
 
 def in_parts(decoder: StreamingDecoder, latents: Tensor) -> Tensor:
-    """Decode latent by latent. (A pointwise convolution processes all latents of a call at once: other calls give other bits.)"""
+    """Decode latent by latent. (A pointwise convolution processes all latents of a call: other calls, other bits.)"""
     return torch.cat([decoder.decode(latent) for latent in latents.split(1, dim=1)], dim=1)
 
 

@@ -24,7 +24,7 @@ BACKENDS = [*COMPILED, INTERPRETER]
 
 
 def implementation(op: str, backend: str, function: str | None = None) -> Callable[..., Any]:
-    """The function of an op on a backend; "interpreter" is its Triton kernel. function: its name, default that of the op."""
+    """The function of an op on a backend; "interpreter" is its Triton kernel. function: its name, None = the op."""
     rooms = {"reference": f"cfpp_rt.reference.{op}", "interpreter": f"cfpp_rt.ops.{op}_triton"}
     return getattr(importlib.import_module(rooms.get(backend, f"cfpp_rt.ops.{op}")), function or op)
 
