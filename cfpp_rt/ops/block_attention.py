@@ -106,7 +106,7 @@ def _backend(q: Tensor, ranges: TokenRanges) -> str:
 
 
 def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor) -> None:
-    """Check what the binding checks for a kernel."""
+    """Check the arguments like the binding of the kernel."""
     op = "block_attention"
     if q.ndim != 4 or 0 in q.shape:
         raise argument_error(op, "q", "[B, H, Sq, D], none of them 0", list(q.shape))
