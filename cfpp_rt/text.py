@@ -114,10 +114,12 @@ class TextEncoder:
 
     @property
     def device(self) -> torch.device:
+        """The device of the weights."""
         return self.model.shared.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
         return self.model.shared.weight.dtype
 
     def to(self, device: torch.device | str) -> None:

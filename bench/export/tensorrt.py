@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     text = (sizes.batch, sizes.model.text_len, sizes.model.text_dim)
     prompt_embeds = np.random.default_rng(0).standard_normal(text, np.float32) if sizes.model.text_len else None
     # Without a window the video ends with the cache; with one, `STEADY` more blocks are timed at its full length.
-    blocks = sizes.slots // sizes.frames_per_block + (0 if runner.card.latent_frames is not None else STEADY)
+    blocks = sizes.slots // sizes.frames_per_block
+    blocks += 0 if runner.card.latent_frames is not None else STEADY
     rollout = BundleRollout(
         runner, prompt_embeds, latent_frames=blocks * sizes.frames_per_block, refresh=arguments.refresh
     )

@@ -79,10 +79,12 @@ class WanVAE:
 
     @property
     def device(self) -> torch.device:
+        """The device of the weights."""
         return self.vae.post_quant_conv.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
         return self.vae.post_quant_conv.weight.dtype
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -87,6 +87,7 @@ class LayerFactory:
         self.causal: list[CausalConv] = []
 
     def causal_conv(self, conv: Any, size: Size, *, bias: bool = True) -> "CausalConv":
+        """Build a causal convolution. size: of its input. bias: True if it adds its bias."""
         weight, own_bias = self.conv_weights[conv]
         causal = CausalConv((weight, own_bias if bias else None), size, self.layout)
         self.causal.append(causal)
@@ -108,6 +109,7 @@ class LayerFactory:
         return run
 
     def residual_block(self, block: Any, size: Size) -> Callable[[Tensor], Tensor]:
+        """Build a residual block of two convolutions. size: of its input."""
         late_bias = block.conv1.bias if self.layout.late_bias else None
         first = self.norm_silu_conv(block.norm1, block.conv1, size, bias=late_bias is None)
         second = self.norm_silu_conv(block.norm2, block.conv2, size, bias_before=late_bias)

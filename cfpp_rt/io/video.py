@@ -112,9 +112,11 @@ class _AtomicFile:
         self.path: Path = self._stack.enter_context(write_atomically(path))
 
     def keep(self) -> None:
+        """Rename the file to its final name."""
         self._stack.close()
 
     def drop(self) -> None:
+        """Remove the file."""
         with contextlib.suppress(_Dropped), self._stack:
             raise _Dropped
 
@@ -354,6 +356,7 @@ def _import_av() -> Any:
 
 
 def import_pillow() -> Any:
+    """Import `PIL.Image`. Raises MissingExtraError without Pillow."""
     try:
         from PIL import Image
     except ImportError as error:

@@ -24,6 +24,7 @@ class PackedSelfAttention(SelfAttention):
         self.qkv.bias = nn.Parameter(torch.cat([linear.bias for linear in linears]), requires_grad=False)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute queries, keys and values, [B, S, dim] each."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         return q, k, v
 
