@@ -36,7 +36,7 @@ $(VENV)/.core: $(SOURCES)
 	@$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
 	@echo "[2/3] installing torch (the largest download)"
 	@$(PIP) '$(TORCH)'
-	@echo "[3/3] compiling the kernels and installing cfpp_rt: half a minute on two cores for the CPU"
+	@echo "[3/3] compiling the kernels and installing cfpp_rt: half a minute on two cores; with CUDA kernels, minutes"
 	@CFPP_BUILD=$(or $(CFPP_BUILD),$(CORE_BUILD),auto) $(PIP) -e '.[video]'
 	@touch $@
 $(VENV)/.full: $(VENV)/.core

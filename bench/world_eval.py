@@ -15,6 +15,7 @@ import torch
 from cfpp_rt.bench import harness
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import InputError
+from cfpp_rt.options import parse_steps
 from cfpp_rt.pipeline import Pipeline, choose_threads
 from cfpp_rt.world.evaluate import LOOKED_AT, pace, play, score
 from cfpp_rt.world.sprites import SIZE
@@ -53,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name} must be >= 1, got {getattr(arguments, name)}")
     students = dict(_named(text) for text in arguments.student or [f"shipped={SHIPPED}"])
-    steps = [_steps(text) for text in arguments.steps or []]
+    steps = [parse_steps(text) for text in arguments.steps or []]
     rows: list[dict[str, Any]] = []
     device = torch.device(arguments.device)
     hidden = {"first_ms", "fps"} if arguments.no_pace else set()
@@ -104,10 +105,3 @@ def _line(name: str, steps: tuple[int, ...], rows: list[dict[str, Any]], shown: 
 def _named(text: str) -> tuple[str, str]:
     name, found, folder = text.partition("=")
     return (name, folder) if found else (text, text)
-
-
-def _steps(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(step) for step in text.split(","))
-    except ValueError:
-        raise InputError(f"--steps must be integers as 1000,500, got {text}") from None

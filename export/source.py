@@ -2,23 +2,30 @@
 
 import argparse
 import dataclasses
-import re
 from pathlib import Path
 
 from cfpp_rt.codec.base import Codec
-from cfpp_rt.config import PRESETS, ModelConfig, RolloutConfig, rollout_preset
+from cfpp_rt.config import ModelConfig, RolloutConfig
 from cfpp_rt.core.frame_counts import count_latent_frames
 from cfpp_rt.errors import InputError
 from cfpp_rt.export.bundle import BUNDLE_LINEAR_DTYPES
 from cfpp_rt.model.transformer import CausalWanTransformer, random_model
 from cfpp_rt.model.weights import load_model
+from cfpp_rt.options import (
+    DEFAULT_PRESET,
+    WORLD,
+    add_option,
+    add_options,
+    parse_preset,
+    parse_size,
+    rollout_overrides,
+)
 from cfpp_rt.pipeline import load_codec
 from cfpp_rt.random_weights import SMALL
 from cfpp_rt.values import DTYPES
 from cfpp_rt.world.sprites import SIZE
 from cfpp_rt.world.student import SHIPPED, load_world_pipeline
 
-WORLD = "world"
 _SPATIAL_FACTOR = 8  # of every codec
 
 
@@ -44,24 +51,14 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     """Add the options that name a student and its rollout settings."""
     source = parser.add_argument_group("student")
     source.add_argument("checkpoint", nargs="?", help="student: .pt, .safetensors, or a directory")
-    names = f"{', '.join(PRESETS)}, {WORLD} (default: %(default)s)"
-    source.add_argument("--student", default="framewise-2step", help=names)
-    source.add_argument("--key", help="entry of a .pt container (default: generator_ema, else generator)")
-    source.add_argument("--config", metavar="JSON", help="model sizes, if the checkpoint does not contain them")
-    source.add_argument("--random-weights", action="store_true", help="a small student with random weights")
-    source.add_argument("--base", metavar="DIR", help="Wan2.1 directory: also export its VAE's decoder")
-    source.add_argument("--tiny-vae", metavar="FILE", help="also export the tiny autoencoder's decoder (taew2_1.pth)")
-    source.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of weights and caches (default: %(default)s)"
-    )
+    add_options(source, "--student", "--key", "--config", "--random-weights")
+    add_option(source, "--base", help="Wan2.1 directory: also export its VAE's decoder")
+    add_option(source, "--tiny-vae", help="also export the tiny autoencoder's decoder (taew2_1.pth)")
+    add_option(source, "--dtype", default="float32", help="of weights and caches (default: %(default)s)")
     run = parser.add_argument_group("rollout")
-    run.add_argument("--size", metavar="HxW", help=f"of the frames (default: 480x832; {WORLD}: {SIZE}x{SIZE})")
-    run.add_argument(
-        "--frames", type=int, help="frames that fit without a window (default: 81, or as many as make whole blocks)"
-    )
-    run.add_argument("--steps", metavar="LIST", help="as 1000,500; the first block keeps the student's own")
-    run.add_argument("--window", type=int, metavar="N", help="latent frames that attention sees (default: all)")
-    run.add_argument("--sinks", type=int, metavar="N", help="first latent frames that stay visible (default: 0)")
+    add_option(run, "--size", help=f"of the frames (default: 480x832; {WORLD}: {SIZE}x{SIZE})")
+    add_option(run, "--frames", help="frames that fit without a window (default: 81, or as many as make whole blocks)")
+    add_options(run, "--steps", "--window", "--sinks")
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +74,8 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 def load_source(arguments: argparse.Namespace) -> Source:
     """Load the student that the options name. Raises InputError or CheckpointError as the loaders do."""
-    dtype, world = DTYPES[arguments.dtype], arguments.student == WORLD
+    dtype, student = DTYPES[arguments.dtype], arguments.student or DEFAULT_PRESET
+    world = student == WORLD
     codec: Codec | None = None
     temporal_factor = 4
     if world:
@@ -85,9 +83,9 @@ def load_source(arguments: argparse.Namespace) -> Source:
         model, config, codec = pipeline.model, pipeline.config, pipeline.codec
         temporal_factor = codec.temporal_factor
     else:
-        config = rollout_preset(arguments.student)
+        config = parse_preset(student)
         if arguments.random_weights:
-            camera = arguments.student.startswith("camera-")
+            camera = student.startswith("camera-")
             model = random_model(dataclasses.replace(SMALL, camera=camera), seed=0, dtype=dtype)
         elif arguments.checkpoint is None:
             raise InputError("a checkpoint is needed (or --random-weights)")
@@ -96,18 +94,13 @@ def load_source(arguments: argparse.Namespace) -> Source:
             model = load_model(arguments.checkpoint, config=model_config, key=arguments.key, dtype=dtype)
         if arguments.base is not None or arguments.tiny_vae is not None:
             codec = load_codec(arguments.base or "", tiny_vae=arguments.tiny_vae, dtype=dtype, device="cpu")
-    changes = {name: getattr(arguments, name) for name in ("window", "sinks") if getattr(arguments, name) is not None}
-    if arguments.steps is not None:
-        if not re.fullmatch(r"[0-9]{1,6}(,[0-9]{1,6})*", arguments.steps):
-            raise InputError(f"--steps must be integers as 1000,500, got {arguments.steps}")
-        changes["steps"] = tuple(int(step) for step in arguments.steps.split(","))
-    config = config.replace(**changes)
+    config = config.replace(**rollout_overrides(arguments))
     size = latent_size(arguments.size or (f"{SIZE}x{SIZE}" if world else "480x832"), "--size")
     n = config.frames_per_block
     latent_frames = max(21 // n, 1) * n  # the default of `cfpp generate`
     if arguments.frames is not None:
         latent_frames = count_latent_frames(arguments.frames, temporal_factor, n)
-    name = arguments.student
+    name = student
     if arguments.checkpoint is not None:
         name = f"{name}: {Path(arguments.checkpoint).name}"
     return Source(model, config, codec, size, latent_frames, name)
@@ -115,7 +108,5 @@ def load_source(arguments: argparse.Namespace) -> Source:
 
 def latent_size(text: str, option: str) -> tuple[int, int]:
     """Return (h, w) of the latents of frames whose size is given as "480x832"."""
-    match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text)
-    if match is None or int(match[1]) % _SPATIAL_FACTOR or int(match[2]) % _SPATIAL_FACTOR:
-        raise InputError(f"{option} must be HEIGHTxWIDTH in multiples of {_SPATIAL_FACTOR}, got {text}")
-    return int(match[1]) // _SPATIAL_FACTOR, int(match[2]) // _SPATIAL_FACTOR
+    height, width = parse_size(text, _SPATIAL_FACTOR, option)
+    return height // _SPATIAL_FACTOR, width // _SPATIAL_FACTOR

@@ -20,8 +20,8 @@ SHAPES = st.tuples(st.integers(1, 4), st.integers(0, 3), st.integers(1, 5), st.i
 
 @settings(max_examples=200, deadline=None)
 @given(shape=SHAPES, refresh=st.sampled_from(["fused", "separate", "skip"]))
-def test_ring_equals_a_list_that_forgets_nothing(shape, refresh):
-    """Every block's queries find exactly the frames that a list of all frames ever written would give them."""
+def test_ring_equals_a_list_of_all_frames(shape, refresh):
+    """The queries of every block find exactly the frames that a list of all frames would give."""
     block, sink_blocks, ring_blocks, ragged, blocks = shape
     sinks = sink_blocks * block
     window = sinks + ring_blocks * block + ragged

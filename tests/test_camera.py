@@ -47,7 +47,7 @@ def test_steps(key, moved):
     "key,seen", [("l", (1, 0)), ("j", (-1, 0)), ("i", (0, -1)), ("k", (0, 1))], ids=["right", "left", "up", "down"]
 )
 def test_turns(key, seen):
-    """Where the camera looks: 30 degrees to the right is towards +x, up is towards -y."""
+    """The direction of view: 30 degrees to the right is towards +x, up is towards -y."""
     forward = invert(parse_trajectory(f"{key}*10")[-1])[:3, 2]
     x, y = (math.sin(math.radians(30)) * part for part in seen)
     assert np.allclose(forward, [x, y, math.cos(math.radians(30))])
@@ -64,11 +64,11 @@ def test_every_key_moves_the_camera_as_it_then_stands():
 @given(keys=st.lists(st.sampled_from(KEYS), max_size=12), more=st.lists(st.sampled_from(KEYS), max_size=12))
 @settings(max_examples=40, deadline=None)
 def test_a_walk_goes_on_from_where_it_stands(keys, more):
-    whole = walk(keys + more, EYE)
+    both = walk(keys + more, EYE)
     first = walk(keys, EYE)
-    assert np.array_equal(first, whole[: len(keys)])
+    assert np.array_equal(first, both[: len(keys)])
     rest = walk(more, first[-1] if keys else EYE)
-    assert np.allclose(rest, whole[len(keys) :])
+    assert np.allclose(rest, both[len(keys) :])
     if keys:
         assert np.array_equal(parse_trajectory(",".join(f"{key}*1" for key in keys))[1:], first)
 

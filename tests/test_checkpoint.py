@@ -14,7 +14,7 @@ from cfpp_rt.io.checkpoint import read_sharded, read_tensors, require_exact
 
 
 class Malicious:
-    """Unpickled carelessly, it makes a file."""
+    """An object that creates a file when it is unpickled without checks."""
 
     def __init__(self, trace: Path):
         self.trace = trace
@@ -51,7 +51,7 @@ def test_reads_the_old_pickle_format_and_nested_containers(tmp_path, state):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_refuses_a_pickle_that_wants_to_run_code(tmp_path, zipped):
+def test_refuses_a_pickle_that_would_run_code(tmp_path, zipped):
     trace = tmp_path / "trace"
     path = tmp_path / "evil.pt"
     torch.save({"a": Malicious(trace)}, path, _use_new_zipfile_serialization=zipped)

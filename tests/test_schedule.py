@@ -1,4 +1,4 @@
-"""The noise table against the published numbers, and what a table must satisfy for any shift."""
+"""The noise table against the published numbers, and properties of the table for any shift."""
 
 import pytest
 import torch

@@ -40,7 +40,7 @@ def test_agrees_with_the_public_implementation(codec, vectors):
 
 
 @pytest.mark.parametrize("sizes", [[1, 1, 1], [2, 1], [1, 2]])
-def test_streaming_is_the_whole_clip(codec, vectors, sizes):
+def test_streaming_equals_the_clip_at_once(codec, vectors, sizes):
     decoded = in_parts(codec.decoder().decode, vectors["latents"], sizes)
     assert difference(decoded, vectors["frames"]) < 1e-5
     frames = [4 * n for n in sizes]
@@ -48,7 +48,7 @@ def test_streaming_is_the_whole_clip(codec, vectors, sizes):
     assert difference(in_parts(codec.encoder().encode, vectors["pixels"], frames), vectors["encoded"]) < 1e-5
 
 
-def test_the_past_is_seen_and_clips_are_apart(codec, vectors):
+def test_the_past_matters_and_clips_are_independent(codec, vectors):
     latents = vectors["latents"]
     first, second = codec.decoder(), codec.decoder()
     first.decode(latents[:, :1])

@@ -66,7 +66,7 @@ def test_encode_ids_agrees_with_the_reference(encoder, vectors):
     assert difference(prompt_embeds, vectors["t5.embeds"]) < 1e-4
 
 
-def test_prompts_to_conditioning(encoder):
+def test_prompts_to_embeddings(encoder):
     prompt_embeds = encoder(["a  cat\n and dog ", "the unknownword"])
     ids = torch.tensor([[3, 4, 5, 6, EOS], [9, UNKNOWN, EOS, PAD, PAD]])
     ids = torch.nn.functional.pad(ids, (0, TEXT_LEN - 5))
@@ -84,7 +84,7 @@ def test_a_prompt_does_not_depend_on_its_neighbours(encoder):
     assert together[2, 0].any() and not together[2, 1:].any()
 
 
-def test_long_prompts_are_cut_and_keep_the_end_token(encoder):
+def test_long_prompts_are_truncated_and_keep_the_end_token(encoder):
     prompt_embeds = encoder([" ".join(["cat"] * 50)])
     ids = torch.tensor([[4] * (TEXT_LEN - 1) + [EOS]])
     assert difference(prompt_embeds, encoder.encode_ids(ids, torch.ones_like(ids))) < 1e-5
@@ -151,7 +151,7 @@ def test_missing_extra(monkeypatch, original):
 
 
 @pytest.mark.parametrize("offloads", [False, True])
-def test_the_encoder_makes_room_between_prompts(encoder, model, monkeypatch, offloads: bool):
+def test_the_encoder_moves_to_the_host_between_prompts(encoder, model, monkeypatch, offloads: bool):
     moves = []
     monkeypatch.setattr(TextEncoder, "to", lambda self, device: moves.append(str(device)))
     pipeline = Pipeline(model, NoDecoder(4), encoder, offload_text=offloads)

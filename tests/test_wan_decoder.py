@@ -1,4 +1,4 @@
-"""The streaming decoder of the Wan VAE against diffusers' own: the bits on the CPU, the error elsewhere."""
+"""The streaming decoder of the Wan VAE against that of diffusers: equal bits on the CPU, the error elsewhere."""
 
 import importlib.util
 import warnings
@@ -30,7 +30,7 @@ def make_latents(batch: int, frames: int, height: int = 3, width: int = 5, *, se
 
 
 def in_parts(decoder: StreamingDecoder, latents: Tensor) -> Tensor:
-    """Latent by latent. (A pointwise convolution processes all latents of a call at once: other calls, other bits.)"""
+    """Decode latent by latent. (A pointwise convolution processes all latents of a call: other calls, other bits.)"""
     return torch.cat([decoder.decode(latent) for latent in latents.split(1, dim=1)], dim=1)
 
 
@@ -40,7 +40,7 @@ def library(codec: WanVAE, latents: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("batch", "sizes"), [(1, [1, 1, 2]), (2, [2, 1])])
-def test_the_bits_are_the_librarys(dtype: torch.dtype, batch: int, sizes: list[int]):
+def test_the_bits_are_those_of_diffusers(dtype: torch.dtype, batch: int, sizes: list[int]):
     codec = random_vae(1, dtype, CPU, base_dim=8)
     latents = make_latents(batch, sum(sizes))
     theirs, ours = codec.library_decoder(), codec.decoder()
@@ -49,8 +49,8 @@ def test_the_bits_are_the_librarys(dtype: torch.dtype, batch: int, sizes: list[i
         assert made.dtype == torch.float32 and torch.equal(made, wanted)
 
 
-def test_the_bits_are_the_librarys_where_convolutions_take_other_kernels():
-    """Wider and larger: there padding by the convolution would change bits."""
+def test_the_bits_are_those_of_diffusers_where_convolutions_take_other_kernels():
+    """Wider and larger, where padding by the convolution would change bits."""
     codec = random_vae(2, torch.bfloat16, CPU, base_dim=32)
     latents = make_latents(1, 2, 4, 8)
     assert torch.equal(in_parts(codec.decoder(), latents), library(codec, latents))
@@ -73,7 +73,7 @@ def test_other_configs_of_the_same_shape(config: dict):
     assert torch.equal(in_parts(codec.decoder(), latents), library(codec, latents))
 
 
-def test_clips_take_turns():
+def test_clips_can_be_interleaved():
     codec = random_vae(1, torch.float32, CPU, base_dim=8)
     clips = [make_latents(1, 3, 2, 3, seed=seed) for seed in range(2)]
     decoders = [codec.decoder() for _ in clips]
@@ -82,7 +82,7 @@ def test_clips_take_turns():
         assert torch.equal(torch.cat(made, dim=1), library(codec, clip))
 
 
-def test_memory_passes_from_clip_to_clip():
+def test_memory_is_reused_by_later_clips():
     codec = random_vae(1, torch.float32, CPU, base_dim=8)
     latents = make_latents(1, 2, 2, 3)
     wanted = library(codec, latents)
@@ -177,8 +177,8 @@ def with_capture(codec: WanVAE, capture: Capture) -> WanVAE:
     return made
 
 
-def test_what_capture_leaves_behind_is_not_read():
-    """Capture runs the network over the very buffers that the clip will use."""
+def test_data_left_by_capture_is_not_read():
+    """Capture runs the network on the buffers that the clip will use."""
 
     def capture(run):
         for _ in range(3):
@@ -229,7 +229,7 @@ def test_on_a_gpu_it_is_as_good_as_the_library(dtype: torch.dtype, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_graphs_replay_the_same_bits_and_clips_take_turns():
+def test_on_a_gpu_cuda_graphs_give_the_same_bits_for_interleaved_clips():
     codec = random_vae(1, torch.bfloat16, torch.device("cuda"), base_dim=32)
     eager = WanVAE(codec.vae, cuda_graphs=False)
     clips = [make_latents(1, 4, seed=seed) for seed in range(2)]

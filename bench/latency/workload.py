@@ -12,17 +12,25 @@ from cfpp_rt.bench import harness
 from cfpp_rt.bench.latency import baseline
 from cfpp_rt.codec.base import Codec
 from cfpp_rt.codec.taehv import TAEHV
-from cfpp_rt.config import MODELS, PRESETS, ModelConfig, RolloutConfig, rollout_preset
+from cfpp_rt.config import MODELS, PRESETS, ModelConfig, RolloutConfig
 from cfpp_rt.core.frame_counts import count_latent_frames
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.model.weights import load_model
-from cfpp_rt.options import parse_device, parse_size, rollout_overrides
+from cfpp_rt.options import (
+    DEFAULT_PRESET,
+    add_option,
+    add_options,
+    parse_device,
+    parse_preset,
+    parse_size,
+    rollout_overrides,
+)
 from cfpp_rt.pipeline import Pipeline, choose_threads, load_codec
 from cfpp_rt.random_weights import SMALL, random_prompt_embeds, random_vae
 from cfpp_rt.runtime.stream import Stream
 from cfpp_rt.speed import fuse_gelu, fuse_qkv, has_fused_gelu, quantize_linears
-from cfpp_rt.values import DTYPES, KV_DTYPES, LINEAR_DTYPES
+from cfpp_rt.values import DTYPES
 from cfpp_rt.world.codec import CHANNELS, PatchCodec
 from cfpp_rt.world.sprites import SIZE, TILE
 from cfpp_rt.world.student import load_world_pipeline
@@ -142,46 +150,31 @@ def _compiled_layer() -> Callable[..., Tensor]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_argument_group("workload")
-    source.add_argument("--checkpoint", metavar="PATH", help="student: .pt, .safetensors, or a directory")
-    source.add_argument(
-        "--base", metavar="DIR", help="Wan2.1 directory: text encoder and VAE (default: random embeddings)"
-    )
-    source.add_argument("--tiny-vae", metavar="FILE", help="weights of --decode tiny (default: random)")
-    source.add_argument("--random-weights", action="store_true", help="no checkpoint: random weights of --model")
+    add_options(source, "--checkpoint")
+    add_option(source, "--base", help="Wan2.1 directory: text encoder and VAE (default: random embeddings)")
+    add_option(source, "--tiny-vae", help="weights of --decode tiny (default: random)")
+    add_option(source, "--random-weights", help="no checkpoint: random weights of --model")
     source.add_argument("--model", choices=SIZES, default="small", help="network of random weights (default: small)")
-    source.add_argument(
-        "--student",
-        help=f"preset of the rollout: {', '.join(PRESETS)} (default: framewise-2step; the world has its own)",
-    )
+    presets = f"preset of the rollout: {', '.join(PRESETS)} (default: {DEFAULT_PRESET}; the world has its own)"
+    add_option(source, "--student", help=presets)
     source.add_argument("--decode", choices=DECODERS, help="codec; none: no decoding (default: wan; world: world)")
-    source.add_argument("--prompt", default="a lighthouse in a storm", help="text (default: %(default)s)")
-    source.add_argument("--size", metavar="HxW", help="height x width (default: 480x832; small 64x96, world 48x48)")
-    source.add_argument("--frames", type=int, help="frames of a request (default: 81; world 64)")
+    add_option(source, "--prompt", default="a lighthouse in a storm", help="text (default: %(default)s)")
+    add_option(source, "--size", help="height x width (default: 480x832; small 64x96, world 48x48)")
+    add_option(source, "--frames", help="frames of a request (default: 81; world 64)")
     source.add_argument("--batch", type=int, default=1, help="videos generated together (default: 1)")
-    source.add_argument(
-        "--steps",
-        metavar="LIST",
-        help="timesteps such as 1000,500; the first block keeps its own (default: of the preset)",
-    )
-    source.add_argument("--window", type=int, metavar="N", help="latent frames visible to attention (default: all)")
-    source.add_argument("--sinks", type=int, metavar="N", help="first latent frames, which stay visible (default: 0)")
-    source.add_argument(
-        "--refresh", choices=("fused", "separate", "skip"), help="refresh mode of ours (default: fused)"
-    )
+    add_options(source, "--steps", "--window", "--sinks")
+    add_option(source, "--refresh", help="how the clean pass of ours runs (default: fused)")
     source.add_argument(
         "--ahead",
         type=int,
         default=0,
         help="blocks in flight while the consumer has the one before; ours only (default: 0)",
     )
-    source.add_argument("--dtype", choices=DTYPES, help="dtype of the model (default: bfloat16 on CUDA, else float32)")
-    source.add_argument("--kv-dtype", choices=KV_DTYPES, help="dtype of the KV cache; ours only")
-    source.add_argument("--linear-dtype", choices=LINEAR_DTYPES, help="8-bit dtype of the linear layers; ours only")
-    source.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda or cuda:N (default: %(default)s)",
-    )
+    add_option(source, "--dtype", help="dtype of the model (default: bfloat16 on CUDA, else float32)")
+    add_option(source, "--kv-dtype", help="dtype of the KV cache; ours only")
+    add_option(source, "--linear-dtype", help="8-bit dtype of the linear layers; ours only")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source.add_argument("--device", default=device, help="cpu, cuda or cuda:N (default: %(default)s)")
     source.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: 1 if small, else torch's)")
 
 
@@ -212,9 +205,7 @@ def build(arguments: argparse.Namespace) -> Workload:
     if arguments.threads is not None and not 1 <= arguments.threads <= 1024:
         raise InputError(f"--threads must be in 1..1024, got {arguments.threads}")
     dtype = DTYPES[arguments.dtype or ("bfloat16" if device.type == "cuda" and not world else "float32")]
-    config = (
-        WORLD_ROLLOUT if world and arguments.student is None else rollout_preset(arguments.student or "framewise-2step")
-    )
+    config = WORLD_ROLLOUT if world and arguments.student is None else parse_preset(arguments.student or DEFAULT_PRESET)
     decode = arguments.decode or ("world" if world else "wan")
     if arguments.checkpoint and world:
         pipeline = load_world_pipeline(arguments.checkpoint, dtype=dtype, device=device)
@@ -238,7 +229,7 @@ def build(arguments: argparse.Namespace) -> Workload:
         "weights": "random" if arguments.random_weights else "loaded",
         "dtype": harness.dtype_name(dtype),
         "kv_dtype": arguments.kv_dtype,
-        "student": arguments.student or ("world-2step" if world else "framewise-2step"),
+        "student": arguments.student or ("world-2step" if world else DEFAULT_PRESET),
         "steps": list(config.steps),
         "first_steps": list(config.first_steps or config.steps),
         "size": f"{size[0]}x{size[1]}",

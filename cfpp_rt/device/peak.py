@@ -1,4 +1,4 @@
-"""The peak rate of a device, measured: what a share of peak (such as MFU) is a share of."""
+"""Measurement of the peak rate of a device, to which shares of peak such as MFU refer."""
 
 import statistics
 import time

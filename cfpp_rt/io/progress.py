@@ -11,8 +11,13 @@ def progress_bar(
 ) -> Iterator[Callable[[int], object]]:
     """Show a bar on stderr and yield the function that advances it by a number of units.
 
-    total: units in all, None = unknown. initial: units that are done already. Where stderr is no terminal, or with
-    `quiet`, nothing is shown and tqdm is not needed.
+    total: number of units; None = unknown.
+    name: text before the bar.
+    unit: name of a unit.
+    initial: number of units that are done already.
+    quiet: show nothing.
+
+    Nothing is shown, and tqdm is not needed, if stderr is not a terminal.
     """
     if quiet or not sys.stderr.isatty():
         yield lambda count: None

@@ -1,6 +1,6 @@
 """Registration of the ops with torch.library, the bypass of the dispatcher, and the choice of the compiled module.
 
-The module of an op has `_run`, which calls the kernel or the reference, and `_fake`, which makes the result for
+The module of an op has `_run`, which calls the kernel or the reference, and `_fake`, which allocates the result for
 tracing. Its public function calls `_run` directly if `can_bypass_dispatcher` allows it, since the dispatcher costs more
 than a small kernel. Otherwise it calls what `register` returned, so that compilers, exporters and modes observe the op.
 The bindings in csrc check the arguments of a kernel; `_checks` serves the calls that run without one.

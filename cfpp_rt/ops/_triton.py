@@ -33,7 +33,7 @@ def choose_backend() -> tuple[bool, str]:
 
 
 def _missing_build_tool() -> str:
-    """Return what Triton needs to compile its launcher at the first call of a kernel and is missing; "" = nothing."""
+    """Return the missing tool that Triton needs to compile its launcher at the first call of a kernel; "" = none."""
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "a C compiler (gcc, clang or $CC)"
     header = Path(sysconfig.get_path("include"), "Python.h")

@@ -66,7 +66,10 @@ def _problem(q: Tensor, ranges: TokenRanges) -> Problem:
 
 
 def why_not_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Return the reason why the kernel cannot run there, which ranges known only to the device need; None = it can."""
+    """Return why the compiled kernel cannot run on a device, or None if it can.
+
+    Only the kernel can attend to ranges that are known only to the device.
+    """
     forced = _forced()
     if forced in LIBRARY_BACKENDS:
         return f"CFPP_BACKEND={forced} gathers keys by ranges that the host knows"
@@ -103,7 +106,7 @@ def _backend(q: Tensor, ranges: TokenRanges) -> str:
 
 
 def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor) -> None:
-    """Check what the binding checks for a kernel."""
+    """Check the arguments like the binding of the kernel."""
     op = "block_attention"
     if q.ndim != 4 or 0 in q.shape:
         raise argument_error(op, "q", "[B, H, Sq, D], none of them 0", list(q.shape))

@@ -49,7 +49,7 @@ def _check(
     v_scale: Tensor,
     ranges: Tensor,
 ) -> None:
-    """Check what the binding checks for a kernel, except all strides but the last, which must be 1."""
+    """Check the arguments like the binding of the kernel, but of the strides only the last, which must be 1."""
     op, dtype, device = "kv_dequantize_", k_out.dtype, k_out.device
     if k_cache.ndim != 4 or k_cache.shape[3] % 2:
         raise argument_error(op, "k_cache", "[B, H, capacity, even D]", list(k_cache.shape))

@@ -80,7 +80,7 @@ def _check(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> None:
-    """Check what the binding checks for a kernel, except all strides but the last, which must be 1."""
+    """Check the arguments like the binding of the kernel, but of the strides only the last, which must be 1."""
     op, dtype, device = "kv_update_", q.dtype, q.device
     if k_cache.ndim != 4 or k_cache.shape[3] % 2:
         raise argument_error(op, "k_cache", "[B, H, capacity, even D]", list(k_cache.shape))

@@ -28,7 +28,7 @@ from cfpp_rt.model.weights import build_model
 from cfpp_rt.runtime.rollout import Rollout
 from tests.export.needs import needs_tensorrt
 from tests.export.students import TINY
-from tests.export.test_codec_graphs import patches
+from tests.export.test_codec_onnx import patches
 from tests.test_cli import fault
 
 DATA = Path(__file__).parents[1] / "data"
@@ -39,7 +39,7 @@ RUN = RolloutConfig((1000, 500), frames_per_block=2, window=6, sinks=2)
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """The engine of the published camera rollout, and its vectors."""
+    """The runner of the published camera rollout, and its vectors."""
     weights = {name: tensor.float() for name, tensor in load_file(DATA / "camera_weights.safetensors").items()}
     config = ModelConfig.from_dict({**META["config"], "camera": True})
     model = build_model(weights, config, dtype=torch.float32, device="cpu")
@@ -51,9 +51,9 @@ def published(tmp_path_factory):
 
 @pytest.mark.parametrize("refresh", ["fused", "separate"])
 def test_latents_equal_the_published_implementation(published, refresh):
-    engine, vectors = published
+    runner, vectors = published
     rollout = BundleRollout(
-        engine,
+        runner,
         vectors["prompt_embeds"].numpy(),
         latent_frames=META["frames"],
         cameras=Cameras.of(vectors["viewmats"], vectors["intrinsics"]),
@@ -67,7 +67,7 @@ def test_latents_equal_the_published_implementation(published, refresh):
 
 @pytest.fixture(scope="module")
 def moving(tmp_path_factory):
-    """Two rows, a window and sinks: the model and its engine."""
+    """Two rows, a window and sinks: the model and its runner."""
     model = random_model(SMALL, seed=0, dtype=torch.float32)
     with torch.no_grad():  # a fresh branch is silent
         for block in model.blocks:
@@ -80,7 +80,7 @@ def moving(tmp_path_factory):
 @pytest.mark.parametrize("refresh", ["fused", "separate", "skip"])
 def test_a_camera_that_moves_is_that_of_the_runtime(moving, refresh):
     """Given frames, a path that ends, a move on the way, lenses of their own: through the wrap of the ring."""
-    model, engine = moving
+    model, runner = moving
     embeds = torch.randn(2, SMALL.text_len, SMALL.text_dim, generator=torch.Generator().manual_seed(1))
     initial = torch.randn(2, 2, 16, 4, 6, generator=torch.Generator().manual_seed(2))
     first = Cameras.of(parse_trajectory("w*2,j*2"), (0.6, 0.9))
@@ -97,10 +97,10 @@ def test_a_camera_that_moves_is_that_of_the_runtime(moving, refresh):
         **options,
     )
     ours = BundleRollout(
-        engine, embeds.numpy(), cameras=first, initial_latents=initial.numpy(), refresh=refresh, **options
+        runner, embeds.numpy(), cameras=first, initial_latents=initial.numpy(), refresh=refresh, **options
     )
     still = BundleRollout(
-        engine,
+        runner,
         embeds.numpy(),
         cameras=first.at([0]),
         initial_latents=initial.numpy(),
@@ -211,18 +211,18 @@ def test_an_engine_of_a_camera_model_is_built(tmp_path):
     assert (tmp_path / "engine").read_bytes()[:4] == b"vtrt"
 
 
-def test_a_film_by_command(tmp_path, capsys):
+def test_a_video_by_command(tmp_path, capsys):
     folder, embeds = tmp_path / "b", torch.randn(1, SMALL.text_len, SMALL.text_dim)
     model = random_model(dataclasses.replace(SMALL, patch_size=(1, 1, 1)), seed=0, dtype=torch.float32)
     export_onnx(model, RUN, folder, latent_size=(6, 6), latent_frames=None, codec=patches())
     save_file({"embeds": embeds}, tmp_path / "embeds.safetensors")
-    film = ["generate", "--engine", str(folder), "--embeds", str(tmp_path / "embeds.safetensors"), "--quiet"]
-    film += ["-o", str(tmp_path / "film.rgb")]
-    assert main([*film, "--trajectory", "w*2,l*3", "--intrinsics", "0.5,0.9"]) == 0
-    moved = np.fromfile(tmp_path / "film.rgb", np.uint8)
+    command = ["generate", "--engine", str(folder), "--embeds", str(tmp_path / "embeds.safetensors"), "--quiet"]
+    command += ["-o", str(tmp_path / "video.rgb")]
+    assert main([*command, "--trajectory", "w*2,l*3", "--intrinsics", "0.5,0.9"]) == 0
+    moved = np.fromfile(tmp_path / "video.rgb", np.uint8)
     assert moved.size == 6 * 48 * 48 * 3
-    assert main([*film, "--trajectory", "s*2,l*3"]) == 0
-    assert "needs --trajectory" in fault(capsys, film)
+    assert main([*command, "--trajectory", "s*2,l*3"]) == 0
+    assert "needs --trajectory" in fault(capsys, command)
     assert "one per latent frame, 4, or a single one, got 6" in fault(
-        capsys, [*film, "--trajectory", "w*2,l*3", "--frames", "4"]
+        capsys, [*command, "--trajectory", "w*2,l*3", "--frames", "4"]
     )

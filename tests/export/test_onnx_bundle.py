@@ -1,4 +1,4 @@
-"""The exporter and its bundles: valid, deterministic, whole or not at all; damage is found and named in one line."""
+"""The exporter and its bundles: valid, deterministic, complete or not at all; damage is found and named in one line."""
 
 import json
 import shutil
@@ -121,25 +121,25 @@ def change_card(folder, **changes):
 def test_a_wrong_card_is_named(copied, tmp_path):
     with pytest.raises(InputError, match="no bundle, it has no card.json"):
         open_bundle(tmp_path)
-    whole = (copied / CARD).read_text()
+    complete = (copied / CARD).read_text()
     for text, message in (
-        (whole[:100], "truncated or no card"),
+        (complete[:100], "truncated or no card"),
         ("[]", "must be the card of a"),
-        (whole.replace("ONNX bundle", "other"), "must be the card of a"),
-        (whole.replace('"format_version": 2', '"format_version": 9'), "format_version must be 2, got 9"),
+        (complete.replace("ONNX bundle", "other"), "must be the card of a"),
+        (complete.replace('"format_version": 2', '"format_version": 9'), "format_version must be 2, got 9"),
         (
-            whole.replace('"linear_dtype": null', '"linear_dtype": "int4"'),
+            complete.replace('"linear_dtype": null', '"linear_dtype": "int4"'),
             "linear_dtype must be None or float8_e4m3, got 'int4'",
         ),
-        (whole.replace('"rollout"', '"rolled"'), "does not fit together: lacks 'rollout'"),
-        (whole.replace('"dim": 128', '"dim": 127'), "does not fit together: dim must be"),
-        (whole.replace('"context": 2', '"context": 7'), "timesteps must be"),
-        (whole.replace('"sigma": 1.0', '"sigma": NaN'), "sigma of a step must be in 0..1"),
-        (whole.replace('"sigma": 1.0', '"sigma": "one"'), "does not fit together: could not convert"),
-        (whole.replace('"temporal_factor": 1', '"temporal_factor": 0'), "temporal_factor must be >= 1, got 0"),
-        (whole.replace('"fused.onnx"', '"../fused.onnx"'), "files must list fused.onnx"),
+        (complete.replace('"rollout"', '"rolled"'), "does not fit together: lacks 'rollout'"),
+        (complete.replace('"dim": 128', '"dim": 127'), "does not fit together: dim must be"),
+        (complete.replace('"context": 2', '"context": 7'), "timesteps must be"),
+        (complete.replace('"sigma": 1.0', '"sigma": NaN'), "sigma of a step must be in 0..1"),
+        (complete.replace('"sigma": 1.0', '"sigma": "one"'), "does not fit together: could not convert"),
+        (complete.replace('"temporal_factor": 1', '"temporal_factor": 0'), "temporal_factor must be >= 1, got 0"),
+        (complete.replace('"fused.onnx"', '"../fused.onnx"'), "files must list fused.onnx"),
     ):
-        assert text != whole, message
+        assert text != complete, message
         (copied / CARD).write_text(text)
         with pytest.raises(InputError, match=message):
             open_bundle(copied)

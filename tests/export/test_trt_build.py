@@ -28,7 +28,7 @@ def test_an_engine_is_built_ahead_of_time(tmp_path, dtype, target):
     built = build_engine(wanted)
     engine = (tmp_path / "graph.engine").read_bytes()
     assert engine[:4] == b"vtrt" and built.bytes == len(engine) > 100_000
-    assert f"accelerators={{{target} }}".encode() in engine, "compiled for the architecture that was asked for"
+    assert f"accelerators={{{target} }}".encode() in engine, "compiled for the architecture that was requested"
     assert len(built.network["sites"]) == 2 and built.peak_mib > 50 and built.build_s > 0 and built.activation_mib
     assert built.library == "tensorrt-rtx" and built.target == target
 

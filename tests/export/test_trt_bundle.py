@@ -53,11 +53,11 @@ def test_another_architecture_library_or_version(folder):
 
 def test_a_truncated_tampered_or_missing_engine(folder):
     engine = folder / "sm89" / "step.engine"
-    whole = engine.read_bytes()
-    engine.write_bytes(whole[:-7])
-    with pytest.raises(InputError, match=f"must have {len(whole)} bytes, got {len(whole) - 7}"):
+    complete = engine.read_bytes()
+    engine.write_bytes(complete[:-7])
+    with pytest.raises(InputError, match=f"must have {len(complete)} bytes, got {len(complete) - 7}"):
         open_engine_bundle(folder, architecture="sm89", **RTX)
-    engine.write_bytes(whole[:50] + bytes([whole[50] ^ 1]) + whole[51:])
+    engine.write_bytes(complete[:50] + bytes([complete[50] ^ 1]) + complete[51:])
     with pytest.raises(InputError, match="is not what was exported"):
         open_engine_bundle(folder, architecture="sm89", **RTX)
     engine.unlink()

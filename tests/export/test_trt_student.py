@@ -65,7 +65,7 @@ def test_every_pass_is_proven(tmp_path, config, rollout, batch, dtype):
 
 @pytest.mark.parametrize("name", PASSES)
 def test_a_pass_that_forgets_what_is_valid_is_refused(tmp_path, name):
-    """A fault planted in a whole student: one attention of the exported graph loses its length or mask."""
+    """A fault planted in a real student: one attention of the exported graph loses its length or mask."""
     import onnx
 
     source = exported(tmp_path / "graphs")

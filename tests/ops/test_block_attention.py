@@ -1,4 +1,4 @@
-"""block_attention against its plain PyTorch twin; float64 is the oracle."""
+"""block_attention against plain PyTorch; float64 is the oracle."""
 
 import dataclasses
 import importlib.util
@@ -121,7 +121,7 @@ def test_kernel_agrees_with_float64(case: Case, device: str, dtype: torch.dtype)
 
 @pytest.mark.parametrize("device,dtype", TARGETS)
 @pytest.mark.parametrize("scale", [0.0, -0.3])
-def test_any_scale_will_do_on_the_cpu(scale: float, device: str, dtype: torch.dtype):
+def test_any_scale_is_supported_on_the_cpu(scale: float, device: str, dtype: torch.dtype):
     q, keys, values, ranges = CASES["three ranges"].arguments(dtype, device)
     if device == "cuda":
         with pytest.raises(InputError, match=f"scale must be above 0 on CUDA, got {scale}"):
@@ -133,7 +133,7 @@ def test_any_scale_will_do_on_the_cpu(scale: float, device: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("device,dtype", TARGETS)
-def test_a_visible_nan_shows_and_only_to_those_who_see_it(device: str, dtype: torch.dtype):
+def test_nan_reaches_exactly_the_groups_that_attend_to_it(device: str, dtype: torch.dtype):
     q, keys, values, ranges = Case(20, (((0, 40),), ((0, 41),))).arguments(dtype, device)
     values[:, :, 40] = float("nan")
     out = kernel(q, keys, values, ranges, 0.1)
@@ -142,12 +142,12 @@ def test_a_visible_nan_shows_and_only_to_those_who_see_it(device: str, dtype: to
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", SMALL_HEADS.values(), ids=SMALL_HEADS.keys())
-def test_cpu_kernel_takes_any_even_head(case: Case, dtype: torch.dtype):
+def test_cpu_kernel_supports_every_even_head_dim(case: Case, dtype: torch.dtype):
     check(case, dtype, "cpu", kernel)
 
 
 @pytest.mark.parametrize("case", [*CASES.values(), *SMALL_HEADS.values()], ids=[*CASES, *SMALL_HEADS])
-def test_the_public_function_agrees_whatever_the_table_picks(case: Case):
+def test_the_public_function_agrees_for_every_choice_of_the_table(case: Case):
     check(case, torch.float32, "cpu", block_attention)
 
 
@@ -269,14 +269,14 @@ def test_a_bad_argument_is_named(index, change, message):
         torch.ops.cfpp_rt.block_attention(*arguments, 1.0)
 
 
-def test_gradients_are_refused_rather_than_lost():
+def test_gradients_are_refused():
     q, keys, values, ranges = Case(4, one((0, 40))).arguments(torch.float32, "cpu")
     with pytest.raises(InputError, match="has no gradient"):
         block_attention(q.clone().requires_grad_(), keys, values, ranges)
 
 
-def test_the_kernel_is_what_runs():
-    """Without it every comparison above would compare the reference with itself."""
+def test_the_kernel_runs_and_not_the_reference():
+    """Otherwise every comparison above would compare the reference with itself."""
     assert backends()["block_attention"]["cpu"][0] == "cpu", backends()
 
 
@@ -293,7 +293,7 @@ def test_the_table_names_known_backends_for_every_problem():
 
 @pytest.fixture
 def forget_choices():
-    """CFPP_BACKEND is read once per process: let a test change it, and later tests not see it."""
+    """Clear the cached CFPP_BACKEND, which is read once per process, before and after a test that changes it."""
     module = sys.modules[block_attention.__module__]
     module._forced.cache_clear()
     yield

@@ -78,7 +78,7 @@ def test_without_noise_the_next_input_is_the_clean_estimate():
     assert torch.equal(clean, denoise_update(x, velocity, sigma, None, torch.full((1, 2), float("nan")))[0])
 
 
-def test_it_is_the_schedules_two_formulas():
+def test_equals_the_formulas_of_the_schedule():
     x, velocity, _, noise, _ = make_arguments((1, 2, 40), torch.bfloat16)
     levels = torch.tensor([0.9375, 0.25]).expand(2, 2)
     clean, next_input = denoise_update(x, velocity, levels[:1, :1].expand(1, 2), noise, levels[:1, 1:].expand(1, 2))
@@ -104,7 +104,7 @@ def test_threads_do_not_change_a_bit():
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def test_float64_is_served_by_the_reference():
+def test_float64_runs_the_reference():
     arguments = [t.double() for t in make_arguments((2, 3, 5), torch.float32)]
     pairs = zip(denoise_update(*arguments), oracle(*arguments), strict=True)
     assert all(torch.allclose(a, b, rtol=0, atol=1e-15) for a, b in pairs)
@@ -139,7 +139,7 @@ def test_a_bad_argument_is_named(index, change, message, checked_by):
 
 
 @pytest.mark.parametrize("backend", COMPILED)
-def test_the_way_round_the_dispatcher_changes_nothing(backend: str):
+def test_bypassing_the_dispatcher_changes_nothing(backend: str):
     arguments = make_arguments((2, 3, 4, 7, 9), torch.bfloat16, device_of(backend))
     through_the_dispatcher = torch.ops.cfpp_rt.denoise_update(*arguments)
     with torch.no_grad():
@@ -171,7 +171,7 @@ def test_gradients_reach_latents_velocity_and_noise():
 
 
 @pytest.mark.skipif(os.environ.get("CFPP_BACKEND", "auto") != "auto", reason="a backend is forced")
-def test_the_kernel_is_what_runs(monkeypatch):
-    """Without it every comparison above would compare the reference with itself."""
+def test_the_kernel_runs_and_not_the_reference(monkeypatch):
+    """Otherwise every comparison above would compare the reference with itself."""
     monkeypatch.setattr("cfpp_rt.ops.denoise_update.reference", None)
     assert all(bool(t.isfinite().all()) for t in denoise_update(*make_arguments((1, 2, 5), torch.float32)))

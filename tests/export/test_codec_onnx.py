@@ -1,4 +1,4 @@
-"""Streaming decoders as graphs: frame by frame what the codec makes of the whole clip."""
+"""Streaming decoders as graphs: frame by frame what the codec makes of all frames at once."""
 
 import numpy as np
 import pytest
@@ -50,15 +50,15 @@ def wan():
 def test_a_bundle_decodes_as_its_codec(tmp_path, make):
     codec, model = make(), random_model(ACTING, seed=0, dtype=torch.float32)
     export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 4), latent_frames=None, codec=codec)
-    engine = OnnxRunner(tmp_path / "b", threads=1)
+    runner = OnnxRunner(tmp_path / "b", threads=1)
     latents = torch.randn(1, 5, 16, 4, 4, generator=torch.Generator().manual_seed(1))
-    decoder = BundleDecoder(engine)
+    decoder = BundleDecoder(runner)
     made = [decoder.decode(part.numpy()) for part in latents.split([1, 3, 1], dim=1)]
     np.testing.assert_allclose(np.concatenate(made, axis=1), codec.decode(latents).numpy(), rtol=0, atol=2e-5)
-    stream = BundleStream(engine, latent_frames=5, initial_latents=latents[:, :1].numpy())
-    pictures = [frames.pixels for frames in stream]
-    assert np.concatenate(pictures, 1).shape == (1, 1 + 4 * codec.temporal_factor, 32, 32, 3)
-    np.testing.assert_array_equal(pictures[0], to_uint8(codec.decode(latents[:, :1])).numpy())
+    stream = BundleStream(runner, latent_frames=5, initial_latents=latents[:, :1].numpy())
+    pixels = [frames.pixels for frames in stream]
+    assert np.concatenate(pixels, 1).shape == (1, 1 + 4 * codec.temporal_factor, 32, 32, 3)
+    np.testing.assert_array_equal(pixels[0], to_uint8(codec.decode(latents[:, :1])).numpy())
     report = verify(open_bundle(tmp_path / "b"), model, codec=codec, threads=1)
     assert report["passed"] and (report["rollout"]["psnr_db"] or 99) > 60
     assert [entry["tensor"] for entry in report["tensors"] if entry["graph"] == "decoder"] == ["pixels"]
@@ -74,7 +74,7 @@ def test_the_same_decoder_gives_the_same_bytes(tmp_path):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
-def test_pictures_are_those_of_the_runtime():
+def test_pixels_are_those_of_the_runtime():
     pixels = torch.rand(2, 3, 3, 4, 5, generator=torch.Generator().manual_seed(0)) * 2.2 - 1.1
     np.testing.assert_array_equal(to_uint8_without_torch(pixels.numpy()), to_uint8(pixels).numpy())
 

@@ -1,4 +1,4 @@
-"""What runs the engines: on a pretended GPU whose engines are ONNX Runtime's, and on a real one where there is one."""
+"""TensorRTRunner: on a simulated GPU whose engines are ONNX Runtime's, and on a real GPU where there is one."""
 
 import ast
 import inspect
@@ -25,7 +25,7 @@ from tests.export.students import TINY, WORLD, bytes_moved, exported
 onnxruntime = pytest.importorskip("onnxruntime")
 
 
-class PretendedDevice:
+class SimulatedDevice:
     """GPU memory that is bytes of the host, and a CUDA runtime that records and replays passes."""
 
     architecture, stream = "sm89", 7
@@ -78,7 +78,7 @@ class PretendedDevice:
         self.memory.clear()
 
 
-class PretendedEngine:
+class SimulatedEngine:
     """An engine and its execution context in one: runs the ONNX graph on whatever memory is bound."""
 
     made: list = []
@@ -88,7 +88,7 @@ class PretendedEngine:
         quiet = onnxruntime.SessionOptions()
         quiet.log_severity_level, quiet.intra_op_num_threads = 3, 1
         self.session = onnxruntime.InferenceSession(path, quiet, providers=["CPUExecutionProvider"])
-        PretendedEngine.made.append(self)
+        SimulatedEngine.made.append(self)
 
     def get_aliased_input_tensor(self, name):
         return self.spec.aliases.get(name)
@@ -122,19 +122,19 @@ def source(request, tmp_path_factory):
 
 
 @pytest.fixture
-def pretended(tmp_path, monkeypatch, source):
-    """An engine bundle whose files name ONNX graphs, and a pretended TensorRT that loads such."""
-    device = PretendedDevice()
+def simulated(tmp_path, monkeypatch, source):
+    """An engine bundle whose files name ONNX graphs, and a simulated TensorRT that loads such."""
+    device = SimulatedDevice()
 
     def load(data):
         name = data.decode()
-        return PretendedEngine(device, source.card.graphs[name], str(source.path(name)))
+        return SimulatedEngine(device, source.card.graphs[name], str(source.path(name)))
 
     api = SimpleNamespace(Runtime=lambda logger: SimpleNamespace(deserialize_cuda_engine=load))
     library = Library("tensorrt-rtx", "1.7", api, None, [])
     monkeypatch.setattr(engines, "load_library", lambda name: library)
     monkeypatch.setattr(engines, "Device", lambda index: device)
-    monkeypatch.setattr(PretendedEngine, "made", [])
+    monkeypatch.setattr(SimulatedEngine, "made", [])
     with new_folder(tmp_path / "bundle", 0) as folder:
         (folder / "sm89").mkdir()
         for name in source.card.graphs:
@@ -152,9 +152,9 @@ def prompt(source, seed=0):
     return np.random.default_rng(seed).standard_normal((1, model.text_len, model.text_dim), np.float32)
 
 
-def roll(source, engine, frames=9, **options):
+def roll(source, runner, frames=9, **options):
     """Latents of a rollout in which the ring wraps twice, and prompt or action change on the way."""
-    rollout = BundleRollout(engine, prompt(source), latent_frames=frames, seed=3, **options)
+    rollout = BundleRollout(runner, prompt(source), latent_frames=frames, seed=3, **options)
     made = []
     for block in rollout:
         made.append(block.values)
@@ -164,18 +164,18 @@ def roll(source, engine, frames=9, **options):
 
 
 @pytest.mark.parametrize("refresh", ["fused", "separate"])
-def test_a_rollout_is_that_of_onnx_runtime(pretended, source, refresh):
-    """All that is not the engines themselves: what is copied when, and one memory for a cache under both names."""
+def test_a_rollout_is_that_of_onnx_runtime(simulated, source, refresh):
+    """Everything but the engines themselves: what is copied when, and one memory for a cache under both names."""
     expected = roll(source, OnnxRunner(source, threads=1), refresh=refresh)
-    engine = TensorRTRunner(pretended)
-    np.testing.assert_array_equal(roll(source, engine, refresh=refresh), expected)
-    np.testing.assert_array_equal(roll(source, engine, refresh=refresh), expected, "a second one on the same engine")
+    runner = TensorRTRunner(simulated)
+    np.testing.assert_array_equal(roll(source, runner, refresh=refresh), expected)
+    np.testing.assert_array_equal(roll(source, runner, refresh=refresh), expected, "a second one on the same runner")
 
 
-def test_a_cache_has_one_memory_under_both_names(pretended, source):
-    TensorRTRunner(pretended)
-    assert len(PretendedEngine.made) == len(source.card.graphs)
-    passes = [made for made in PretendedEngine.made if made.spec.aliases]
+def test_a_cache_has_one_memory_under_both_names(simulated, source):
+    TensorRTRunner(simulated)
+    assert len(SimulatedEngine.made) == len(source.card.graphs)
+    passes = [made for made in SimulatedEngine.made if made.spec.aliases]
     for engine in passes:
         for output, cache in engine.spec.aliases.items():
             assert engine.addresses[output] == engine.addresses[cache] == passes[0].addresses[cache]
@@ -183,52 +183,52 @@ def test_a_cache_has_one_memory_under_both_names(pretended, source):
         assert len(set(own)) == len(own), "and shares it with nothing else"
 
 
-def test_between_passes_only_small_things_are_copied(pretended, source):
-    engine = TensorRTRunner(pretended)
-    rollout = BundleRollout(engine, prompt(source), latent_frames=9, seed=0)
+def test_between_passes_only_small_things_are_copied(simulated, source):
+    runner = TensorRTRunner(simulated)
+    rollout = BundleRollout(runner, prompt(source), latent_frames=9, seed=0)
     for _ in range(4):
         next(rollout)
-    engine.device.calls.clear()
-    engine.device.copied = 0
+    runner.device.calls.clear()
+    runner.device.copied = 0
     next(rollout)
-    assert engine.device.copied == bytes_moved(source.card, "fused", *["step"] * (len(source.card.steps) - 1))
-    names = {pointer: name for made in PretendedEngine.made for name, pointer in made.addresses.items()}
-    copied = {names[call] for call in engine.device.calls if call != "launch"}
+    assert runner.device.copied == bytes_moved(source.card, "fused", *["step"] * (len(source.card.steps) - 1))
+    names = {pointer: name for made in SimulatedEngine.made for name, pointer in made.addresses.items()}
+    copied = {names[call] for call in runner.device.calls if call != "launch"}
     assert {"latents"} < copied <= {"latents", "modulation", "rope_time", "write_index", "valid", "visible"}
-    assert engine.device.calls.count("launch") >= 1, "the passes are replayed"
+    assert runner.device.calls.count("launch") >= 1, "the passes are replayed"
 
 
-def test_two_rollouts_at_once_are_refused(pretended, source):
-    engine = TensorRTRunner(pretended)
-    first, second = (BundleRollout(engine, prompt(source), latent_frames=9, seed=seed) for seed in (0, 1))
+def test_two_rollouts_at_once_are_refused(simulated, source):
+    runner = TensorRTRunner(simulated)
+    first, second = (BundleRollout(runner, prompt(source), latent_frames=9, seed=seed) for seed in (0, 1))
     next(first), next(second)
     with pytest.raises(InputError, match="another rollout has used this engine meanwhile"):
         next(first)
 
 
-def test_an_engine_that_does_not_share_memory_is_refused(pretended, monkeypatch):
-    monkeypatch.setattr(PretendedEngine, "get_aliased_input_tensor", lambda self, name: None)
+def test_an_engine_that_does_not_share_memory_is_refused(simulated, monkeypatch):
+    monkeypatch.setattr(SimulatedEngine, "get_aliased_input_tensor", lambda self, name: None)
     with pytest.raises(InputError, match="output keys.0.updated must share the memory of keys.0, the engine says None"):
-        TensorRTRunner(pretended)
+        TensorRTRunner(simulated)
 
 
-def test_stripped_weights_need_their_graphs(pretended):
-    values = json.loads((pretended / "card.json").read_text())
-    (pretended / "card.json").write_text(json.dumps({**values, "weights": "stripped"}))
+def test_stripped_weights_need_their_graphs(simulated):
+    values = json.loads((simulated / "card.json").read_text())
+    (simulated / "card.json").write_text(json.dumps({**values, "weights": "stripped"}))
     with pytest.raises(InputError, match="onnx must name the folder of the graphs"):
-        TensorRTRunner(pretended)
+        TensorRTRunner(simulated)
 
 
-def test_an_engine_that_was_left_out_is_named(pretended):
-    values = json.loads((pretended / "card.json").read_text())
+def test_an_engine_that_was_left_out_is_named(simulated):
+    values = json.loads((simulated / "card.json").read_text())
     del values["engines"]["sm89"]["fused"]
-    (pretended / "card.json").write_text(json.dumps(values))
+    (simulated / "card.json").write_text(json.dumps(values))
     with pytest.raises(InputError, match="graph must be one of the bundle's, embed_time.*, got 'fused'"):
-        TensorRTRunner(pretended).session("fused")
+        TensorRTRunner(simulated).session("fused")
 
 
-def test_the_bench_times_every_block(pretended, source, tmp_path, capsys):
-    bench_tensorrt.main([str(pretended), "--json", str(tmp_path / "rows.jsonl")])
+def test_the_bench_times_every_block(simulated, source, tmp_path, capsys):
+    bench_tensorrt.main([str(simulated), "--json", str(tmp_path / "rows.jsonl")])
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [row["visible_frames"] for row in rows[:6]] == [1, 2, 3, 4, 4, 4] and len(rows) == 4 + bench_tensorrt.STEADY
     assert rows[0]["steps"] == len(source.card.first_steps) and all(row["block_ms"] > 0 for row in rows)
@@ -262,11 +262,11 @@ def test_no_gpu_is_one_line():
 def test_engines_agree_with_onnx_runtime(tmp_path, source, library, refresh):
     pytest.importorskip(library.replace("-", "_"), reason=f"pip install {library}")
     build_engine_bundle(source, tmp_path / "bundle", {}, library=library, targets=("current",))
-    engine = TensorRTRunner(tmp_path / "bundle", library=library)
+    runner = TensorRTRunner(tmp_path / "bundle", library=library)
     np.testing.assert_allclose(
-        roll(source, engine, refresh=refresh),
+        roll(source, runner, refresh=refresh),
         roll(source, OnnxRunner(source, threads=1), refresh=refresh),
         rtol=0,
         atol=2e-2,
     )
-    engine.close()
+    runner.close()

@@ -1,4 +1,4 @@
-"""`cfpp generate --engine`: the film that PyTorch makes, from a bundle."""
+"""`cfpp generate --engine`: the video that PyTorch makes, from a bundle."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from cfpp_rt.cli.main import main
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.world.simulator import ACTIONS
-from tests.export.test_codec_graphs import patches
+from tests.export.test_codec_onnx import patches
 from tests.test_actions import ACTING
 from tests.test_cli import fault
 
@@ -41,7 +41,7 @@ def world(tmp_path_factory):
 
 
 @pytest.mark.parametrize("refresh", ["fused", "separate"])
-def test_a_film_from_a_bundle_is_that_of_pytorch(world, tmp_path, capsys, refresh):
+def test_a_video_from_a_bundle_is_that_of_pytorch(world, tmp_path, capsys, refresh):
     folder, bundle = world
     how = ["--actions", SCRIPT, "--seed", "4", "--refresh", refresh]
     source = {"torch": ["--student", "world", "--checkpoint", str(folder)], "engine": ["--engine", str(bundle)]}
@@ -54,7 +54,7 @@ def test_a_film_from_a_bundle_is_that_of_pytorch(world, tmp_path, capsys, refres
 
 
 @pytest.mark.slow
-def test_a_film_from_text_embeddings(tmp_path):
+def test_a_video_from_text_embeddings(tmp_path):
     pytest.importorskip("onnxscript")
     from cfpp_rt.codec.taehv import TAEHV
     from cfpp_rt.export.export_bundle import export_onnx
@@ -65,9 +65,9 @@ def test_a_film_from_text_embeddings(tmp_path):
     codec = TAEHV(16, (8, 8, 8, 8), 8)
     export_onnx(model, RolloutConfig(), tmp_path / "b", latent_size=(2, 4), latent_frames=2, codec=codec)
     save_file({"embeds": torch.randn(1, SMALL.text_len, SMALL.text_dim)}, tmp_path / "embeds.safetensors")
-    film = ["generate", "--engine", str(tmp_path / "b"), "--embeds", str(tmp_path / "embeds.safetensors"), "--quiet"]
-    assert main([*film, "-o", str(tmp_path / "film.rgb")]) == 0
-    assert (tmp_path / "film.rgb").stat().st_size == 5 * 16 * 32 * 3
+    command = ["generate", "--engine", str(tmp_path / "b"), "--embeds", str(tmp_path / "embeds.safetensors"), "--quiet"]
+    assert main([*command, "-o", str(tmp_path / "video.rgb")]) == 0
+    assert (tmp_path / "video.rgb").stat().st_size == 5 * 16 * 32 * 3
 
 
 @pytest.mark.parametrize(

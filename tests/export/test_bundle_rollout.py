@@ -30,8 +30,8 @@ from tests.test_rollout import ROLLOUTS, settings_of
 
 
 @pytest.fixture(scope="module")
-def engine_of(model, meta, tmp_path_factory):
-    """The engine of a golden rollout's settings, exported once."""
+def runner_of(model, meta, tmp_path_factory):
+    """The runner of a golden rollout's settings, exported once."""
     made = {}
 
     def get(name):
@@ -46,11 +46,11 @@ def engine_of(model, meta, tmp_path_factory):
     return get
 
 
-def roll(engine, vectors, name, refresh):
+def roll(runner, vectors, name, refresh):
     noise, initial = vectors[f"{name}.noise"].numpy(), vectors.get(f"{name}.initial")
     given = [] if initial is None else [initial.numpy()]
     rollout = BundleRollout(
-        engine,
+        runner,
         vectors["prompt_embeds"].numpy(),
         latent_frames=noise.shape[1] + sum(part.shape[1] for part in given),
         initial_latents=given[0] if given else None,
@@ -63,8 +63,8 @@ def roll(engine, vectors, name, refresh):
 
 @pytest.mark.parametrize("refresh", ["fused", "separate"])
 @pytest.mark.parametrize("name", ROLLOUTS)
-def test_latents_equal_the_published_implementation(engine_of, vectors, name, refresh):
-    latents = roll(engine_of(name), vectors, name, refresh)
+def test_latents_equal_the_published_implementation(runner_of, vectors, name, refresh):
+    latents = roll(runner_of(name), vectors, name, refresh)
     torch.testing.assert_close(torch.from_numpy(latents), vectors[f"{name}.latents"], rtol=0, atol=1e-4)
 
 
@@ -111,12 +111,12 @@ ACTING_RUN = RolloutConfig(steps=(1000, 500), window=4, sinks=1)
 @pytest.mark.parametrize("refresh", ["fused", "separate", "skip"])
 def test_actions_and_seeds_are_those_of_the_runtime(acting, refresh):
     """Drawn noise, an action per row, no end: through the wrap of the ring, twice."""
-    model, engine = acting
+    model, runner = acting
     text = empty_prompt_embeds(2, ACTING.text_dim)
     theirs = Rollout(
         model, text, ACTING_RUN.replace(refresh=refresh), latent_size=(4, 4), latent_frames=None, seed=[3, 5]
     )
-    ours = BundleRollout(engine, latent_frames=None, seed=[3, 5], refresh=refresh)
+    ours = BundleRollout(runner, latent_frames=None, seed=[3, 5], refresh=refresh)
     for frame, action in enumerate([0, 1, [1, 2], 2, 0, [[2], [1]], 1, 1, 0, 2]):
         for rollout in (ours, theirs):
             rollout.set_actions(action)
@@ -126,9 +126,9 @@ def test_actions_and_seeds_are_those_of_the_runtime(acting, refresh):
 
 
 def test_refresh_may_run_early(acting):
-    _, engine = acting
-    plain = [block.values for block in BundleRollout(engine, latent_frames=8)]
-    rollout, early = BundleRollout(engine, latent_frames=8), []
+    _, runner = acting
+    plain = [block.values for block in BundleRollout(runner, latent_frames=8)]
+    rollout, early = BundleRollout(runner, latent_frames=8), []
     for block in rollout:
         early.append(block.values)
         rollout.refresh()
@@ -136,10 +136,10 @@ def test_refresh_may_run_early(acting):
     assert not rollout.waits_for_refresh
 
 
-def test_a_switched_prompt_is_that_of_the_runtime(engine_of, model, vectors, meta):
+def test_a_switched_prompt_is_that_of_the_runtime(runner_of, model, vectors, meta):
     name = "framewise_2step_window"
     other = np.ones(vectors["prompt_embeds"].shape, np.float32)
-    ours = BundleRollout(engine_of(name), vectors["prompt_embeds"].numpy(), latent_frames=8)
+    ours = BundleRollout(runner_of(name), vectors["prompt_embeds"].numpy(), latent_frames=8)
     theirs = Rollout(
         model,
         vectors["prompt_embeds"],
@@ -158,22 +158,22 @@ def test_a_switched_prompt_is_that_of_the_runtime(engine_of, model, vectors, met
 def test_caches_are_updated_in_place(acting, capfd, monkeypatch):
     """onnxruntime warns of every cache that it copies; the arrays bound at the start are the ones that change."""
     monkeypatch.setattr("cfpp_rt.export.onnx_runner.LOG_SEVERITY", 2)
-    engine = OnnxRunner(acting[1].bundle, threads=1)
-    rollout = BundleRollout(engine, latent_frames=7)
-    held = {name: (buffer, buffer.array.copy()) for name, buffer in rollout.caches.items()}
+    runner = OnnxRunner(acting[1].bundle, threads=1)
+    rollout = BundleRollout(runner, latent_frames=7)
+    caches = {name: (buffer, buffer.array.copy()) for name, buffer in rollout.caches.items()}
     for _ in rollout:
         rollout.set_actions(1)
-    assert all(rollout.caches[name] is buffer and (buffer.array != old).any() for name, (buffer, old) in held.items())
+    assert all(rollout.caches[name] is buffer and (buffer.array != old).any() for name, (buffer, old) in caches.items())
     assert "TensorScatter" not in capfd.readouterr().err
-    session = engine.session("step")
-    session._session.run(None, fixed_inputs(engine.card, session.spec))
+    session = runner.session("step")
+    session._session.run(None, fixed_inputs(runner.card, session.spec))
     assert "copying past_cache" in capfd.readouterr().err, "and it does warn where it copies"
 
 
 def test_no_cache_travels_between_passes(acting, monkeypatch):
     """What is handed to onnxruntime or taken from it for one block is latents, velocity and small numbers."""
-    _, engine = acting
-    rollout = BundleRollout(engine, latent_frames=8)
+    _, runner = acting
+    rollout = BundleRollout(runner, latent_frames=8)
     for _ in range(6):
         next(rollout)
     moved = []
@@ -182,13 +182,13 @@ def test_no_cache_travels_between_passes(acting, monkeypatch):
     )
     next(rollout)
     velocities = 2 * rollout._velocity.array.nbytes
-    assert sum(moved) + velocities == bytes_moved(engine.card, "fused", "step", resident=("modulation",))
+    assert sum(moved) + velocities == bytes_moved(runner.card, "fused", "step", resident=("modulation",))
     assert sum(moved) < rollout.caches["keys.0"].array.nbytes
 
 
 def test_nan_in_a_cache_is_reported(acting):
-    _, engine = acting
-    rollout = BundleRollout(engine, latent_frames=8)
+    _, runner = acting
+    rollout = BundleRollout(runner, latent_frames=8)
     next(rollout), next(rollout)
     rollout.caches["values.1"].array[0, 0, 0, 0] = np.nan  # frame 0, whose clean pass has been
     with pytest.raises(NonFiniteError, match="latent frame 2, step 1"):
@@ -198,8 +198,8 @@ def test_nan_in_a_cache_is_reported(acting):
 
 
 def test_a_slot_out_of_bounds_is_refused_before_anything_is_written(acting, monkeypatch):
-    _, engine = acting
-    rollout = BundleRollout(engine, latent_frames=8)
+    _, runner = acting
+    rollout = BundleRollout(runner, latent_frames=8)
     before = {name: buffer.array.copy() for name, buffer in rollout.caches.items()}
     monkeypatch.setattr(FrameRing, "slot", lambda ring, frame: frame + 4)
     monkeypatch.setattr(FrameRing, "write", lambda ring, start: start)
@@ -236,14 +236,14 @@ def test_bad_actions_are_refused(acting, actions):
         BundleRollout(acting[1], latent_frames=2).set_actions(actions)
 
 
-def test_a_bundle_without_a_window_holds_so_many_frames(engine_of, vectors):
+def test_a_bundle_without_a_window_holds_so_many_frames(runner_of, vectors):
     embeds = vectors["prompt_embeds"].numpy()
     with pytest.raises(InputError, match="latent_frames must be <= 5, what the bundle was exported for, got 6"):
-        BundleRollout(engine_of("framewise_2step"), embeds, latent_frames=6)
+        BundleRollout(runner_of("framewise_2step"), embeds, latent_frames=6)
     with pytest.raises(InputError, match="latent_frames must be given"):
-        BundleRollout(engine_of("framewise_2step"), embeds, latent_frames=None)
+        BundleRollout(runner_of("framewise_2step"), embeds, latent_frames=None)
     with pytest.raises(InputError, match="prompt_embeds must be given and finite"):
-        BundleRollout(engine_of("framewise_2step"), latent_frames=2)
+        BundleRollout(runner_of("framewise_2step"), latent_frames=2)
 
 
 def test_the_runner_needs_no_torch(acting):
