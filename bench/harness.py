@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from cfpp_rt.ops import backends
+
 LATENT_480P = (60, 104)  # height and width of the latents of a frame of 480x832
 COPY_BYTES = 256 * 2**20  # far larger than any last-level cache
 _HEAD_START = 1_000_000  # clocks, about half a millisecond: longer than the host takes to enqueue a call
@@ -43,6 +45,15 @@ class Times:
     def of(cls, durations: Sequence[float]) -> "Times":
         deciles = statistics.quantiles(durations, n=10)
         return cls(statistics.median(durations), deciles[0], deciles[-1])
+
+    def row(self) -> dict[str, float]:
+        """Return the times under the keys that they have in rows of results."""
+        return {"ms": self.median_ms, "p10_ms": self.p10_ms, "p90_ms": self.p90_ms}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype as rows have it, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _command_output(*command: str) -> str:
@@ -164,6 +175,19 @@ def peak_bandwidth(device: torch.device) -> float:
     target = torch.zeros_like(source)
     times = measure(lambda: target.copy_(source), device, warmup=2, repeats=10)
     return 2 * COPY_BYTES / times.median_ms / 1e6
+
+
+def bandwidth_row(times: Times, num_bytes: int, peak: float) -> dict[str, float]:
+    """Return the times of a call that reads and writes `num_bytes`, its GB/s, and their percent of `peak` (GB/s)."""
+    rate = num_bytes / times.median_ms / 1e6
+    return {**times.row(), "gb_per_s": rate, "roof_gb_per_s": peak, "percent_of_roof": 100 * rate / peak}
+
+
+def op_backend(op: str, device: torch.device) -> tuple[str, float]:
+    """Print and return the backend of a memory-bound op on a device, and the peak bandwidth in GB/s."""
+    (backend, reason), peak = backends()[op][device.type], peak_bandwidth(device)
+    print(f"backend {backend} ({reason}); peak: a large copy reaches {peak:.1f} GB/s")
+    return backend, peak
 
 
 def record(rows: Sequence[Mapping[str, Any]], path: str | None, device: torch.device) -> None:

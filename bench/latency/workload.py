@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cfpp_rt.bench import harness
 from cfpp_rt.bench.latency import baseline
 from cfpp_rt.codec.base import Codec
 from cfpp_rt.codec.taehv import TAEHV
@@ -226,7 +227,7 @@ def build(arguments: argparse.Namespace) -> Workload:
     facts = {
         "model": arguments.model if arguments.random_weights else str(arguments.checkpoint),
         "weights": "random" if arguments.random_weights else "loaded",
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": harness.dtype_name(dtype),
         "kv_dtype": arguments.kv_dtype,
         "student": arguments.student or ("world-2step" if world else DEFAULT_PRESET),
         "steps": list(config.steps),

@@ -80,7 +80,7 @@ def main() -> None:
             {
                 "bench": "batch",
                 "model": arguments.model,
-                "dtype": str(dtype).removeprefix("torch."),
+                "dtype": harness.dtype_name(dtype),
                 "window": config.window,
                 "streams": streams,
                 "step_ms": step.median_ms,

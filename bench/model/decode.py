@@ -106,7 +106,7 @@ def main() -> None:
         )
         for backend, taken in times.items():
             row = {"bench": "decode", "op": backend, "shape": f"{height}x{width}", "dtype": name}
-            row |= {"base_dim": base_dim, "ms": taken.median_ms, "p10_ms": taken.p10_ms, "p90_ms": taken.p90_ms}
+            row |= {"base_dim": base_dim, **taken.row()}
             row |= {"times_library": times["library"].median_ms / taken.median_ms, "held_gb": memory_gb[backend]}
             if backend != "tiny":
                 rate = flops / taken.median_ms / 1e9

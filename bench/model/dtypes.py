@@ -35,7 +35,7 @@ def main() -> None:
     text = torch.randn(1, sizes.text_len, sizes.text_dim, generator=torch.Generator().manual_seed(0))
     calls: dict[str, Any] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
+        name = harness.dtype_name(dtype)
         model = fuse_gelu(random_model(sizes, seed=0, dtype=dtype, device=str(device)))
         for backend, kind in (("ours", Rollout), ("eager", EagerRollout)):
             rollout = kind(model, text, ONE_PASS, latent_size=harness.LATENT_480P, latent_frames=arguments.rounds + 1)

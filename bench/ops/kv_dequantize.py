@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from cfpp_rt.bench import harness
-from cfpp_rt.ops import backends
 from cfpp_rt.ops.block_attention import block_attention
 from cfpp_rt.ops.kv_dequantize import kv_dequantize_
 from cfpp_rt.ops.token_ranges import TokenRanges
@@ -45,24 +44,24 @@ def main() -> None:
     parser = harness.parser(__doc__, device=True, json=True)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    backend, reason = backends()["kv_dequantize_"][device.type]
-    peak = harness.peak_bandwidth(device)
+    backend, peak = harness.op_backend("kv_dequantize_", device)
     rows: list[dict[str, Any]] = []
-    print(f"backend {backend} ({reason}); peak: a large copy reaches {peak:.1f} GB/s")
     header = f"{'dtype':>9} {'frames':>7} {'ms':>8} {'p10':>8} {'p90':>8} {'GB/s':>7} {'% peak':>7}"
-    print(f"{header} {'attention':>10} {'+ %':>6}")
+    print(f"{header} {'attention ms':>12} {'% of it':>7}")
     for dtype in (torch.bfloat16, torch.float32):
         if device.type == "cuda" and dtype == torch.float32:
             continue
         for frames in (1, 3, 6):
             times = measure_frames(frames, dtype, device)
             ours, attention = times["dequantize"], times["attention"]
-            rate = 2 * frames * TOKENS * HEADS * HEAD_DIM * (1 + dtype.itemsize) / ours.median_ms / 1e6
-            more = 100 * ours.median_ms / attention.median_ms
-            name = str(dtype).removeprefix("torch.")
+            num_bytes = 2 * frames * TOKENS * HEADS * HEAD_DIM * (1 + dtype.itemsize)
+            figures = harness.bandwidth_row(ours, num_bytes, peak)
+            share = 100 * ours.median_ms / attention.median_ms
+            name = harness.dtype_name(dtype)
             print(
-                f"{name:>9} {frames:>7} {ours.median_ms:>8.3f} {ours.p10_ms:>8.3f} {ours.p90_ms:>8.3f} {rate:>7.1f} "
-                f"{100 * rate / peak:>7.0f} {attention.median_ms:>10.2f} {more:>6.1f}",
+                f"{name:>9} {frames:>7} {ours.median_ms:>8.3f} {ours.p10_ms:>8.3f} {ours.p90_ms:>8.3f} "
+                f"{figures['gb_per_s']:>7.1f} {figures['percent_of_roof']:>7.0f} "
+                f"{attention.median_ms:>12.2f} {share:>7.1f}",
                 flush=True,
             )
             rows.append(
@@ -71,14 +70,9 @@ def main() -> None:
                     "backend": backend,
                     "dtype": name,
                     "visible_frames": frames,
-                    "ms": ours.median_ms,
-                    "p10_ms": ours.p10_ms,
-                    "p90_ms": ours.p90_ms,
-                    "gb_per_s": rate,
-                    "roof_gb_per_s": peak,
-                    "percent_of_roof": 100 * rate / peak,
+                    **figures,
                     "attention_ms": attention.median_ms,
-                    "percent_of_attention": more,
+                    "percent_of_attention": share,
                 }
             )
     harness.record(rows, arguments.json, device)

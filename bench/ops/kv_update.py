@@ -17,7 +17,6 @@ import torch
 
 from cfpp_rt.bench import harness
 from cfpp_rt.model.rope import RotaryTables
-from cfpp_rt.ops import backends
 from cfpp_rt.ops.kv_update import kv_update_
 from cfpp_rt.reference.kv_update import kv_update_ as reference
 
@@ -41,10 +40,8 @@ def main() -> None:
     parser = harness.parser(__doc__, device=True, json=True)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    backend, reason = backends()["kv_update_"][device.type]
-    peak = harness.peak_bandwidth(device)
+    backend, peak = harness.op_backend("kv_update_", device)
     rows: list[dict[str, Any]] = []
-    print(f"backend {backend} ({reason}); peak: a large copy reaches {peak:.1f} GB/s")
     header = f"{'dtype':>9} {'cache':>14} {'ms':>8} {'p10':>8} {'p90':>8} {'GB/s':>8} {'% of peak':>9}"
     print(f"{header} {'reference':>9} {'speed-up':>8}")
     pairs = [(dtype, stored) for dtype in (torch.bfloat16, torch.float32) for stored in (dtype, torch.float8_e4m3fn)]
@@ -53,12 +50,13 @@ def main() -> None:
         with torch.inference_mode():
             times = harness.measure(partial(kv_update_, *tensors), device)
             plain = harness.measure(partial(reference, *tensors), device, repeats=20)
-        rate = TOKENS * WIDTH * (4 * dtype.itemsize + 2 * kv_dtype.itemsize) / times.median_ms / 1e6
+        num_bytes = TOKENS * WIDTH * (4 * dtype.itemsize + 2 * kv_dtype.itemsize)
+        figures = harness.bandwidth_row(times, num_bytes, peak)
         speed_up = plain.median_ms / times.median_ms
-        name, kv_name = (str(d).removeprefix("torch.") for d in (dtype, kv_dtype))
+        name, kv_name = harness.dtype_name(dtype), harness.dtype_name(kv_dtype)
         print(
-            f"{name:>9} {kv_name:>14} {times.median_ms:>8.3f} {times.p10_ms:>8.3f} {times.p90_ms:>8.3f} {rate:>8.1f} "
-            f"{100 * rate / peak:>9.0f} {plain.median_ms:>9.3f} {speed_up:>7.1f}x"
+            f"{name:>9} {kv_name:>14} {times.median_ms:>8.3f} {times.p10_ms:>8.3f} {times.p90_ms:>8.3f} "
+            f"{figures['gb_per_s']:>8.1f} {figures['percent_of_roof']:>9.0f} {plain.median_ms:>9.3f} {speed_up:>7.1f}x"
         )
         rows.append(
             {
@@ -69,12 +67,7 @@ def main() -> None:
                 "tokens": TOKENS,
                 "heads": HEADS,
                 "head_dim": HEAD_DIM,
-                "ms": times.median_ms,
-                "p10_ms": times.p10_ms,
-                "p90_ms": times.p90_ms,
-                "gb_per_s": rate,
-                "roof_gb_per_s": peak,
-                "percent_of_roof": 100 * rate / peak,
+                **figures,
                 "reference_ms": plain.median_ms,
                 "speed_up": speed_up,
             }

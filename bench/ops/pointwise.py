@@ -25,7 +25,6 @@ from torch import Tensor
 
 from cfpp_rt.bench import harness
 from cfpp_rt.core.schedule import add_noise
-from cfpp_rt.ops import backends
 from cfpp_rt.ops.adaln_modulate import adaln_modulate, adaln_modulate_quantized
 from cfpp_rt.ops.denoise_update import denoise_update
 from cfpp_rt.ops.gated_residual import gated_residual
@@ -154,9 +153,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     torch.manual_seed(0)
-    peak = harness.peak_bandwidth(device)
-    backend, reason = backends()["adaln_modulate"][device.type]
-    print(f"backend {backend} ({reason}); peak: a large copy reaches {peak:.1f} GB/s")
+    backend, peak = harness.op_backend("adaln_modulate", device)
     print(
         f"{'op':>24} {'shape':>12} {'dtype':>8} {'us':>8} {'p10':>8} {'p90':>8} {'GB/s':>7} {'% peak':>6} {'plain':>8}"
     )
@@ -168,11 +165,12 @@ def main() -> None:
             with torch.inference_mode():
                 times = harness.measure_interleaved({"ours": case.ours, "plain": case.plain}, device, cold_cache=True)
             ours, plain = times["ours"], times["plain"]
-            rate = case.num_bytes / ours.median_ms / 1e6
-            name, shape = str(dtype).removeprefix("torch."), "x".join(map(str, case.shape[-4:]))
+            figures = harness.bandwidth_row(ours, case.num_bytes, peak)
+            name, shape = harness.dtype_name(dtype), "x".join(map(str, case.shape[-4:]))
             print(
                 f"{case.op:>24} {shape:>12} {name:>8} {1000 * ours.median_ms:>8.1f} {1000 * ours.p10_ms:>8.1f} "
-                f"{1000 * ours.p90_ms:>8.1f} {rate:>7.1f} {100 * rate / peak:>6.0f} {1000 * plain.median_ms:>8.1f}"
+                f"{1000 * ours.p90_ms:>8.1f} {figures['gb_per_s']:>7.1f} {figures['percent_of_roof']:>6.0f} "
+                f"{1000 * plain.median_ms:>8.1f}"
             )
             rows.append(
                 {
@@ -181,12 +179,7 @@ def main() -> None:
                     "backend": backend,
                     "dtype": name,
                     "shape": list(case.shape),
-                    "ms": ours.median_ms,
-                    "p10_ms": ours.p10_ms,
-                    "p90_ms": ours.p90_ms,
-                    "gb_per_s": rate,
-                    "roof_gb_per_s": peak,
-                    "percent_of_roof": 100 * rate / peak,
+                    **figures,
                     "plain_ms": plain.median_ms,
                     "speed_up": plain.median_ms / ours.median_ms,
                 }
