@@ -10,7 +10,7 @@ namespace cfpp {
 
 // Pointers are device pointers for the CUDA launcher. Strides are in elements; head_dim is contiguous in q, k and v.
 // B batch, H heads, D head_dim, Sq queries = G equal groups; group g sees the union of its R ranges. A range is
-// [first, last) in tokens of the cache; ranges of a group do not overlap, and (0, 0) stands for an unused one. Every
+// [first, last) in tokens of the cache; ranges of a group do not overlap, and an unused range is (0, 0). Every
 // group sees at least one token. Rows of the cache outside a group's ranges never reach its output, whatever their
 // values.
 struct BlockAttentionParams {
@@ -34,9 +34,9 @@ struct BlockAttentionParams {
 // Checks the ranges before anything is written. Needs no workspace.
 Status block_attention_cpu(const BlockAttentionParams& params, int num_threads);
 
-// Enqueues on `stream` (a cudaStream_t). Ranges are read on the device, so that one captured launch serves every frame;
-// one out of [0, capacity], or a group that sees nothing, stops the kernel with a trap: the host's copy of the ranges
-// is checked before the call.
+// Enqueues on `stream` (a cudaStream_t). Ranges are read on the device, so that one captured launch serves every frame.
+// The kernel traps at a range outside [0, capacity] and at a group without tokens; `TokenRanges.of` checks both on the
+// host.
 Status block_attention_cuda(const BlockAttentionParams& params, int device, void* stream);
 
 // Returns in `bytes` the workspace that the launch of these params needs on `device`, often 0. Pointers are not read.

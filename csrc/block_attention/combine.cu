@@ -1,7 +1,8 @@
 // Merges the partial results of split tiles of block_attention.
 // One CTA: rows of one split tile, D / 4 threads per row and 4 channels each. It takes the largest of the row's maxima,
-//   then adds the weighted sums in slot order, so that the result does not depend on which piece finished first.
-// What binds: reading splits * (D + 2) floats per row, most of them still in L2.
+//   then adds the weighted sums in the order of the pieces, so that the result does not depend on which piece finished
+//   first.
+// Limited by: reading splits * (D + 2) floats per row, most of them still in L2.
 #include "block_attention/combine.cuh"
 #include "block_attention/kernels.h"
 #include "common/ptx.cuh"

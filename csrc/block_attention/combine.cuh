@@ -1,4 +1,4 @@
-// The partial result of a piece: its place in the workspace and the meaning of its numbers.
+// The partial result of a piece: its address in the workspace and the meaning of its numbers.
 #pragma once
 
 #include "block_attention/block_attention.h"
@@ -6,8 +6,8 @@
 
 namespace cfpp {
 
-// Partial result of one piece, in the workspace. All plan.tile_rows rows are the piece's to write; rows past the group
-// are never read.
+// Partial result of one piece, in the workspace. A piece may write all plan.tile_rows rows; rows past the group are
+// never read.
 struct PartialResult {
   float* out;  // [tile_rows, head_dim]: sum over keys of 2^(logit - max) * v
   float* max;  // [tile_rows]: the largest logit, in base 2 (q.k * scale * log2 e); -inf for a piece without keys

@@ -12,12 +12,12 @@ constexpr int kMaxSplits = 8;
 // How a kernel fills a device: the two numbers that make_plan takes.
 struct Occupancy {
   int tile_rows = 0;  // queries of a tile
-  int ctas = 0;       // that run at once, all SMs together
+  int ctas = 0;       // CTAs that run at once, all SMs together
 };
 
 // Each kernel has an occupancy and a launcher. The launcher runs on the current device, with a plan made for its
-// tile_rows (and any number of ctas and splits), and calls combine() itself. It checks the alignment of the
-// params. Failures name the argument, or the launch that CUDA refused.
+// tile_rows (and any number of ctas and splits), and calls combine() itself. It checks the alignment of the params.
+// The returned status names the argument, or the error of CUDA.
 Status sm80_occupancy(const BlockAttentionParams& params, int device, Occupancy* occupancy);
 Status block_attention_sm80(const BlockAttentionParams& params, const AttentionPlan& plan, void* stream);
 
@@ -33,7 +33,7 @@ inline Status unsupported(const std::string& argument, const std::string& wanted
   return "block_attention: " + argument + " must be " + wanted + " on CUDA, got " + got;
 }
 
-// Both kernels move rows in pieces of 16 bytes. Names the first argument that does not let them.
+// Returns the first argument that is not aligned to 16 bytes: both kernels access rows in units of 16 bytes.
 inline Status check_alignment(const BlockAttentionParams& p, const AttentionPlan& plan) {
   struct Argument {
     const char* name;

@@ -1,9 +1,10 @@
-// The assignment of work to CTAs. At one frame of 1560 tokens and 12 heads a plain grid of 128-row tiles is 156 CTAs on
-// 132 SMs: a full wave and a nearly empty one. Instead a persistent grid of one CTA per slot takes floor(tiles / ctas)
-// whole tiles each, and only the tiles left over are split over their keys into `splits` pieces, whose partial results
-// a second kernel merges in a fixed order: no atomics, so two runs give the same bits. Whole tiles go in head-major
-// order, so that CTAs that run together read the same keys from L2; an even split of all work (stream-K) would lose
-// that. The plan depends on sizes only, never on the ranges, so a captured launch stays valid.
+// The assignment of work to CTAs. At one latent frame of 1560 tokens and 12 heads a plain grid of 128-row tiles is 156
+// CTAs on 132 SMs: a full wave and a nearly empty one. Instead the grid is persistent, with as many CTAs (`ctas`) as
+// run at once. Each takes floor(tiles / ctas) whole tiles. Only the tiles left over, the remainder, are split over
+// their keys into `splits` pieces, whose partial results a second kernel merges in a fixed order: no atomics, so two
+// runs give the same bits. Whole tiles are in head-major order, so that CTAs that run at the same time read the same
+// keys from L2; an even split of all work (stream-K) would lose that. The plan depends on sizes only, never on the
+// ranges, so a captured launch stays valid.
 #pragma once
 
 #include <cstdint>
@@ -12,12 +13,13 @@
 
 namespace cfpp {
 
-// One piece of a query tile: keys [piece * n / splits, (piece + 1) * n / splits) of its n KV tiles. Whole tiles have
-// splits == 1. slot: where a partial result goes, in pieces; -1 for a whole tile.
+// One piece of a query tile, or a whole tile (splits == 1). Of the n KV tiles of its group a piece takes
+// [piece * n / splits, (piece + 1) * n / splits).
 struct WorkItem {
   int batch, head, group;
   int row;  // first query of the tile, within the group
-  int piece, splits, slot;
+  int piece, splits;
+  int slot;  // index of its partial result in the workspace; -1 for a whole tile
 
   CFPP_HOST_DEVICE int first_kv_tile(int kv_tiles) const {
     return static_cast<int>(static_cast<int64_t>(kv_tiles) * piece / splits);
@@ -32,7 +34,7 @@ struct AttentionPlan {
   int tile_rows;        // queries of a tile
   int tiles_per_group;  // query tiles of one group of one head
   int ctas;             // of the persistent grid
-  int splits;           // of each remainder tile; 1: none is split
+  int splits;           // pieces of each remainder tile; 1: none is split
 
   CFPP_HOST_DEVICE int tiles() const { return batch * heads * groups * tiles_per_group; }
   CFPP_HOST_DEVICE int whole_tiles() const { return splits == 1 ? tiles() : tiles() / ctas * ctas; }
@@ -44,16 +46,16 @@ struct AttentionPlan {
   CFPP_HOST_DEVICE WorkItem item(int index) const {
     const int whole = whole_tiles(), split = split_tiles();
     if (index < whole) return locate(index, 0, 1, -1);
-    const int piece = (index - whole) / split, tile = (index - whole) % split;  // chunk-major: neighbours share keys
+    const int piece = (index - whole) / split, tile = (index - whole) % split;  // piece-major: neighbours share keys
     return locate(whole + tile, piece, splits, tile * splits + piece);
   }
 
-  // Split tile number `index`, all pieces together: where its merged result goes.
+  // Returns split tile number `index` with its first piece, for the kernel that merges its pieces.
   CFPP_HOST_DEVICE WorkItem split_tile(int index) const {
     return locate(whole_tiles() + index, 0, splits, index * splits);
   }
 
-  // Partial results: tile_rows x head_dim unnormalised outputs, then tile_rows maxima, then tile_rows sums, per piece.
+  // A partial result is tile_rows x head_dim unnormalised outputs, then tile_rows maxima, then tile_rows sums.
   CFPP_HOST_DEVICE int64_t slot_floats(int head_dim) const { return static_cast<int64_t>(tile_rows) * (head_dim + 2); }
   CFPP_HOST_DEVICE int64_t workspace_bytes(int head_dim) const { return 4 * pieces() * slot_floats(head_dim); }
 
@@ -65,8 +67,8 @@ struct AttentionPlan {
   }
 };
 
-// The number of pieces per remainder tile that leaves the least idle time: waves of pieces, each 1 / splits of a tile
-// long, plus the cost of writing and merging one more partial result, `kPieceCost` of a whole tile.
+// Returns the number of pieces per remainder tile with the least estimated time: waves / splits + kPieceCost * splits,
+// in units of a whole tile. kPieceCost is the cost of writing and merging one partial result.
 inline int choose_splits(int tiles, int ctas, int max_splits) {
   constexpr double kPieceCost = 0.004;
   const int rest = tiles % ctas;

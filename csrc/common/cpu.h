@@ -16,9 +16,9 @@
 
 namespace cfpp {
 
-constexpr int64_t kElementsPerThread = 16384;  // fewer do not pay for waking another thread
+constexpr int64_t kElementsPerThread = 16384;  // with fewer, waking another thread costs more than it saves
 
-// Splits tasks 0 .. count, of `elements` elements each, among threads: f(first, last) once per thread.
+// Splits tasks [0, count), of `elements` elements each, among threads: each thread calls f(first, last) once.
 template <typename F>
 void parallel_for(int64_t count, int64_t elements, int num_threads, F&& f) {
   const int64_t threads = std::min<int64_t>({num_threads, count, count * elements / kElementsPerThread});

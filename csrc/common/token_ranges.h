@@ -1,5 +1,5 @@
-// The walk over a group's visible token ranges in tiles of keys, and the checks of ranges. Kernels on every
-// architecture take their tiles from here, and a CPU test proves that each visible token is counted exactly once.
+// The walk over a group's visible token ranges in tiles of keys, and the checks of ranges. The kernels of every
+// architecture use it, and a CPU test proves that each visible token is counted exactly once.
 #pragma once
 
 #include <cstdint>
@@ -9,19 +9,19 @@
 
 namespace cfpp {
 
-// One tile of kv_rows cache rows from `row` on. Columns [begin, end) of its logits count, the others are masked.
+// One tile: kv_rows cache rows from `row` on. Columns [begin, end) of its logits count, the others are masked.
 struct KvTile {
   int row, begin, end;
 };
 
-// How the last, ragged tile of a range lies.
+// Position of the tile that would reach past the end of its range.
 enum class Tail {
-  kClip,   // from where the tile before it ended: rows past the range must be loaded as zeros
-  kShift,  // back, so that it ends with the range: only rows of the range are touched, its first columns have been
-           // counted already. A range shorter than a tile has no room for that and is clipped.
+  kClip,   // It starts where the previous tile ended. Rows past the range must be loaded as zeros.
+  kShift,  // It is moved back until it ends with the range: only rows of the range are loaded, and its first columns,
+           // which the previous tile counted, are masked. A range shorter than a tile is clipped instead.
 };
 
-// Walks `count` ranges [first, last) in tiles of `kv_rows`. Ranges are int32 pairs; (0, 0) stands for none.
+// Walks `count` ranges [first, last) in tiles of `kv_rows`. Ranges are int32 pairs; an unused range is (0, 0).
 class RangeWalker {
  public:
   CFPP_HOST_DEVICE RangeWalker(const int32_t* ranges, int count, int kv_rows, Tail tail)
@@ -33,7 +33,7 @@ class RangeWalker {
     return total;
   }
 
-  // Makes `tile`, 0 <= tile < tiles(), the one that next() returns.
+  // Makes next() return `tile` next, 0 <= tile < tiles().
   CFPP_HOST_DEVICE void seek(int tile) {
     range_ = 0;
     while (range_ < count_ && tile >= tiles_of(range_)) tile -= tiles_of(range_++);
@@ -63,12 +63,13 @@ class RangeWalker {
   int range_ = 0, tile_ = 0;
 };
 
-// True if [first, last) is valid in a list of ranges: (0, 0), or not empty and within the capacity.
+// Returns true if [first, last) is valid in a list of ranges: (0, 0), or not empty and within the capacity.
 CFPP_HOST_DEVICE inline bool range_fits(int32_t first, int32_t last, int64_t capacity) {
   return (first == 0 && last == 0) || (first >= 0 && first < last && last <= capacity);
 }
 
-// Message of an op for the first of ranges [batch, groups, count, 2] that does not fit; empty if all do.
+// Returns the error message of an op for the first range in [batch, groups, count, 2] that is not valid; empty if all
+// are.
 inline Status find_bad_range(const char* op, const int32_t* ranges, int64_t batch, int64_t groups, int64_t count,
                              int64_t capacity) {
   for (int64_t i = 0; i < batch * groups * count; ++i) {

@@ -2,7 +2,7 @@
 // One thread: one pack of 8 channels of one token, of keys and of values. It reads 8 bytes and writes 16 or 32 of each,
 //   next to its neighbours. The grid covers the capacity. Threads of tokens outside all ranges return after reading the
 //   ranges, which are a few bytes in L1.
-// What binds: bytes, 3 (16-bit outputs) or 5 per element and visible token.
+// Limited by: memory bandwidth, 3 bytes (16-bit outputs) or 5 per element of a visible token.
 #include <cstring>
 #include <initializer_list>
 

@@ -32,8 +32,8 @@ struct KvDequantizeParams {
 // Checks the ranges before anything is written.
 Status kv_dequantize_cpu(const KvDequantizeParams& params, int num_threads);
 
-// Enqueues on `stream` (a cudaStream_t). Ranges are read on the device, so that one captured launch serves every frame;
-// what they name outside the cache is left to attention, which traps.
+// Enqueues on `stream` (a cudaStream_t). Ranges are read on the device, so that one captured launch serves every frame.
+// Tokens of a range outside the cache are skipped; block_attention then traps at that range.
 Status kv_dequantize_cuda(const KvDequantizeParams& params, int device, void* stream);
 
 }  // namespace cfpp

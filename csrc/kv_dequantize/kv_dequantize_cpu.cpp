@@ -1,6 +1,6 @@
 // CPU kernel of kv_dequantize_.
 // One task: a run of visible rows, each row once even if several groups see it.
-// What binds: memory traffic, 1 byte in and 2 or 4 out per element. Large calls store past the caches.
+// Limited by: memory bandwidth, 1 byte in and 2 or 4 out per element. Large calls use streaming stores.
 #include <algorithm>
 #include <limits>
 #include <utility>
@@ -61,7 +61,7 @@ template <bool kStream, typename T>
   }
 }
 
-// Rows of one head of one batch row that are visible, [first, last), and how many visible rows come before them.
+// A run of visible rows [first, last) of one head of one batch row. before: number of visible rows in earlier runs.
 struct Run {
   int64_t batch, head, first, last, before;
 };
@@ -86,7 +86,7 @@ template <bool kStream, typename T>
   finish_writes<kStream>();
 }
 
-// Widens rows begin .. end, counted over all `runs`.
+// Widens the visible rows [begin, end), counted over all `runs`.
 template <typename T>
 [[gnu::always_inline]] inline void widen_rows(const KvDequantizeParams& p, const std::vector<Run>& runs, bool streaming,
                                               int64_t begin, int64_t end) {
@@ -104,7 +104,7 @@ CFPP_CLONES void widen(const KvDequantizeParams& p, const Runs& runs, bool s, in
   widen_rows<float16>(p, runs, s, a, b);
 }
 
-// True if every head is a multiple of vectors at a 16-byte boundary, as streaming stores require.
+// Returns true if every head is a whole number of vectors at a 16-byte boundary, as streaming stores require.
 bool can_stream(const KvDequantizeParams& p) {
   const int64_t bytes = size_of(p.dtype);
   bool fits = p.head_dim % kLanes == 0;
@@ -115,7 +115,7 @@ bool can_stream(const KvDequantizeParams& p) {
   return fits;
 }
 
-// Returns the rows that any group sees, in order and without overlap, for every head.
+// Returns the rows that are visible to any group, in order and without overlap, for every head.
 Runs find_runs(const KvDequantizeParams& p) {
   Runs runs;
   int64_t before = 0;

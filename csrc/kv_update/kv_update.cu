@@ -1,16 +1,15 @@
 // CUDA kernels of kv_update_.
-// One CTA: a few tokens, or one wide token. Its threads read the rows of q, k and v in packs of 16 bytes, reduce q and
-// k
-//   together, rotate both, and copy v unchanged. For a float8 cache, k and v are divided by their head's scale and
-//   rounded once. One frame is only 1560 tokens, so latency counts as well as bytes in flight: each token uses the
-//   fewest warps whose registers take its rows (kMaxPacks packs of each row per lane: two warps for 1536 channels in 16
-//   bits), all loads are issued before the first use, and warps synchronise only if a token spans several. Wider or
-//   unaligned rows are read twice, the second time from L1.
-// What binds: bytes. 6 * H * D elements move per token, 3 in and 3 out. The 20 FLOPs per element of q and k are far
-//   below the peak. Norm weights and rotation tables are shared by all CTAs and stay in L2 and L1.
+// One CTA: a few tokens, or one wide token. Its threads read the rows of q, k and v in packs of 16 bytes, sum the
+//   squares of q and of k in one reduction, rotate both, and copy v unchanged. For a float8 cache, k and v are divided
+//   by their head's scale and rounded once. A latent frame is only 1560 tokens, so latency counts as well as bytes in
+//   flight: each token uses the fewest warps whose registers can store its rows (kMaxPacks packs of each row per lane:
+//   two warps for 1536 channels in 16 bits), all loads are issued before the first use, and warps synchronise only if a
+//   token spans several. Wider or unaligned rows are read twice, the second time from L1.
+// Limited by: memory bandwidth. 6 * H * D elements move per token, 3 in and 3 out. The 20 FLOPs per element of q and k
+//   are far below the peak. Norm weights and rotation tables are shared by all CTAs and stay in L2 and L1.
 // Assumes: D is even, and a head starts on a pack boundary (D % kWidth == 0). Packs of 16 bytes need all pointers and
-//   strides to be multiples of 16 bytes; else the launcher takes packs of 2 elements, moved one by one. A write_index
-//   outside [0, capacity - S / groups] traps, see kv_update.h.
+//   strides to be multiples of 16 bytes; otherwise the launcher uses packs of 2 elements, which are moved one by one. A
+//   write_index outside [0, capacity - S / groups] traps, see kv_update.h.
 #include <algorithm>
 #include <cstring>
 #include <initializer_list>
@@ -23,8 +22,8 @@
 namespace cfpp {
 namespace {
 
-constexpr int kMaxPacks =
-    3;  // of each of q, k and v per lane; with 6 (1.2 x the time on an H200) few warps fit on an SM
+// Packs of each of q, k and v per lane. With 6, few warps fit on an SM: 1.2 times the time on an H200.
+constexpr int kMaxPacks = 3;
 constexpr int kMaxWarps = 16;  // of one token
 constexpr int kCtaThreads = 128, kRereadThreads = 256;
 
@@ -95,7 +94,7 @@ struct Token {
   using P = Pack<T, kWidth, kVector>;
   static constexpr bool kCodes = !std::is_same_v<T, C>;
   const KvUpdateParams& p;
-  const int b, head_dim, group_tokens, first;  // first: slot of the group's first token
+  const int b, head_dim, group_tokens, first;  // first: cache token where the group starts
   const T *q_row, *k_row, *v_row;
   T* q_out;
   C *k_out, *v_out;
@@ -111,9 +110,9 @@ struct Token {
     k_row = static_cast<const T*>(p.k_ptr) + b * p.k_stride[0] + token * p.k_stride[1];
     v_row = static_cast<const T*>(p.v_ptr) + b * p.v_stride[0] + token * p.v_stride[1];
     q_out = static_cast<T*>(p.q_out_ptr) + (b * p.heads * p.tokens() + token) * head_dim;
-    const int64_t slot = first + token % group_tokens;
-    k_out = static_cast<C*>(p.k_cache_ptr) + b * p.k_cache_stride[0] + slot * p.k_cache_stride[2];
-    v_out = static_cast<C*>(p.v_cache_ptr) + b * p.v_cache_stride[0] + slot * p.v_cache_stride[2];
+    const int64_t cache_token = first + token % group_tokens;
+    k_out = static_cast<C*>(p.k_cache_ptr) + b * p.k_cache_stride[0] + cache_token * p.k_cache_stride[2];
+    v_out = static_cast<C*>(p.v_cache_ptr) + b * p.v_cache_stride[0] + cache_token * p.v_cache_stride[2];
     const int columns = static_cast<int>(p.columns), rows = static_cast<int>(p.rows);
     const int column = token % columns, row = token / columns % rows, frame = token / (columns * rows);
     time = p.rope_t_ptr + b * p.rope_t_stride[0] + frame * p.rope_t_stride[1];
@@ -121,8 +120,8 @@ struct Token {
     horizontal = p.rope_w_ptr + column * 2 * p.column_pairs;
   }
 
-  // Called after the loads of the rows are issued, since it waits for the index.
-  __device__ __forceinline__ void check_slot() const {
+  // Called after the loads of the rows have been issued, since it waits for write_index.
+  __device__ __forceinline__ void check_write_index() const {
     if (first < 0 || first > p.capacity - group_tokens) __trap();
   }
   __device__ __forceinline__ static P read(const void* source, int channel) {
@@ -179,14 +178,14 @@ struct Token {
 };
 
 // The rows stay in registers. blockDim.x threads share a token, blockDim.y tokens share a CTA. A thread has kPacks
-// packs of each row, every blockDim.x-th.
+// packs of each row, blockDim.x packs apart.
 template <typename T, typename C, int kWidth, int kPacks>
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize) kv_update_register_kernel(const KvUpdateParams p) {
   using P = Pack<T, kWidth, true>;
   __shared__ float2 warp_sums[kCtaThreads / kWarpSize + kMaxWarps];
   const int index = static_cast<int>(blockIdx.x * blockDim.y + threadIdx.y), tokens = static_cast<int>(p.tokens());
   const Token<T, C, kWidth, true> token(p, static_cast<int>(blockIdx.y), index < tokens ? index : tokens - 1);
-  const int channels = index < tokens ? static_cast<int>(p.channels()) : 0;  // a surplus token has none
+  const int channels = index < tokens ? static_cast<int>(p.channels()) : 0;  // 0: past the last token
   const int lane_channel = static_cast<int>(threadIdx.x) * kWidth, stride = static_cast<int>(blockDim.x) * kWidth;
 
   P q[kPacks], k[kPacks], v[kPacks];
@@ -200,7 +199,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize) kv_update_register_kerne
   }
   float2 turn[kWidth / 2];
   token.read_rotation(lane_channel, turn);
-  token.check_slot();
+  token.check_write_index();
   float2 sums = make_float2(0.f, 0.f);
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
@@ -211,7 +210,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize) kv_update_register_kerne
   }
   sums = row_sum(sums, warp_sums);
   const float2 scales = token.scales_of(sums);
-  const bool turns_alike = stride % token.head_dim == 0;  // all packs of a lane have the same place within their heads
+  // True if all packs of a thread start at the same channel within their heads, and so share their rotation.
+  const bool turns_alike = stride % token.head_dim == 0;
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
     const int channel = lane_channel + i * stride;
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize) kv_update_register_kerne
   }
 }
 
-// One CTA per token, whose rows are read twice.
+// One CTA per token. It reads the token's rows twice.
 template <typename T, typename C, int kWidth, bool kVector>
 __global__ void __launch_bounds__(kRereadThreads) kv_update_reread_kernel(const KvUpdateParams p) {
   using P = Pack<T, kWidth, kVector>;
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kRereadThreads) kv_update_reread_kernel(const 
   const Token<T, C, kWidth, kVector> token(p, static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x));
   const int channels = static_cast<int>(p.channels()), stride = static_cast<int>(blockDim.x) * kWidth;
   const int lane_channel = static_cast<int>(threadIdx.x) * kWidth;
-  token.check_slot();
+  token.check_write_index();
   float2 sums = make_float2(0.f, 0.f);
   for (int channel = lane_channel; channel < channels; channel += stride) {
     const P q = token.read(token.q_row, channel), k = token.read(token.k_row, channel);
@@ -245,7 +245,8 @@ __global__ void __launch_bounds__(kRereadThreads) kv_update_reread_kernel(const 
   }
 }
 
-// True if all addresses and strides of 16-byte accesses are multiples of 16 bytes; of a float8 cache, of a pack.
+// Returns true if all addresses and strides are multiples of the access: 16 bytes, or a pack of codes (4 or 8 bytes)
+// for a float8 cache.
 bool vectors_fit(const KvUpdateParams& p) {
   const int64_t width = 16 / size_of(p.dtype);
   bool fits = p.head_dim % width == 0;

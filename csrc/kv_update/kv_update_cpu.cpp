@@ -1,9 +1,9 @@
 // CPU kernel of kv_update_.
-// One task: a token. Rows of q and k are read twice: for the sum of squares and, then from L1, to be normalised,
+// One task: a token. Rows of q and k are read twice: for the sum of squares, and then from L1 to be normalised,
 // rotated,
 //   narrowed and written in vectors of 16.
-// What binds: memory traffic, 6 * H * D elements per token. Large calls use streaming stores, so that destinations are
-//   not read before they are written.
+// Limited by: memory bandwidth, 6 * H * D elements per token. Large calls use streaming stores, so that destinations
+//   are not read before they are written.
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
@@ -197,7 +197,7 @@ void copy_row(const Row& row, bool streaming, T, T) {
   }
 }
 
-// Tokens first .. last of the B * S of a call.
+// Updates tokens [first, last) of the B * S tokens of a call.
 template <typename T, typename C>
 void update_tokens(const KvUpdateParams& p, bool streaming, int64_t first, int64_t last) {
   Rotation rotation(p.head_dim / 2);

@@ -6,11 +6,11 @@
 // with a row a key and a step a slice of D for the logits, a row a channel and a step a token for the output. So
 //   - softmax runs down the lanes: no horizontal maximum or sum, no mask for a ragged number of keys;
 //   - q is transposed once per tile of queries and the output back at its end, each O(queries * D);
-//   - keys are broadcast from where they lie in the cache, and only values are copied, once per KV tile.
-// A word is 32 bits: one float, or a pair of bfloat16 neighbours in D (logits) or in time (output).
+//   - keys are broadcast from the cache itself, and only values are copied, once per KV tile.
+// A word is 32 bits: one float, or two bfloat16 that are neighbours in D (logits) or in tokens (output).
 //
-// What binds: the FMA rate. Per token and register tile 2 * D * kVecs FMAs against some 11 vector operations of
-// softmax per kVecs. The logits of a KV tile (kTokens * kWidth floats, 24 KiB with AVX-512; bfloat16 weights take half)
+// Limited by: the FMA rate. A token and register tile takes 2 * D * kVecs FMAs and some 11 * kVecs vector operations of
+// the softmax. The logits of a KV tile (kTokens * kWidth floats, 24 KiB with AVX-512; bfloat16 weights take half)
 // stay in L1 while the values of a few channels stream past them; q, the output and the values of a tile stay in L2.
 //
 // A query's bits depend on its own ranges only: neither tile size nor thread count changes the order of any sum.

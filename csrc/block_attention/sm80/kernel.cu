@@ -1,13 +1,12 @@
 // block_attention for compute capability 8.0 and newer, on mma.sync and cp.async.
-// One CTA of a persistent grid: the work items of plan.h that are its own, one by one. Shared memory has Q of the item
-// and
-//   two stages of K and V: while one tile of keys is in use the next one is loaded, and one barrier per tile serves
-//   both directions. Every warp has its own rows of Q and of the output and meets all keys, so warps exchange nothing
+// One CTA of a persistent grid: the work items that plan.h assigns to it, one after the other. Shared memory has Q of
+//   the item and two stages of K and V: while one tile of keys is in use the next one is loaded, and one barrier per
+//   tile orders both. Every warp has its own rows of Q and of the output and reads all keys, so warps exchange nothing
 //   else.
-// What binds: the tensor cores, 4 D FLOPs per query and key; then shared memory reads, since every warp reads all of K
+// Limited by: the tensor cores, 4 D FLOPs per query and key; then shared memory reads, since every warp reads all of K
 //   and V into its registers.
-// Assumes: 16-byte aligned rows; ranges as in block_attention.h, else it traps. cp.async fills rows past a range's end
-//   with zeros, so nothing outside a range is ever multiplied.
+// Assumes: 16-byte aligned rows; ranges as in block_attention.h (it traps otherwise). cp.async fills rows past a
+//   range's end with zeros, so nothing outside a range is ever multiplied.
 #include "block_attention/combine.cuh"
 #include "block_attention/kernels.h"
 #include "block_attention/sm80/mma.cuh"
@@ -130,7 +129,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
 
     OnlineSoftmax<kRowTiles> softmax;
     float out[kRowTiles][kHeadDim / 8][4] = {};
-    __syncthreads();  // the item before is done with shared memory
+    __syncthreads();  // the previous item has finished with shared memory
     if (first_tile < last_tile) {
       const int64_t query = item.group * p.queries_per_group() + item.row;
       const T* q = static_cast<const T*>(p.q_ptr) + item.batch * p.q_stride[0] + item.head * p.q_stride[1];
@@ -142,7 +141,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
     for (int left = last_tile - first_tile; left > 0; --left, stage ^= 1) {
       const int end = coming_end;
       cp_async_wait<0>();
-      __syncthreads();  // this tile is here, and nobody reads the one before any more
+      __syncthreads();  // this tile has arrived, and no warp still reads the previous one
       if (left > 1) load_next_into(stage ^ 1);
       const uint32_t stage_bytes = stage * 2 * Shape::kKvBytes;
       float logits[kRowTiles][kKvRows / 8][4];
@@ -151,7 +150,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
       softmax.step(logits, out, scale_log2);
       multiply_pv<kHeadDim, T>(out, logits, v_lane + stage_bytes);
     }
-    derive_again(index);  // rather than keep the item in registers through the loop: Shape128 has none to spare
+    derive_again(index);  // the item is not kept in registers through the loop: Shape128 has none to spare
     const WorkItem done = plan.item(index);
     if (done.slot < 0) {
       store_rows<T, Shape>(p, done, shared, out, softmax);

@@ -3,8 +3,9 @@
 //   tensor cores   QK_0 |           | QK_1 | PV_0      | QK_2 | PV_1      | ...
 //   this group          | softmax_0 |      | softmax_1 |      | softmax_2 | ...
 //
-// wgmma runs on its own, so softmax_j works while PV_{j-1} is under way, and the other warpgroup's products fill what
-// is left. Nothing makes the two issue alternately: barriers for it cost 1 % more than they gained (H200).
+// wgmma is asynchronous, so softmax_j runs during PV_{j-1}, and the products of the other warpgroup fill the remaining
+// gaps of the tensor cores. Nothing makes the two warpgroups alternate: barriers for it cost 1 % more than they gained
+// (H200).
 #pragma once
 
 #include "block_attention/sm90/epilogue.cuh"
@@ -13,7 +14,7 @@
 namespace cfpp {
 namespace sm90 {
 
-// One arrival of this warp.
+// Lets one lane of this warp arrive.
 __device__ __forceinline__ void release(Barrier& empty) {
   if (threadIdx.x % kWarpSize == 0) barrier_arrive(empty);
 }
@@ -76,8 +77,8 @@ class Consumer {
       if (tile.begin > 0 || tile.end < kKeys) mask(logits, tile);
       const bool grew = softmax.update(logits, rescale);
       pin(logits);
-      // The branches of next(), here, also keep ptxas from moving finish_out's wait up in front of the softmax, which
-      // is to run during PV; straight-line code it does reorder so.
+      // next() stands here because its branches keep ptxas from moving the wait of finish_out in front of the softmax,
+      // which must run during PV. In straight-line code ptxas does move it.
       if (i + 1 < keys.tiles) next = keys.walker.next();
       finish_out(out, probabilities);
       if (grew) {
@@ -133,15 +134,15 @@ class Consumer {
     if (last_of_item) release(shared_.q_empty);
   }
 
-  // The accumulator's registers 8 i to 8 i + 7 are the A operand of k-step i, in pairs.
+  // Registers 8 i to 8 i + 7 of the accumulator, packed in pairs, are the A operand of k-step i.
   __device__ __forceinline__ static void pack(const float (&logits)[kKeys / 2],
                                               uint32_t (&probabilities)[kKeys / kMmaDepth][4]) {
 #pragma unroll
     for (int i = 0; i < kKeys / 4; ++i) probabilities[i / 4][i % 4] = pack_2<T>(logits[2 * i], logits[2 * i + 1]);
   }
 
-  // Rows of V behind the end of a range shorter than a tile belong to others: their probability is 0, but 0 * NaN is
-  // not. Both consumers clear, then both multiply.
+  // If a range is shorter than a tile, the rows of V past its end are foreign: their probability is 0, but 0 * NaN is
+  // NaN. Both consumers clear them before either multiplies.
   __device__ __forceinline__ void clear_foreign_values(const KvTile& tile) {
     if (tile.end == kKeys) return;
     barrier_wait(shared_.v_full[v_.stage], v_.parity);

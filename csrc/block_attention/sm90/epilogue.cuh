@@ -20,8 +20,8 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&x)[4]) {
   }
 }
 
-// Rows `first_row` to first_row + 63 of the item's tile, as far as they are queries of its group. A lane has two
-// adjacent columns of every 8, so four lanes trade places and each writes 16 bytes.
+// Stores rows `first_row` to first_row + 63 of the item's tile, except those past the end of its group. A lane has two
+// adjacent columns of every 8, so each four lanes exchange values and every lane writes 16 bytes.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void store(const BlockAttentionParams& p, const AttentionPlan& plan, const WorkItem& item,
                                       int first_row, const float (&out)[kHeadDim / 2], const Softmax& softmax) {

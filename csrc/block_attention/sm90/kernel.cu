@@ -1,7 +1,8 @@
 // block_attention on Hopper (sm_90a). docs/attention_kernel.md explains the design.
-// One CTA per SM, persistent: a producer warpgroup that loads by TMA and two consumer warpgroups that multiply by
-// wgmma. What binds: the tensor cores at head_dim 128; the exponentials (MUFU) at 64. Assumes: compute capability 9.0,
-// 16-byte aligned rows, a scale above 0, ranges as in block_attention.h, else it traps.
+// One CTA per SM, persistent: a producer warpgroup loads by TMA, two consumer warpgroups multiply by wgmma.
+// Limited by: the tensor cores at head_dim 128; the exponentials (MUFU) at 64.
+// Assumes: compute capability 9.0, 16-byte aligned rows, a scale > 0; ranges as in block_attention.h (it traps
+//   otherwise).
 #include "block_attention/kernels.h"
 #include "block_attention/sm90/consumer.cuh"
 #include "block_attention/sm90/producer.cuh"
@@ -20,7 +21,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   Shared<kHeadDim>& shared = Shared<kHeadDim>::get();
   if (threadIdx.x == 0) shared.init();
   __syncthreads();
-  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0);  // ptxas sees that a warp agrees on it
+  // The shuffle tells ptxas that the value is uniform in a warp.
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0);
   if (warpgroup == 0) {
     give_registers<kProducerRegisters>();
     if (threadIdx.x < kWarpSize && elect_one()) produce(shared, q_map, k_map, v_map, p, plan);
@@ -44,7 +46,7 @@ struct Encoder {
   Status status;
 };
 
-// Found through the driver at run time: linking libcuda would keep the module from importing where there is no driver.
+// Finds the function through the driver at run time: a module linked to libcuda could not be imported without a driver.
 Encoder find_encoder() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
@@ -59,7 +61,7 @@ Status encode_fitting(const TensorMapArguments& arguments, TensorMap* map) {
   static const Encoder encoder = find_encoder();
   if (!encoder.status.empty()) return "cuTensorMapEncodeTiled: " + encoder.status;
   constexpr cuuint32_t kSteps[] = {1, 1, 1, 1, 1};
-  // Of float16 too: values are moved as they are, and rows beyond the tensor are zeros in both.
+  // float16 uses this type too: TMA copies bits, and zero fill is the same in both.
   const CUresult result = encoder.function(
       map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, TensorMapArguments::kRank, const_cast<void*>(arguments.address),
       arguments.sizes, arguments.strides_bytes, arguments.box, kSteps, CU_TENSOR_MAP_INTERLEAVE_NONE,

@@ -6,7 +6,7 @@
 namespace cfpp {
 namespace sm90 {
 
-// Stops the kernel at a range that does not fit, and for a group without keys.
+// Traps if a range is not valid or the group has no keys.
 __device__ __forceinline__ void check_ranges(const BlockAttentionParams& p, const WorkItem& item) {
   const int32_t* ranges = ranges_of(p, item);
   bool sees_any = false;
@@ -17,8 +17,8 @@ __device__ __forceinline__ void check_ranges(const BlockAttentionParams& p, cons
   if (!sees_any) __trap();
 }
 
-// Loads in the order of use: K of a tile comes before V of the tile before it. Q goes behind the first K, for which a
-// stage is often free while the consumers still work on the Q of the item before.
+// Loads in the order of use: K of a tile, then V of the tile before it. Q is loaded after the first K, because a stage
+// for K is often free while the consumers still use the Q of the previous item.
 template <int kHeadDim>
 __device__ __forceinline__ void produce(Shared<kHeadDim>& shared, const TensorMap& q_map, const TensorMap& k_map,
                                         const TensorMap& v_map, const BlockAttentionParams& p,

@@ -13,8 +13,8 @@
 namespace cfpp {
 namespace sm90 {
 
-// full: TMA has delivered. empty: every warp of both consumers is done with it; one arrival a warp, so that nothing is
-// assumed about warps of one warpgroup running in step.
+// full: TMA has written the buffer. empty: every warp of both consumers has finished with it. Each warp arrives once,
+// so the warps of a warpgroup need not run in step.
 template <int kHeadDim>
 struct Shared {
   static constexpr int kDepth = stages_of(kHeadDim), kRowBytes = 2 * kHeadDim;
@@ -31,7 +31,7 @@ struct Shared {
   }
   static constexpr int bytes() { return static_cast<int>(sizeof(Shared)) + kSwizzleBytes; }
 
-  // Called by one thread, before any other reads a barrier.
+  // Call from one thread, before any other thread uses a barrier.
   __device__ void init() {
     constexpr int kConsumerWarps = kConsumers * kWarpgroup / kWarpSize;
     barrier_init(q_full, 1);
@@ -46,7 +46,7 @@ struct Shared {
   }
 };
 
-// Position in a ring of stages, kept from item to item. The parity distinguishes one round from the next.
+// Position in a ring of stages; it is not reset between items. The parity distinguishes one round from the next.
 template <int kDepth>
 struct Cursor {
   int stage = 0, parity = 0;
@@ -63,13 +63,13 @@ __device__ __forceinline__ const int32_t* ranges_of(const BlockAttentionParams& 
   return p.ranges_ptr + 2 * static_cast<int>(p.ranges) * (item.batch * static_cast<int>(p.groups) + item.group);
 }
 
-// 32-bit: a 64-bit division costs more registers than the producer has.
+// In 32 bits: a 64-bit division takes more registers than the producer has.
 __device__ __forceinline__ int queries_per_group(const BlockAttentionParams& p) {
   return static_cast<int>(p.queries) / static_cast<int>(p.groups);
 }
 
-// The keys of one item: `tiles` more tiles from walker.next(). Producer and consumers walk the same, and all of them
-// skip an item without tiles, which a split tile has where there are fewer KV tiles than pieces.
+// The keys of one item: walker.next() returns each of its `tiles` tiles once. Producer and consumers walk the same
+// tiles, and all of them skip an item without tiles, which exists if a split tile has fewer KV tiles than pieces.
 struct KeyWalk {
   RangeWalker walker;
   int tiles;
