@@ -21,11 +21,11 @@ __global__ void __launch_bounds__(kThreads)
   if (row >= plan.tile_rows || tile.row + row >= p.queries_per_group()) return;
 
   float max = -INFINITY;
-  for (int s = 0; s < tile.splits; ++s) max = fmaxf(max, partial_result(p, plan, tile.slot + s).max[row]);
+  for (int s = 0; s < tile.splits; ++s) max = fmaxf(max, partial_result(p, plan, tile.partial + s).max[row]);
   float sum = 0.f;
   float4 out = make_float4(0.f, 0.f, 0.f, 0.f);
   for (int s = 0; s < tile.splits; ++s) {
-    const PartialResult partial = partial_result(p, plan, tile.slot + s);
+    const PartialResult partial = partial_result(p, plan, tile.partial + s);
     const float weight = exp2_approx(partial.max[row] - max);
     const float4 x = *reinterpret_cast<const float4*>(partial.out + row * kHeadDim + channel);
     sum = fmaf(weight, partial.sum[row], sum);

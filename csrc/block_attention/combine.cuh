@@ -15,8 +15,9 @@ struct PartialResult {
 };
 
 CFPP_HOST_DEVICE inline PartialResult partial_result(const BlockAttentionParams& params, const AttentionPlan& plan,
-                                                     int slot) {
-  float* out = static_cast<float*>(params.workspace_ptr) + slot * plan.slot_floats(static_cast<int>(params.head_dim));
+                                                     int partial) {
+  float* out =
+      static_cast<float*>(params.workspace_ptr) + partial * plan.partial_floats(static_cast<int>(params.head_dim));
   float* max = out + plan.tile_rows * params.head_dim;
   return {out, max, max + plan.tile_rows};
 }

@@ -19,7 +19,7 @@ struct WorkItem {
   int batch, head, group;
   int row;  // first query of the tile, within the group
   int piece, splits;
-  int slot;  // index of its partial result in the workspace; -1 for a whole tile
+  int partial;  // index of its partial result in the workspace; -1 for a whole tile
 
   CFPP_HOST_DEVICE int first_kv_tile(int kv_tiles) const {
     return static_cast<int>(static_cast<int64_t>(kv_tiles) * piece / splits);
@@ -56,14 +56,16 @@ struct AttentionPlan {
   }
 
   // A partial result is tile_rows x head_dim unnormalised outputs, then tile_rows maxima, then tile_rows sums.
-  CFPP_HOST_DEVICE int64_t slot_floats(int head_dim) const { return static_cast<int64_t>(tile_rows) * (head_dim + 2); }
-  CFPP_HOST_DEVICE int64_t workspace_bytes(int head_dim) const { return 4 * pieces() * slot_floats(head_dim); }
+  CFPP_HOST_DEVICE int64_t partial_floats(int head_dim) const {
+    return static_cast<int64_t>(tile_rows) * (head_dim + 2);
+  }
+  CFPP_HOST_DEVICE int64_t workspace_bytes(int head_dim) const { return 4 * pieces() * partial_floats(head_dim); }
 
  private:
-  CFPP_HOST_DEVICE WorkItem locate(int tile, int piece, int pieces_of_tile, int slot) const {
+  CFPP_HOST_DEVICE WorkItem locate(int tile, int piece, int pieces_of_tile, int partial) const {
     const int m = tile % tiles_per_group, group = tile / tiles_per_group % groups;
     const int flat_head = tile / (tiles_per_group * groups);
-    return {flat_head / heads, flat_head % heads, group, m * tile_rows, piece, pieces_of_tile, slot};
+    return {flat_head / heads, flat_head % heads, group, m * tile_rows, piece, pieces_of_tile, partial};
   }
 };
 

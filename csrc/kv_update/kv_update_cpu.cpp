@@ -204,7 +204,7 @@ void update_tokens(const KvUpdateParams& p, bool streaming, int64_t first, int64
   for (int64_t flat = first; flat < last; ++flat) {
     const int64_t b = flat / p.tokens(), s = flat % p.tokens(), group = s / p.tokens_per_group();
     const int64_t column = s % p.columns, line = s / p.columns % p.rows, frame = s / (p.columns * p.rows);
-    const int64_t slot =
+    const int64_t cache_token =
         p.write_index_ptr[b * p.write_index_stride[0] + group * p.write_index_stride[1]] + s % p.tokens_per_group();
     if (column == 0 || flat == first) {
       const float* time = p.rope_t_ptr + b * p.rope_t_stride[0] + frame * p.rope_t_stride[1];
@@ -223,7 +223,7 @@ void update_tokens(const KvUpdateParams& p, bool streaming, int64_t first, int64
       row.source = static_cast<const T*>(base) + b * stride[0] + s * stride[1];
     };
     const auto write_to_cache = [&](void* base, const int64_t (&stride)[3], const float* scales) {
-      row.target = static_cast<C*>(base) + b * stride[0] + slot * stride[2];
+      row.target = static_cast<C*>(base) + b * stride[0] + cache_token * stride[2];
       row.head_stride = stride[1];
       row.scales = scales == nullptr ? nullptr : scales + b * p.heads;
     };

@@ -1,5 +1,5 @@
 // plan.h: for random sizes, grids and splits the CTAs together compute every tile of keys of every query tile once, and
-// every piece has a workspace slot of its own, where the merge reads it.
+// every piece has a partial result of its own, where the merge reads it.
 #include <algorithm>
 #include <map>
 #include <random>
@@ -23,7 +23,7 @@ void check_plan(const AttentionPlan& plan, int queries_per_group, std::mt19937& 
   std::map<int, int> kv_tiles;  // per group, at least one
   for (int g = 0; g < plan.groups; ++g) kv_tiles[g] = 1 + static_cast<int>(random() % 40);
   std::map<Tile, std::vector<int>> done;
-  std::map<int, WorkItem> slots;
+  std::map<int, WorkItem> partials;
   int least = plan.items(), most = 0;
   for (int cta = 0; cta < plan.ctas; ++cta) {
     int whole = 0;
@@ -34,12 +34,12 @@ void check_plan(const AttentionPlan& plan, int queries_per_group, std::mt19937& 
       covered.resize(n);
       for (int t = item.first_kv_tile(n); t < item.last_kv_tile(n); ++t) ++covered.at(t);
       CHECK(item.row >= 0 && item.row < queries_per_group && item.row % plan.tile_rows == 0, context);
-      CHECK((item.slot < 0) == (item.splits == 1), context);
-      if (item.slot < 0) {
+      CHECK((item.partial < 0) == (item.splits == 1), context);
+      if (item.partial < 0) {
         ++whole;
       } else {
-        CHECK(slots.emplace(item.slot, item).second, context);
-        CHECK(item.slot < plan.pieces(), context);
+        CHECK(partials.emplace(item.partial, item).second, context);
+        CHECK(item.partial < plan.pieces(), context);
       }
     }
     least = std::min(least, whole);
@@ -51,15 +51,15 @@ void check_plan(const AttentionPlan& plan, int queries_per_group, std::mt19937& 
   for (const auto& [tile, covered] : done) {
     for (const int times : covered) CHECK(times == 1, context);
   }
-  CHECK(static_cast<int>(slots.size()) == plan.pieces(), context);
+  CHECK(static_cast<int>(partials.size()) == plan.pieces(), context);
   for (int i = 0; i < plan.split_tiles(); ++i) {
     const WorkItem merged = plan.split_tile(i);
     for (int s = 0; s < merged.splits; ++s) {
-      const WorkItem& piece = slots.at(merged.slot + s);
+      const WorkItem& piece = partials.at(merged.partial + s);
       CHECK(tile_of(piece) == tile_of(merged) && piece.piece == s, context);
     }
   }
-  CHECK(plan.workspace_bytes(64) == 4 * plan.pieces() * plan.slot_floats(64), context);
+  CHECK(plan.workspace_bytes(64) == 4 * plan.pieces() * plan.partial_floats(64), context);
 }
 
 int main() {

@@ -152,10 +152,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
     }
     derive_again(index);  // the item is not kept in registers through the loop: Shape128 has none to spare
     const WorkItem done = plan.item(index);
-    if (done.slot < 0) {
+    if (done.partial < 0) {
       store_rows<T, Shape>(p, done, shared, out, softmax);
     } else {
-      store_partial<Shape>(partial_result(p, plan, done.slot), out, softmax);
+      store_partial<Shape>(partial_result(p, plan, done.partial), out, softmax);
     }
   }
 }

@@ -31,8 +31,8 @@ __device__ __forceinline__ void store(const BlockAttentionParams& p, const Atten
     const int row = first_row + thread / kWarpSize * 16 + thread % kWarpSize / 4 + 8 * half;
     const bool live = item.row + row < queries;
     const float sum = softmax.total(half);
-    if (item.slot >= 0) {
-      const PartialResult partial = partial_result(p, plan, item.slot);
+    if (item.partial >= 0) {
+      const PartialResult partial = partial_result(p, plan, item.partial);
       if (!live) continue;
       float* to = partial.out + row * kHeadDim + 2 * lane;
 #pragma unroll
