@@ -156,7 +156,7 @@ class SelfAttention(nn.Module):
         """Attend with the last `num_outputs` >= 1 groups of the queries, output projection included: [B, S', dim]."""
         q, camera_q = queries
         dropped = q.shape[2] - q.shape[2] * num_outputs // len(attn.ranges)
-        ranges = attn.ranges.last(num_outputs)
+        ranges = attn.ranges.tail(num_outputs)
         keys, values = cache.readable(ranges)
         y = self.o(self.attend_to(q[:, :, dropped:], keys, values, ranges))
         if camera_q is None or attn.camera is None or cache.camera is None:

@@ -48,7 +48,7 @@ def flash_module() -> tuple[int, str] | None:
 
 
 def _gather(tensor: Tensor, ranges: tuple[Range, ...]) -> Tensor:
-    parts = [tensor[:, :, first:last] for first, last in ranges]
+    parts = [tensor[:, :, first:end] for first, end in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 

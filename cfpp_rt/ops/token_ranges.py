@@ -13,7 +13,7 @@ from cfpp_rt.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class TokenRanges:
-    """Visible token ranges [first, last) of the KV cache, per group of queries.
+    """Visible token ranges [first, end) of the KV cache, per group of queries.
 
     host: the ranges of each group, the same for every row of the batch, for attention that gathers keys. None = they
         are known only to the device, because one CUDA graph serves all frames, or differ between rows.
@@ -29,7 +29,7 @@ class TokenRanges:
     max_keys: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        own = max(sum(last - first for first, last in ranges) for ranges in self.host) if self.host else 0
+        own = max(sum(end - first for first, end in ranges) for ranges in self.host) if self.host else 0
         object.__setattr__(self, "max_keys", max([own, *(part.max_keys for part in self.by_row)]))
 
     @classmethod
@@ -43,7 +43,7 @@ class TokenRanges:
     ) -> "TokenRanges":
         """Check the ranges of each group and copy them to the device.
 
-        groups: the ranges [first, last) of each group, in any order.
+        groups: the ranges [first, end) of each group, in any order.
         capacity: number of tokens of the cache.
         batch: B; every row has the same ranges.
         width: least number R of ranges per group in the tensor `device`.
@@ -51,23 +51,23 @@ class TokenRanges:
         Raises InputError unless every group has at least one token and its ranges are disjoint and in 0..capacity.
         """
         for index, ranges in enumerate(groups):
-            end = 0
-            for first, last in sorted(ranges):
-                if not 0 <= first < last <= capacity:
+            covered = 0
+            for first, end in sorted(ranges):
+                if not 0 <= first < end <= capacity:
                     raise InputError(
-                        f"ranges of group {index} must be [first, last) within 0..{capacity} and not empty, "
-                        f"got {[first, last]}"
+                        f"ranges of group {index} must be [first, end) within 0..{capacity} and not empty, "
+                        f"got {[first, end]}"
                     )
-                if first < end:
+                if first < covered:
                     raise InputError(f"ranges of group {index} must not overlap, got {list(ranges)}")
-                end = last
+                covered = end
             if not ranges:
                 raise InputError(f"ranges of group {index} must contain at least one token, got none")
         if not groups:
             raise InputError("ranges must be given for at least one group, got none")
         width = max(width, *(len(ranges) for ranges in groups))
         padded = [[*ranges, *[(0, 0)] * (width - len(ranges))] for ranges in groups]
-        host = tuple(tuple((int(first), int(last)) for first, last in ranges) for ranges in groups)
+        host = tuple(tuple((int(first), int(end)) for first, end in ranges) for ranges in groups)
         return cls(host, to_device(torch.tensor([padded] * batch, dtype=torch.int32), device))
 
     @classmethod
@@ -81,10 +81,10 @@ class TokenRanges:
         """Return the number of groups."""
         return self.device.shape[1]
 
-    def last(self, groups: int) -> "TokenRanges":
+    def tail(self, groups: int) -> "TokenRanges":
         """Return the ranges of the last `groups` >= 1 groups."""
         if groups == len(self):
             return self
         host = None if self.host is None else self.host[-groups:]
-        by_row = tuple(part.last(groups) for part in self.by_row)
+        by_row = tuple(part.tail(groups) for part in self.by_row)
         return TokenRanges(host, self.device[:, -groups:].contiguous(), by_row)

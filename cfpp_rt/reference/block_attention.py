@@ -15,7 +15,7 @@ def block_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor,
     out = q.new_empty((batch, queries, heads, head_dim))
     for row, per_group in enumerate(ranges.tolist()):
         for group, visible in enumerate(per_group):
-            tokens = torch.cat([torch.arange(first, last, device=q.device) for first, last in visible])
+            tokens = torch.cat([torch.arange(first, end, device=q.device) for first, end in visible])
             keys, values = k_cache[row, :, tokens], v_cache[row, :, tokens]
             part = slice(group * queries // groups, (group + 1) * queries // groups)
             logits = (q[row, :, part] @ keys.mT).to(softmax_dtype) * scale
@@ -30,13 +30,13 @@ def check_ranges(ranges: list[list[list[list[int]]]], capacity: int) -> None:
     """
     for b, row in enumerate(ranges):
         for g, visible in enumerate(row):
-            end = 0
-            for first, last in sorted(visible):
-                if (first, last) != (0, 0) and not end <= first < last <= capacity:
+            covered = 0
+            for first, end in sorted(visible):
+                if (first, end) != (0, 0) and not covered <= first < end <= capacity:
                     raise InputError(
-                        f"block_attention: ranges[{b}, {g}] must be disjoint [first, last) within 0..{capacity} "
+                        f"block_attention: ranges[{b}, {g}] must be disjoint [first, end) within 0..{capacity} "
                         f"and not empty, or (0, 0), got {visible}"
                     )
-                end = max(end, last)
-            if end == 0:
+                covered = max(covered, end)
+            if covered == 0:
                 raise InputError(f"block_attention: ranges[{b}, {g}] must contain at least one token, got {visible}")

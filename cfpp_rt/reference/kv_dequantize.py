@@ -19,14 +19,14 @@ def kv_dequantize_(
     capacity = k_cache.shape[2]
     compute_dtype, largest = torch.promote_types(k_out.dtype, torch.float32), torch.finfo(k_out.dtype).max
     for b, visible in enumerate(ranges.flatten(1, 2).tolist()):
-        for first, last in visible:
-            if (first, last) != (0, 0) and not 0 <= first < last <= capacity:
+        for first, end in visible:
+            if (first, end) != (0, 0) and not 0 <= first < end <= capacity:
                 raise InputError(
-                    f"kv_dequantize_: ranges[{b}] must be (0, 0) or 0 <= first < last <= capacity {capacity}, "
-                    f"got [{first}, {last})"
+                    f"kv_dequantize_: ranges[{b}] must be (0, 0) or 0 <= first < end <= capacity {capacity}, "
+                    f"got [{first}, {end})"
                 )
     for b, visible in enumerate(ranges.flatten(1, 2).tolist()):
-        for first, last in visible:
+        for first, end in visible:
             for out, cache, scale in ((k_out, k_cache, k_scale), (v_out, v_cache, v_scale)):
-                values = cache[b, :, first:last].to(compute_dtype) * scale[b, :, None, None].to(compute_dtype)
-                out[b, :, first:last] = values.clamp(-largest, largest)
+                values = cache[b, :, first:end].to(compute_dtype) * scale[b, :, None, None].to(compute_dtype)
+                out[b, :, first:end] = values.clamp(-largest, largest)

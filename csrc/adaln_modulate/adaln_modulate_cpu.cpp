@@ -38,9 +38,9 @@ CFPP_CLONES void norm_modulate_row(const Row& row, float16) { norm_modulate<floa
 template <typename T>
 void run(const AdalnModulateParams& p, int num_threads) {
   const int64_t tokens_per_frame = p.tokens / p.frames;
-  parallel_for(p.batch * p.tokens, p.dim, num_threads, [&](int64_t first, int64_t last) {
+  parallel_for(p.batch * p.tokens, p.dim, num_threads, [&](int64_t first, int64_t end) {
     std::vector<float> buffer(p.dim);
-    for (int64_t flat = first; flat < last; ++flat) {
+    for (int64_t flat = first; flat < end; ++flat) {
       const int64_t batch = flat / p.tokens, token = flat % p.tokens, frame = token / tokens_per_frame;
       const auto at = [&](const void* base, const int64_t (&stride)[2], int64_t index) {
         return static_cast<const T*>(base) + batch * stride[0] + index * stride[1];

@@ -10,7 +10,7 @@ namespace cfpp {
 
 // Pointers are device pointers for the CUDA launcher. Strides are in elements; head_dim is contiguous in q, k and v.
 // B batch, H heads, D head_dim, Sq queries = G equal groups; group g sees the union of its R ranges. A range is
-// [first, last) in tokens of the cache; ranges of a group do not overlap, and an unused range is (0, 0). Every
+// [first, end) in tokens of the cache; ranges of a group do not overlap, and an unused range is (0, 0). Every
 // group sees at least one token. Rows of the cache outside a group's ranges never reach its output, whatever their
 // values.
 struct BlockAttentionParams {

@@ -27,14 +27,14 @@ Status check_ranges(const BlockAttentionParams& p) {
     };
     bool sees = false;
     for (int64_t r = 0; r < p.ranges; ++r) {
-      const int32_t first = ranges[2 * r], last = ranges[2 * r + 1];
+      const int32_t first = ranges[2 * r], end = ranges[2 * r + 1];
       for (int64_t other = 0; other < r; ++other) {
-        if (first < ranges[2 * other + 1] && ranges[2 * other] < last) {
+        if (first < ranges[2 * other + 1] && ranges[2 * other] < end) {
           return name(std::to_string(r)) + "apart from ranges[..., " + std::to_string(other) + "] " + text(other) +
                  ", got " + text(r);
         }
       }
-      sees = sees || first != last;
+      sees = sees || first != end;
     }
     if (!sees) return name(":") + "one token or more, got only (0, 0)";
   }

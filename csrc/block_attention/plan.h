@@ -24,7 +24,7 @@ struct WorkItem {
   CFPP_HOST_DEVICE int first_kv_tile(int kv_tiles) const {
     return static_cast<int>(static_cast<int64_t>(kv_tiles) * piece / splits);
   }
-  CFPP_HOST_DEVICE int last_kv_tile(int kv_tiles) const {
+  CFPP_HOST_DEVICE int end_kv_tile(int kv_tiles) const {
     return static_cast<int>(static_cast<int64_t>(kv_tiles) * (piece + 1) / splits);
   }
 };

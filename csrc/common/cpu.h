@@ -18,7 +18,7 @@ namespace cfpp {
 
 constexpr int64_t kElementsPerThread = 16384;  // with fewer, waking another thread costs more than it saves
 
-// Splits tasks [0, count), of `elements` elements each, among threads: each thread calls f(first, last) once.
+// Splits tasks [0, count), of `elements` elements each, among threads: each thread calls f(first, end) once.
 template <typename F>
 void parallel_for(int64_t count, int64_t elements, int num_threads, F&& f) {
   const int64_t threads = std::min<int64_t>({num_threads, count, count * elements / kElementsPerThread});

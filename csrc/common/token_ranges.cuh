@@ -6,9 +6,9 @@
 
 namespace cfpp {
 
-// Traps if [first, last) is not valid in a list of ranges.
-__device__ __forceinline__ void check_range(int32_t first, int32_t last, int64_t capacity) {
-  if (!range_fits(first, last, capacity)) __trap();
+// Traps if [first, end) is not valid in a list of ranges.
+__device__ __forceinline__ void check_range(int32_t first, int32_t end, int64_t capacity) {
+  if (!range_fits(first, end, capacity)) __trap();
 }
 
 }  // namespace cfpp

@@ -21,7 +21,7 @@ enum class Tail {
            // which the previous tile counted, are masked. A range shorter than a tile is clipped instead.
 };
 
-// Walks `count` ranges [first, last) in tiles of `kv_rows`. Ranges are int32 pairs; an unused range is (0, 0).
+// Walks `count` ranges [first, end) in tiles of `kv_rows`. Ranges are int32 pairs; an unused range is (0, 0).
 class RangeWalker {
  public:
   CFPP_HOST_DEVICE RangeWalker(const int32_t* ranges, int count, int kv_rows, Tail tail)
@@ -45,11 +45,11 @@ class RangeWalker {
       ++range_;
       tile_ = 0;
     }
-    const int first = ranges_[2 * range_], last = ranges_[2 * range_ + 1];
+    const int first = ranges_[2 * range_], end = ranges_[2 * range_ + 1];
     const int row = first + kv_rows_ * tile_++;
-    if (row + kv_rows_ <= last) return {row, 0, kv_rows_};
-    if (tail_ == Tail::kShift && last - first >= kv_rows_) return {last - kv_rows_, row + kv_rows_ - last, kv_rows_};
-    return {row, 0, last - row};
+    if (row + kv_rows_ <= end) return {row, 0, kv_rows_};
+    if (tail_ == Tail::kShift && end - first >= kv_rows_) return {end - kv_rows_, row + kv_rows_ - end, kv_rows_};
+    return {row, 0, end - row};
   }
 
  private:
@@ -63,9 +63,9 @@ class RangeWalker {
   int range_ = 0, tile_ = 0;
 };
 
-// Returns true if [first, last) is valid in a list of ranges: (0, 0), or not empty and within the capacity.
-CFPP_HOST_DEVICE inline bool range_fits(int32_t first, int32_t last, int64_t capacity) {
-  return (first == 0 && last == 0) || (first >= 0 && first < last && last <= capacity);
+// Returns true if [first, end) is valid in a list of ranges: (0, 0), or not empty and within the capacity.
+CFPP_HOST_DEVICE inline bool range_fits(int32_t first, int32_t end, int64_t capacity) {
+  return (first == 0 && end == 0) || (first >= 0 && first < end && end <= capacity);
 }
 
 // Returns the error message of an op for the first range in [batch, groups, count, 2] that is not valid; empty if all
@@ -73,12 +73,12 @@ CFPP_HOST_DEVICE inline bool range_fits(int32_t first, int32_t last, int64_t cap
 inline Status find_bad_range(const char* op, const int32_t* ranges, int64_t batch, int64_t groups, int64_t count,
                              int64_t capacity) {
   for (int64_t i = 0; i < batch * groups * count; ++i) {
-    const int32_t first = ranges[2 * i], last = ranges[2 * i + 1];
-    if (range_fits(first, last, capacity)) continue;
+    const int32_t first = ranges[2 * i], end = ranges[2 * i + 1];
+    if (range_fits(first, end, capacity)) continue;
     const auto text = [](int64_t number) { return std::to_string(number); };
     return std::string(op) + ": ranges[" + text(i / count / groups) + ", " + text(i / count % groups) + ", " +
-           text(i % count) + "] must be (0, 0) or 0 <= first < last <= capacity " + text(capacity) + ", got [" +
-           text(first) + ", " + text(last) + ")";
+           text(i % count) + "] must be (0, 0) or 0 <= first < end <= capacity " + text(capacity) + ", got [" +
+           text(first) + ", " + text(end) + ")";
   }
   return {};
 }

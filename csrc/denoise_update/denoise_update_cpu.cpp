@@ -47,8 +47,8 @@ CFPP_CLONES void update_span(const Span& span, float16) { update<float16>(span);
 template <typename T>
 void run(const DenoiseUpdateParams& p, int num_threads) {
   const int64_t spans = (p.frame_size + kSpan - 1) / kSpan;
-  parallel_for(p.batch * p.frames * spans, kSpan, num_threads, [&](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; ++task) {
+  parallel_for(p.batch * p.frames * spans, kSpan, num_threads, [&](int64_t first, int64_t end) {
+    for (int64_t task = first; task < end; ++task) {
       const int64_t flat = task / spans, batch = flat / p.frames, frame = flat % p.frames;
       const int64_t begin = task % spans * kSpan, offset = flat * p.frame_size + begin;
       const auto level = [&](const float* levels, const int64_t (&stride)[2]) {

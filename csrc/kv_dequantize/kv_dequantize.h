@@ -9,7 +9,7 @@
 namespace cfpp {
 
 // Pointers are device pointers for the CUDA launcher. Strides are in elements; head_dim is contiguous. B batch, H
-// heads, D head_dim (even), G groups of queries, R ranges of each. A range is [first, last) in tokens, (0, 0) an unused
+// heads, D head_dim (even), G groups of queries, R ranges of each. A range is [first, end) in tokens, (0, 0) an unused
 // one; ranges may overlap. out = code * scale, rounded to dtype and saturated at its largest number; NaN stays NaN.
 // Rows that no group of their batch row sees are neither read nor written.
 struct KvDequantizeParams {

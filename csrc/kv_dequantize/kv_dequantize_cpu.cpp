@@ -61,9 +61,9 @@ template <bool kStream, typename T>
   }
 }
 
-// A run of visible rows [first, last) of one head of one batch row. before: number of visible rows in earlier runs.
+// A run of visible rows [first, end) of one head of one batch row. before: number of visible rows in earlier runs.
 struct Run {
-  int64_t batch, head, first, last, before;
+  int64_t batch, head, first, end, before;
 };
 
 template <bool kStream, typename T>
@@ -71,7 +71,7 @@ template <bool kStream, typename T>
                                               int64_t end) {
   for (const Run& run : runs) {
     const int64_t from = std::max(run.first, run.first + begin - run.before);
-    const int64_t to = std::min(run.last, run.first + end - run.before);
+    const int64_t to = std::min(run.end, run.first + end - run.before);
     for (int64_t token = from; token < to; ++token) {
       const auto at = [&](const int64_t (&stride)[3]) {
         return run.batch * stride[0] + run.head * stride[1] + token * stride[2];
@@ -125,13 +125,13 @@ Runs find_runs(const KvDequantizeParams& p) {
     for (int64_t i = 0; i < p.groups * p.ranges; ++i) seen.emplace_back(ranges[2 * i], ranges[2 * i + 1]);
     std::sort(seen.begin(), seen.end());
     for (int64_t h = 0; h < p.heads; ++h) {
-      int64_t end = 0;
-      for (const auto& [first, last] : seen) {
-        const int64_t from = std::max(first, end);
-        if (from >= last) continue;
-        runs.push_back({b, h, from, last, before});
-        before += last - from;
-        end = last;
+      int64_t covered = 0;
+      for (const auto& [first, end] : seen) {
+        const int64_t from = std::max(first, covered);
+        if (from >= end) continue;
+        runs.push_back({b, h, from, end, before});
+        before += end - from;
+        covered = end;
       }
     }
   }
@@ -145,11 +145,11 @@ Status kv_dequantize_cpu(const KvDequantizeParams& params, int num_threads) {
       find_bad_range("kv_dequantize_", params.ranges_ptr, params.batch, params.groups, params.ranges, params.capacity);
   if (!status.empty()) return status;
   const Runs runs = find_runs(params);
-  const int64_t rows = runs.empty() ? 0 : runs.back().before + runs.back().last - runs.back().first;
+  const int64_t rows = runs.empty() ? 0 : runs.back().before + runs.back().end - runs.back().first;
   const bool streaming = 2 * rows * params.head_dim * size_of(params.dtype) > kStreamBytes && can_stream(params);
   dispatch_dtype<float, bfloat16, float16>(params.dtype, [&](auto tag) {
     parallel_for(rows, 2 * params.head_dim, num_threads,
-                 [&](int64_t first, int64_t last) { widen(params, runs, streaming, first, last, tag); });
+                 [&](int64_t first, int64_t end) { widen(params, runs, streaming, first, end, tag); });
   });
   return status;
 }

@@ -197,11 +197,11 @@ void copy_row(const Row& row, bool streaming, T, T) {
   }
 }
 
-// Updates tokens [first, last) of the B * S tokens of a call.
+// Updates tokens [first, end) of the B * S tokens of a call.
 template <typename T, typename C>
-void update_tokens(const KvUpdateParams& p, bool streaming, int64_t first, int64_t last) {
+void update_tokens(const KvUpdateParams& p, bool streaming, int64_t first, int64_t end) {
   Rotation rotation(p.head_dim / 2);
-  for (int64_t flat = first; flat < last; ++flat) {
+  for (int64_t flat = first; flat < end; ++flat) {
     const int64_t b = flat / p.tokens(), s = flat % p.tokens(), group = s / p.tokens_per_group();
     const int64_t column = s % p.columns, line = s / p.columns % p.rows, frame = s / (p.columns * p.rows);
     const int64_t cache_token =
@@ -297,7 +297,7 @@ Status kv_update_cpu(const KvUpdateParams& params, int num_threads) {
       using T = decltype(tag);
       const auto update = params.cache_dtype == DType::kFloat8E4M3 ? update_tokens<T, float8> : update_tokens<T, T>;
       parallel_for(params.batch * params.tokens(), 3 * params.channels(), num_threads,
-                   [&](int64_t first, int64_t last) { update(params, streaming, first, last); });
+                   [&](int64_t first, int64_t end) { update(params, streaming, first, end); });
     });
   }
   return status;

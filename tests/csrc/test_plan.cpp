@@ -32,7 +32,7 @@ void check_plan(const AttentionPlan& plan, int queries_per_group, std::mt19937& 
       const int n = kv_tiles[item.group];
       auto& covered = done[tile_of(item)];
       covered.resize(n);
-      for (int t = item.first_kv_tile(n); t < item.last_kv_tile(n); ++t) ++covered.at(t);
+      for (int t = item.first_kv_tile(n); t < item.end_kv_tile(n); ++t) ++covered.at(t);
       CHECK(item.row >= 0 && item.row < queries_per_group && item.row % plan.tile_rows == 0, context);
       CHECK((item.partial < 0) == (item.splits == 1), context);
       if (item.partial < 0) {

@@ -44,9 +44,9 @@ Ranges random_ranges(std::mt19937& random, int kv_rows) {
   for (int i = up_to(2); i > 0; --i) list.emplace_back(0, 0);
   std::shuffle(list.begin(), list.end(), random);
   Ranges ranges;
-  for (const auto& [first, last] : list) {
+  for (const auto& [first, end] : list) {
     ranges.pairs.push_back(first);
-    ranges.pairs.push_back(last);
+    ranges.pairs.push_back(end);
   }
   ranges.capacity = end + up_to(5);
   return ranges;

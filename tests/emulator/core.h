@@ -214,7 +214,7 @@ inline unsigned char* shared_pointer(uint32_t address, size_t bytes, size_t alig
 
 // ---- global memory ----
 
-// [first, last) of what kernels may read by asynchronous copies; empty: anything.
+// [first, end) of what kernels may read by asynchronous copies; empty: anything.
 inline std::vector<std::pair<const unsigned char*, const unsigned char*>> readable;
 
 inline void check_readable(const void* pointer, size_t bytes) {

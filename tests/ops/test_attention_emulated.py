@@ -30,7 +30,7 @@ def emulated(tmp_path_factory) -> EmulatedAttention:
 @dataclasses.dataclass(frozen=True)
 class Case:
     queries: int = 16
-    ranges: tuple = ((((0, 64),),),)  # [B][G][R](first, last)
+    ranges: tuple = ((((0, 64),),),)  # [B][G][R](first, end)
     heads: int = 1
     ctas: int = 0
     splits: int = 1
@@ -46,9 +46,9 @@ class Case:
         k, v = torch.full((2, batch, self.heads + 1, capacity, head_dim), nan, dtype=dtype)[:, :, 1:]
         q.copy_(torch.randn(q.shape, generator=generator) * 2)
         for b, groups in enumerate(self.ranges):
-            for first, last in (pair for group in groups for pair in group):
+            for first, end in (pair for group in groups for pair in group):
                 for cache in (k, v):
-                    cache[b, :, first:last] = torch.randn(self.heads, last - first, head_dim, generator=generator)
+                    cache[b, :, first:end] = torch.randn(self.heads, end - first, head_dim, generator=generator)
         return [q, k, v, ranges]
 
 

@@ -41,7 +41,7 @@ class Case:
 
     @property
     def capacity(self) -> int:
-        return max(last for visible in self.ranges for _, last in visible) + self.slack
+        return max(end for visible in self.ranges for _, end in visible) + self.slack
 
     def arguments(self, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, TokenRanges]:
         """q and the caches are strided views of larger buffers; every row outside the ranges of all groups is NaN."""
@@ -52,8 +52,8 @@ class Case:
         caches = torch.randn(shape, generator=generator)
         visible = torch.zeros(self.capacity + 2, dtype=torch.bool)
         for ranges in self.ranges:
-            for first, last in ranges:
-                visible[1 + first : 1 + last] = True
+            for first, end in ranges:
+                visible[1 + first : 1 + end] = True
         caches[:, :, :, ~visible] = float("nan")
         keys, values = caches.to(device, dtype)[:, :, 1:, 1:-1]
         ranges = TokenRanges.of(self.ranges, capacity=self.capacity, batch=self.batch, device=device)

@@ -73,7 +73,7 @@ def test_equals_plain_pytorch_and_changes_nothing_else(case: Case, dtype: torch.
         assert torch.equal(mine.isnan(), wanted.isnan())
         assert torch.equal(bits(mine.nan_to_num(nan=1.0)), bits(wanted.nan_to_num(nan=1.0)))
     untouched = ours[0]._base == torch.full((), SENTINEL, dtype=dtype, device=device)
-    visible = {t for ranges in case.ranges for first, last in ranges for t in range(first, last)}
+    visible = {t for ranges in case.ranges for first, end in ranges for t in range(first, end)}
     assert int((~untouched).sum()) == 2 * case.batch * case.heads * len(visible) * case.head_dim
 
 
@@ -201,9 +201,9 @@ def filled_cache(
         tensor.fill_(float("nan"))
     groups = [[(0, tokens), (2 * tokens, 4 * tokens)]]
     ranges = TokenRanges.of(groups, capacity=frames * tokens, batch=1, device=device)
-    for first, last in groups[0]:
-        layer.keys[:, :, first:last] = to_float8(keys, layer.scales[0])[:, :, first:last]
-        layer.values[:, :, first:last] = to_float8(values, layer.scales[1])[:, :, first:last]
+    for first, end in groups[0]:
+        layer.keys[:, :, first:end] = to_float8(keys, layer.scales[0])[:, :, first:end]
+        layer.values[:, :, first:end] = to_float8(values, layer.scales[1])[:, :, first:end]
     return layer, q, keys, values, ranges
 
 

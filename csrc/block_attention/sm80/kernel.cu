@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
     for (int r = 0; r < range_count; ++r) check_range(ranges[2 * r], ranges[2 * r + 1], p.capacity);
     const int tiles = walker.tiles();
     if (tiles == 0) __trap();
-    const int first_tile = item.first_kv_tile(tiles), last_tile = item.last_kv_tile(tiles);
+    const int first_tile = item.first_kv_tile(tiles), end_tile = item.end_kv_tile(tiles);
     walker.seek(first_tile);
     const T* k = static_cast<const T*>(p.k_ptr) + item.batch * p.k_stride[0] + item.head * p.k_stride[1];
     const T* v = static_cast<const T*>(p.v_ptr) + item.batch * p.v_stride[0] + item.head * p.v_stride[1];
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
     OnlineSoftmax<kRowTiles> softmax;
     float out[kRowTiles][kHeadDim / 8][4] = {};
     __syncthreads();  // the previous item has finished with shared memory
-    if (first_tile < last_tile) {
+    if (first_tile < end_tile) {
       const int64_t query = item.group * p.queries_per_group() + item.row;
       const T* q = static_cast<const T*>(p.q_ptr) + item.batch * p.q_stride[0] + item.head * p.q_stride[1];
       load_rows<kHeadDim, Shape::kRows, Shape::kThreads>(q_tile, q + query * p.q_stride[2], p.q_stride[2],
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
       load_next_into(0);
     }
     int stage = 0;
-    for (int left = last_tile - first_tile; left > 0; --left, stage ^= 1) {
+    for (int left = end_tile - first_tile; left > 0; --left, stage ^= 1) {
       const int end = coming_end;
       cp_async_wait<0>();
       __syncthreads();  // this tile has arrived, and no warp still reads the previous one

@@ -76,7 +76,7 @@ struct KeyWalk {
 
   __device__ __forceinline__ KeyWalk(const BlockAttentionParams& p, const WorkItem& item)
       : walker(ranges_of(p, item), static_cast<int>(p.ranges), kKeys, Tail::kShift) {
-    // item.first_kv_tile() and last_kv_tile() in 32 bits; see queries_per_group().
+    // item.first_kv_tile() and end_kv_tile() in 32 bits; see queries_per_group().
     const int all = walker.tiles(), first = all * item.piece / item.splits;
     tiles = all * (item.piece + 1) / item.splits - first;
     walker.seek(first);
