@@ -234,8 +234,10 @@ class KVCache:
         """
         t = self.tokens_per_frame
         runs = [[(first * t, last * t) for first, last in self.ring.runs(frames)] for frames in groups]
-        _, _, batch, _, capacity, _ = self.data.shape
-        return TokenRanges.of(runs, capacity=capacity, batch=batch, device=self.data.device, width=_MAX_RUNS)
+        _, _, batch, _, capacity_tokens, _ = self.data.shape
+        return TokenRanges.of(
+            runs, capacity_tokens=capacity_tokens, batch=batch, device=self.data.device, width=_MAX_RUNS
+        )
 
 
 # Room for the activations of one pass; with less, the run would fail later, with a worse message.

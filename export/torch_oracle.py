@@ -97,7 +97,7 @@ def _pass(model: CausalWanTransformer, card: Card, spec: GraphSpec, inputs: dict
     space = model.rotary_tables(*sizes.latent_size)
     attn = AttentionMetadata(
         write_index=write,
-        ranges=TokenRanges.of(visible, capacity=slots * sizes.tokens, batch=sizes.batch, device="cpu"),
+        ranges=TokenRanges.of(visible, capacity_tokens=slots * sizes.tokens, batch=sizes.batch, device="cpu"),
         rope_time=torch.from_numpy(inputs["rope_time"])[None].expand(sizes.batch, -1, -1, -1).contiguous(),
         rope_rows=space.rows,
         rope_columns=space.columns,

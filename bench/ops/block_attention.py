@@ -43,7 +43,7 @@ class Shape:
         return [self.keys] if self.groups == 1 else [max(self.keys - self.queries, self.queries), self.keys]
 
     def ranges(self, device: torch.device) -> TokenRanges:
-        return TokenRanges.of([[(0, n)] for n in self.visible()], capacity=self.keys, batch=1, device=device)
+        return TokenRanges.of([[(0, n)] for n in self.visible()], capacity_tokens=self.keys, batch=1, device=device)
 
     def flops(self) -> int:
         return 4 * self.queries * sum(self.visible()) * self.heads * self.head_dim

@@ -32,7 +32,7 @@ def calls(device: torch.device) -> dict[str, Callable[[], Any]]:
     x, row = (torch.randn(1, 1, HEAD_DIM, device=device, dtype=dtype) for _ in range(2))
     latent, sigma = torch.randn(1, 1, 1, 2, 2, device=device), torch.rand(1, 1, device=device)
     q, keys, values = torch.randn(3, 1, 1, 1, HEAD_DIM, device=device, dtype=dtype)
-    ranges = TokenRanges.of([[(0, 1)]], capacity=1, batch=1, device=device)
+    ranges = TokenRanges.of([[(0, 1)]], capacity_tokens=1, batch=1, device=device)
     tables = RotaryTables.build(HEAD_DIM, 1, 1, device)
     time_table, weight = tables.time([0])[None], torch.ones(HEAD_DIM, device=device, dtype=dtype)
     write_index = torch.zeros(1, 1, dtype=torch.int32, device=device)

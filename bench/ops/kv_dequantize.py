@@ -21,14 +21,14 @@ TOKENS, HEADS, HEAD_DIM = 1560, 12, 128
 
 
 def measure_frames(frames: int, dtype: torch.dtype, device: torch.device) -> dict[str, harness.Times]:
-    capacity = (frames + 1) * TOKENS  # one slot that is not visible
+    capacity_tokens = (frames + 1) * TOKENS  # one slot that is not visible
     torch.manual_seed(0)
-    numbers = torch.randn(2, 1, HEADS, capacity, HEAD_DIM, device=device)
+    numbers = torch.randn(2, 1, HEADS, capacity_tokens, HEAD_DIM, device=device)
     keys, values = numbers.to(torch.float8_e4m3fn)
     wide = numbers.to(dtype)
     scales = torch.ones(2, 1, HEADS, device=device)
     q = torch.randn(1, HEADS, TOKENS, HEAD_DIM, device=device).to(dtype)
-    ranges = TokenRanges.of([[(0, frames * TOKENS)]], capacity=capacity, batch=1, device=device)
+    ranges = TokenRanges.of([[(0, frames * TOKENS)]], capacity_tokens=capacity_tokens, batch=1, device=device)
     with torch.inference_mode():
         return harness.measure_interleaved(
             {

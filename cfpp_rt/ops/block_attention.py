@@ -21,8 +21,8 @@ def block_attention(
     """Return softmax(scale * q k^T) v of every query over the token ranges of its group: [B, Sq, H * D].
 
     q: [B, H, Sq, D]. Queries, in G consecutive groups of equal size.
-    k_cache, v_cache: [B, H, capacity, D] of the same dtype. Tokens outside the ranges of a group do not affect its
-        output, whatever their values are.
+    k_cache, v_cache: [B, H, capacity_tokens, D] of the same dtype. Tokens outside the ranges of a group do not affect
+        its output, whatever their values are.
     ranges: token ranges that each group attends to, in any order; G divides Sq. `TokenRanges.of` checks them.
     scale: factor of the logits; None = 1 / sqrt(D).
 
@@ -111,9 +111,9 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor) -> None:
     if q.ndim != 4 or 0 in q.shape:
         raise argument_error(op, "q", "[B, H, Sq, D], none of them 0", list(q.shape))
     batch, heads, queries, head_dim = q.shape
-    capacity = k_cache.shape[2] if k_cache.ndim == 4 else 0
+    capacity_tokens = k_cache.shape[2] if k_cache.ndim == 4 else 0
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        shape = {"B": batch, "H": heads, "capacity": capacity, "D": head_dim}
+        shape = {"B": batch, "H": heads, "capacity_tokens": capacity_tokens, "D": head_dim}
         require_tensor(op, name, cache, shape, q.dtype, q.device)
     groups = ranges.shape[1] if ranges.ndim == 4 else 0
     if groups < 1 or ranges.shape[0] != batch or ranges.shape[3] != 2 or queries % groups:

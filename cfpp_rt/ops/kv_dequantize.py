@@ -22,9 +22,9 @@ def kv_dequantize_(
 ) -> None:
     """Write code * scale of every visible token of a float8 cache into k_out and v_out, at the same position.
 
-    k_out, v_out: [B, H, capacity, D], written; float32, bfloat16 or float16 (float64: the reference runs).
-    k_cache, v_cache: float8_e4m3fn [B, H, capacity, D]. D is even; of all four the last dimension is contiguous, other
-        strides are free.
+    k_out, v_out: [B, H, capacity_tokens, D], written; float32, bfloat16 or float16 (float64: the reference runs).
+    k_cache, v_cache: float8_e4m3fn [B, H, capacity_tokens, D]. D is even. The last dimension of all four tensors is
+        contiguous, other strides are free.
     k_scale, v_scale: float32 [B, H], contiguous.
     ranges: token ranges that each group of queries attends to. A token in the ranges of several groups is written once,
         a token in none is neither read nor written. The compiled kernels read ranges.device when they run.
@@ -52,8 +52,8 @@ def _check(
     """Check the arguments like the binding of the kernel, but of the strides only the last, which must be 1."""
     op, dtype, device = "kv_dequantize_", k_out.dtype, k_out.device
     if k_cache.ndim != 4 or k_cache.shape[3] % 2:
-        raise argument_error(op, "k_cache", "[B, H, capacity, even D]", list(k_cache.shape))
-    shape = dict(zip(("B", "H", "capacity", "D"), k_cache.shape, strict=True))
+        raise argument_error(op, "k_cache", "[B, H, capacity_tokens, even D]", list(k_cache.shape))
+    shape = dict(zip(("B", "H", "capacity_tokens", "D"), k_cache.shape, strict=True))
     if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise argument_error(op, "k_out", "torch.float32, torch.bfloat16, torch.float16 or torch.float64", dtype)
     for name, tensor, wanted_dtype in (

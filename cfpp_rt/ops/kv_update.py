@@ -33,7 +33,7 @@ def kv_update_(
     adjacent channel pairs of a head, the first n_time rotate with the frame of the token, the next n_row with its row
     and the rest with its column. Values are copied. Arithmetic is float32, with one rounding at the end.
 
-    k_cache, v_cache: [B, H, capacity, D], written. float32, bfloat16 or float16 (float64: the reference runs).
+    k_cache, v_cache: [B, H, capacity_tokens, D], written. float32, bfloat16 or float16 (float64: the reference runs).
     q, k, v: [B, S, H * D] of the same dtype, last dimension contiguous, other strides free.
     q_norm, k_norm: [H * D], contiguous. Weights of the norms.
     rope_t: float32 [B, F, n_time, 2]. (cos, sin) per frame; the table of one frame is contiguous.
@@ -83,8 +83,8 @@ def _check(
     """Check the arguments like the binding of the kernel, but of the strides only the last, which must be 1."""
     op, dtype, device = "kv_update_", q.dtype, q.device
     if k_cache.ndim != 4 or k_cache.shape[3] % 2:
-        raise argument_error(op, "k_cache", "[B, H, capacity, even D]", list(k_cache.shape))
-    batch, heads, capacity, head_dim = k_cache.shape
+        raise argument_error(op, "k_cache", "[B, H, capacity_tokens, even D]", list(k_cache.shape))
+    batch, heads, capacity_tokens, head_dim = k_cache.shape
     if rope_t.ndim != 4 or rope_h.ndim != 3 or rope_w.ndim != 3:
         shapes = [list(t.shape) for t in (rope_t, rope_h, rope_w)]
         raise argument_error(op, "rope_t, rope_h, rope_w", "[B, F, n, 2], [rows, n, 2], [columns, n, 2]", shapes)
@@ -105,7 +105,7 @@ def _check(
     if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise argument_error(op, "q", "torch.float32, torch.bfloat16, torch.float16 or torch.float64", dtype)
     row = {"B": batch, "S": tokens, "H*D": heads * head_dim}
-    cache = {"B": batch, "H": heads, "capacity": capacity, "D": head_dim}
+    cache = {"B": batch, "H": heads, "capacity_tokens": capacity_tokens, "D": head_dim}
     stored = dtype if k_scale is None and v_scale is None else torch.float8_e4m3fn
     if stored == dtype and torch.float8_e4m3fn in (k_cache.dtype, v_cache.dtype):
         raise argument_error(op, "k_scale and v_scale", "given for caches in torch.float8_e4m3fn", None)
@@ -131,7 +131,7 @@ def _check(
 def _new_queries(k_cache: Tensor, q: Tensor) -> Tensor:
     if k_cache.ndim != 4 or q.ndim != 3:
         shapes = [list(k_cache.shape), list(q.shape)]
-        raise argument_error("kv_update_", "k_cache, q", "[B, H, capacity, even D], [B, S, H*D]", shapes)
+        raise argument_error("kv_update_", "k_cache, q", "[B, H, capacity_tokens, even D], [B, S, H*D]", shapes)
     batch, heads, _, head_dim = k_cache.shape
     return q.new_empty(batch, heads, q.shape[1], head_dim)  # sizes in a tuple would take 50 % longer
 

@@ -39,23 +39,30 @@ class TokenRanges:
 
     @classmethod
     def of(
-        cls, groups: Sequence[Sequence[Range]], *, capacity: int, batch: int, device: torch.device | str, width: int = 1
+        cls,
+        groups: Sequence[Sequence[Range]],
+        *,
+        capacity_tokens: int,
+        batch: int,
+        device: torch.device | str,
+        width: int = 1,
     ) -> "TokenRanges":
         """Check the ranges of each group and copy them to the device.
 
         groups: the ranges [first, end) of each group, in any order.
-        capacity: number of tokens of the cache.
+        capacity_tokens: number of tokens of the cache.
         batch: B; every row has the same ranges.
         width: least number R of ranges per group in the tensor `device`.
 
-        Raises InputError unless every group has at least one token and its ranges are disjoint and in 0..capacity.
+        Raises InputError unless every group has at least one token and its ranges are disjoint and within
+        0..capacity_tokens.
         """
         for index, ranges in enumerate(groups):
             covered = 0
             for first, end in sorted(ranges):
-                if not 0 <= first < end <= capacity:
+                if not 0 <= first < end <= capacity_tokens:
                     raise InputError(
-                        f"ranges of group {index} must be [first, end) within 0..{capacity} and not empty, "
+                        f"ranges of group {index} must be [first, end) within 0..{capacity_tokens} and not empty, "
                         f"got {[first, end]}"
                     )
                 if first < covered:

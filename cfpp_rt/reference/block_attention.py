@@ -23,7 +23,7 @@ def block_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor,
     return out.flatten(2)
 
 
-def check_ranges(ranges: list[list[list[list[int]]]], capacity: int) -> None:
+def check_ranges(ranges: list[list[list[list[int]]]], capacity_tokens: int) -> None:
     """Raise InputError unless the ranges of every group are in the cache and disjoint, and at least one is not (0, 0).
 
     ranges: [B, G, R, 2].
@@ -32,9 +32,9 @@ def check_ranges(ranges: list[list[list[list[int]]]], capacity: int) -> None:
         for g, visible in enumerate(row):
             covered = 0
             for first, end in sorted(visible):
-                if (first, end) != (0, 0) and not covered <= first < end <= capacity:
+                if (first, end) != (0, 0) and not covered <= first < end <= capacity_tokens:
                     raise InputError(
-                        f"block_attention: ranges[{b}, {g}] must be disjoint [first, end) within 0..{capacity} "
+                        f"block_attention: ranges[{b}, {g}] must be disjoint [first, end) within 0..{capacity_tokens} "
                         f"and not empty, or (0, 0), got {visible}"
                     )
                 covered = max(covered, end)

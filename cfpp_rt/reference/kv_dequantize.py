@@ -16,14 +16,14 @@ def kv_dequantize_(
     ranges: Tensor,
 ) -> None:
     """Compute the op `cfpp_rt::kv_dequantize_`; works on any device, and into float64 too."""
-    capacity = k_cache.shape[2]
+    capacity_tokens = k_cache.shape[2]
     compute_dtype, largest = torch.promote_types(k_out.dtype, torch.float32), torch.finfo(k_out.dtype).max
     for b, visible in enumerate(ranges.flatten(1, 2).tolist()):
         for first, end in visible:
-            if (first, end) != (0, 0) and not 0 <= first < end <= capacity:
+            if (first, end) != (0, 0) and not 0 <= first < end <= capacity_tokens:
                 raise InputError(
-                    f"kv_dequantize_: ranges[{b}] must be (0, 0) or 0 <= first < end <= capacity {capacity}, "
-                    f"got [{first}, {end})"
+                    f"kv_dequantize_: ranges[{b}] must be (0, 0) or 0 <= first < end <= capacity_tokens "
+                    f"{capacity_tokens}, got [{first}, {end})"
                 )
     for b, visible in enumerate(ranges.flatten(1, 2).tolist()):
         for first, end in visible:

@@ -46,9 +46,9 @@ def kv_update_(
     v_scale: Tensor | None = None,
 ) -> Tensor:
     """Compute `cfpp_rt.ops.kv_update.kv_update_`; works on any device and in float64 too."""
-    batch, heads, capacity, _ = k_cache.shape
+    batch, heads, capacity_tokens, _ = k_cache.shape
     tokens, groups = q.shape[1], write_index.shape[1]
-    last = capacity - tokens // groups
+    last = capacity_tokens - tokens // groups
     if write_index.device.type == "cpu" and not bool(((write_index >= 0) & (write_index <= last)).all()):
         raise InputError(f"kv_update_: write_index must be in 0..{last}, got {write_index.tolist()}")
 

@@ -23,7 +23,9 @@ Status check_sizes(const BlockAttentionParams& p) {
   // Kernels take the maximum of the logits before they scale it.
   if (!(p.scale > 0.f)) return unsupported("scale", "above 0", std::to_string(p.scale));
   constexpr int64_t kMost = int64_t{1} << 30;  // leaves room to round up, in int32
-  if (p.capacity > kMost) return unsupported("capacity", "at most 2^30", std::to_string(p.capacity));
+  if (p.capacity_tokens > kMost) {
+    return unsupported("capacity_tokens", "at most 2^30", std::to_string(p.capacity_tokens));
+  }
   const int64_t rows = p.batch * p.heads * p.queries;
   if (rows > kMost) return unsupported("B * H * Sq", "at most 2^30", std::to_string(rows));
   return {};

@@ -16,12 +16,12 @@ namespace cfpp {
 struct BlockAttentionParams {
   DType dtype;                // of q, k, v and out: bfloat16 or float16, on the CPU float32 too
   const void* q_ptr;          // [B, H, Sq, D]
-  const void* k_ptr;          // [B, H, capacity, D]
-  const void* v_ptr;          // [B, H, capacity, D]
+  const void* k_ptr;          // [B, H, capacity_tokens, D]
+  const void* v_ptr;          // [B, H, capacity_tokens, D]
   void* out_ptr;              // [B, Sq, H, D], contiguous, written in full
   const int32_t* ranges_ptr;  // [B, G, R, 2], contiguous
   void* workspace_ptr;        // block_attention_workspace() bytes, 16-byte aligned; contents need not survive a call
-  int64_t batch, heads, queries, head_dim, capacity;
+  int64_t batch, heads, queries, head_dim, capacity_tokens;
   int64_t groups, ranges;  // G, R
   int64_t q_stride[3];     // B, H, token
   int64_t k_stride[3];     // B, H, token
@@ -35,8 +35,8 @@ struct BlockAttentionParams {
 Status block_attention_cpu(const BlockAttentionParams& params, int num_threads);
 
 // Enqueues on `stream` (a cudaStream_t). Ranges are read on the device, so that one captured launch serves every frame.
-// The kernel traps at a range outside [0, capacity] and at a group without tokens; `TokenRanges.of` checks both on the
-// host.
+// The kernel traps at a range outside [0, capacity_tokens] and at a group without tokens; `TokenRanges.of` checks both
+// on the host.
 Status block_attention_cuda(const BlockAttentionParams& params, int device, void* stream);
 
 // Returns in `bytes` the workspace that the launch of these params needs on `device`, often 0. Pointers are not read.

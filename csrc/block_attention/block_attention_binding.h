@@ -19,9 +19,9 @@ BlockAttentionParams read_params(const Tensor& q, const Tensor& k_cache, const T
   p.queries = q.size(2);
   p.head_dim = q.size(3);
   if (q.numel() == 0 || p.head_dim % 2) q.refuse("[B, H, Sq, D], none of them 0 and D even", q.shape_text());
-  check_shape(k_cache, {{"B", p.batch}, {"H", p.heads}, {"capacity", -1}, {"D", p.head_dim}});
-  p.capacity = k_cache.size(2);
-  check_shape(v_cache, {{"B", p.batch}, {"H", p.heads}, {"capacity", p.capacity}, {"D", p.head_dim}});
+  check_shape(k_cache, {{"B", p.batch}, {"H", p.heads}, {"capacity_tokens", -1}, {"D", p.head_dim}});
+  p.capacity_tokens = k_cache.size(2);
+  check_shape(v_cache, {{"B", p.batch}, {"H", p.heads}, {"capacity_tokens", p.capacity_tokens}, {"D", p.head_dim}});
   for (const Tensor* rows : {&q, &k_cache, &v_cache}) check_contiguous_rows(*rows);
   check_ranges(ranges, p.batch, p.queries);
   p.groups = ranges.size(1);

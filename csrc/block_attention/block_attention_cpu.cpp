@@ -15,7 +15,7 @@ constexpr int64_t kTilesPerThread = 8;   // enough that the last ones to finish 
 
 // Called for every pass, so text is made only of what is refused.
 Status check_ranges(const BlockAttentionParams& p) {
-  Status status = find_bad_range("block_attention", p.ranges_ptr, p.batch, p.groups, p.ranges, p.capacity);
+  Status status = find_bad_range("block_attention", p.ranges_ptr, p.batch, p.groups, p.ranges, p.capacity_tokens);
   for (int64_t i = 0; status.empty() && i < p.batch * p.groups; ++i) {
     const int32_t* ranges = p.ranges_ptr + i * p.ranges * 2;
     const auto name = [&](const std::string& range) {

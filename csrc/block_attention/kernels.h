@@ -43,8 +43,8 @@ inline Status check_alignment(const BlockAttentionParams& p, const AttentionPlan
   };
   const Argument arguments[] = {
       {"q", p.q_ptr, p.q_stride, {p.batch, p.heads, p.queries}},
-      {"k_cache", p.k_ptr, p.k_stride, {p.batch, p.heads, p.capacity}},
-      {"v_cache", p.v_ptr, p.v_stride, {p.batch, p.heads, p.capacity}},
+      {"k_cache", p.k_ptr, p.k_stride, {p.batch, p.heads, p.capacity_tokens}},
+      {"v_cache", p.v_ptr, p.v_stride, {p.batch, p.heads, p.capacity_tokens}},
       {"out", p.out_ptr, nullptr, {}},
       {"workspace", plan.splits > 1 ? p.workspace_ptr : nullptr, nullptr, {}},
   };

@@ -7,8 +7,8 @@
 namespace cfpp {
 
 // Traps if [first, end) is not valid in a list of ranges.
-__device__ __forceinline__ void check_range(int32_t first, int32_t end, int64_t capacity) {
-  if (!range_fits(first, end, capacity)) __trap();
+__device__ __forceinline__ void check_range(int32_t first, int32_t end, int64_t capacity_tokens) {
+  if (!range_fits(first, end, capacity_tokens)) __trap();
 }
 
 }  // namespace cfpp

@@ -63,22 +63,22 @@ class RangeWalker {
   int range_ = 0, tile_ = 0;
 };
 
-// Returns true if [first, end) is valid in a list of ranges: (0, 0), or not empty and within the capacity.
-CFPP_HOST_DEVICE inline bool range_fits(int32_t first, int32_t end, int64_t capacity) {
-  return (first == 0 && end == 0) || (first >= 0 && first < end && end <= capacity);
+// Returns true if [first, end) is valid in a list of ranges: (0, 0), or not empty and within the cache.
+CFPP_HOST_DEVICE inline bool range_fits(int32_t first, int32_t end, int64_t capacity_tokens) {
+  return (first == 0 && end == 0) || (first >= 0 && first < end && end <= capacity_tokens);
 }
 
 // Returns the error message of an op for the first range in [batch, groups, count, 2] that is not valid; empty if all
 // are.
 inline Status find_bad_range(const char* op, const int32_t* ranges, int64_t batch, int64_t groups, int64_t count,
-                             int64_t capacity) {
+                             int64_t capacity_tokens) {
   for (int64_t i = 0; i < batch * groups * count; ++i) {
     const int32_t first = ranges[2 * i], end = ranges[2 * i + 1];
-    if (range_fits(first, end, capacity)) continue;
+    if (range_fits(first, end, capacity_tokens)) continue;
     const auto text = [](int64_t number) { return std::to_string(number); };
     return std::string(op) + ": ranges[" + text(i / count / groups) + ", " + text(i / count % groups) + ", " +
-           text(i % count) + "] must be (0, 0) or 0 <= first < end <= capacity " + text(capacity) + ", got [" +
-           text(first) + ", " + text(end) + ")";
+           text(i % count) + "] must be (0, 0) or 0 <= first < end <= capacity_tokens " + text(capacity_tokens) +
+           ", got [" + text(first) + ", " + text(end) + ")";
   }
   return {};
 }

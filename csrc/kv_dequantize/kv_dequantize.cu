@@ -1,7 +1,7 @@
 // CUDA kernel of kv_dequantize_.
 // One thread: one pack of 8 channels of one token, of keys and of values. It reads 8 bytes and writes 16 or 32 of each,
-//   next to its neighbours. The grid covers the capacity. Threads of tokens outside all ranges return after reading the
-//   ranges, which are a few bytes in L1.
+//   next to its neighbours. The grid covers all tokens of the cache. Threads of tokens outside all ranges return after
+//   reading the ranges, which are a few bytes in L1.
 // Limited by: memory bandwidth, 3 bytes (16-bit outputs) or 5 per element of a visible token.
 #include <cstring>
 #include <initializer_list>
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads) kv_dequantize_kernel(const KvDequant
   const int token = static_cast<int>(index / packs), channel = static_cast<int>(index % packs) * kWidth;
   const int head = static_cast<int>(blockIdx.y), b = static_cast<int>(blockIdx.z);
   const int lists = static_cast<int>(p.groups * p.ranges);
-  if (token >= p.capacity || !is_visible(p.ranges_ptr + 2 * b * lists, lists, token)) return;
+  if (token >= p.capacity_tokens || !is_visible(p.ranges_ptr + 2 * b * lists, lists, token)) return;
   const auto at = [&](const int64_t (&stride)[3]) {
     return b * stride[0] + head * stride[1] + token * stride[2] + channel;
   };
@@ -89,7 +89,7 @@ bool vectors_fit(const KvDequantizeParams& p) {
 
 template <typename T, int kWidth, bool kVector>
 void launch(const KvDequantizeParams& p, cudaStream_t stream) {
-  const int64_t ctas = ceil_div<int64_t>(p.capacity * (p.head_dim / kWidth), kThreads);
+  const int64_t ctas = ceil_div<int64_t>(p.capacity_tokens * (p.head_dim / kWidth), kThreads);
   const dim3 grid(static_cast<unsigned>(ctas), static_cast<unsigned>(p.heads), static_cast<unsigned>(p.batch));
   kv_dequantize_kernel<T, kWidth, kVector><<<grid, kThreads, 0, stream>>>(p);
 }

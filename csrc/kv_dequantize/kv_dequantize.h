@@ -14,14 +14,14 @@ namespace cfpp {
 // Rows that no group of their batch row sees are neither read nor written.
 struct KvDequantizeParams {
   DType dtype;                 // of the outputs
-  void* k_out_ptr;             // [B, H, capacity, D]
+  void* k_out_ptr;             // [B, H, capacity_tokens, D]
   void* v_out_ptr;             // likewise
-  const uint8_t* k_cache_ptr;  // [B, H, capacity, D], codes of float8 e4m3
+  const uint8_t* k_cache_ptr;  // [B, H, capacity_tokens, D], codes of float8 e4m3
   const uint8_t* v_cache_ptr;  // likewise
   const float* k_scale_ptr;    // [B, H], contiguous
   const float* v_scale_ptr;    // likewise
   const int32_t* ranges_ptr;   // [B, G, R, 2], contiguous
-  int64_t batch, heads, capacity, head_dim;
+  int64_t batch, heads, capacity_tokens, head_dim;
   int64_t groups, ranges;     // G, R
   int64_t k_out_stride[3];    // B, H, token
   int64_t v_out_stride[3];    // B, H, token

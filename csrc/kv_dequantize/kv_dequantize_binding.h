@@ -16,14 +16,16 @@ void kv_dequantize(py::handle k_out_object, py::handle v_out_object, py::handle 
   const Tensor k_scale = tensor("k_scale", k_scale_object), v_scale = tensor("v_scale", v_scale_object);
   const Tensor ranges = tensor("ranges", ranges_object);
 
-  if (k_cache.dim() != 4 || k_cache.size(3) % 2) k_cache.refuse("[B, H, capacity, even D]", k_cache.shape_text());
+  if (k_cache.dim() != 4 || k_cache.size(3) % 2) {
+    k_cache.refuse("[B, H, capacity_tokens, even D]", k_cache.shape_text());
+  }
   KvDequantizeParams p{};
   p.batch = k_cache.size(0);
   p.heads = k_cache.size(1);
-  p.capacity = k_cache.size(2);
+  p.capacity_tokens = k_cache.size(2);
   p.head_dim = k_cache.size(3);
   for (const Tensor* rows : {&v_cache, &k_out, &v_out}) {
-    check_shape(*rows, {{"B", p.batch}, {"H", p.heads}, {"capacity", p.capacity}, {"D", p.head_dim}});
+    check_shape(*rows, {{"B", p.batch}, {"H", p.heads}, {"capacity_tokens", p.capacity_tokens}, {"D", p.head_dim}});
   }
   for (const Tensor* rows : {&k_cache, &v_cache, &k_out, &v_out}) check_contiguous_rows(*rows);
   for (const Tensor* scale : {&k_scale, &v_scale}) {

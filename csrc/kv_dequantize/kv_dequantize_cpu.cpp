@@ -141,8 +141,8 @@ Runs find_runs(const KvDequantizeParams& p) {
 }  // namespace
 
 Status kv_dequantize_cpu(const KvDequantizeParams& params, int num_threads) {
-  Status status =
-      find_bad_range("kv_dequantize_", params.ranges_ptr, params.batch, params.groups, params.ranges, params.capacity);
+  Status status = find_bad_range("kv_dequantize_", params.ranges_ptr, params.batch, params.groups, params.ranges,
+                                 params.capacity_tokens);
   if (!status.empty()) return status;
   const Runs runs = find_runs(params);
   const int64_t rows = runs.empty() ? 0 : runs.back().before + runs.back().end - runs.back().first;

@@ -9,7 +9,7 @@
 //   are far below the peak. Norm weights and rotation tables are shared by all CTAs and stay in L2 and L1.
 // Assumes: D is even, and a head starts on a pack boundary (D % kWidth == 0). Packs of 16 bytes need all pointers and
 //   strides to be multiples of 16 bytes; otherwise the launcher uses packs of 2 elements, which are moved one by one. A
-//   write_index outside [0, capacity - S / groups] traps, see kv_update.h.
+//   write_index outside [0, capacity_tokens - S / groups] traps, see kv_update.h.
 #include <algorithm>
 #include <cstring>
 #include <initializer_list>
@@ -122,7 +122,7 @@ struct Token {
 
   // Called after the loads of the rows have been issued, since it waits for write_index.
   __device__ __forceinline__ void check_write_index() const {
-    if (first < 0 || first > p.capacity - group_tokens) __trap();
+    if (first < 0 || first > p.capacity_tokens - group_tokens) __trap();
   }
   __device__ __forceinline__ static P read(const void* source, int channel) {
     return *reinterpret_cast<const P*>(static_cast<const T*>(source) + channel);

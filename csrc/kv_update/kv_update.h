@@ -13,7 +13,7 @@ namespace cfpp {
 struct KvUpdateParams {
   DType dtype;                     // of every void pointer but the caches'
   DType cache_dtype;               // the same, or float8 e4m3 with x / scale, saturated
-  void* k_cache_ptr;               // [B, H, capacity, D], written at tokens write_index .. + S / groups
+  void* k_cache_ptr;               // [B, H, capacity_tokens, D], written at tokens write_index .. + S / groups
   void* v_cache_ptr;               // likewise
   const float* k_scale_ptr;        // [B, H], contiguous, > 0; null unless the caches are float8
   const float* v_scale_ptr;        // likewise
@@ -27,7 +27,7 @@ struct KvUpdateParams {
   const float* rope_h_ptr;         // [rows, row_pairs, 2], contiguous
   const float* rope_w_ptr;         // [columns, column_pairs, 2], contiguous
   const int32_t* write_index_ptr;  // [B, groups], first cache token of each group
-  int64_t batch, heads, head_dim, capacity;
+  int64_t batch, heads, head_dim, capacity_tokens;
   int64_t frames, rows, columns, groups;
   int64_t time_pairs, row_pairs, column_pairs;    // sum head_dim / 2
   int64_t k_cache_stride[3];                      // B, H, token

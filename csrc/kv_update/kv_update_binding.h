@@ -37,11 +37,13 @@ void kv_update(py::handle q_out_object, py::handle k_cache_object, py::handle v_
   const Tensor rope_t = tensor("rope_t", rope_t_object), rope_h = tensor("rope_h", rope_h_object);
   const Tensor rope_w = tensor("rope_w", rope_w_object), write_index = tensor("write_index", write_index_object);
 
-  if (k_cache.dim() != 4 || k_cache.size(3) % 2) k_cache.refuse("[B, H, capacity, even D]", k_cache.shape_text());
+  if (k_cache.dim() != 4 || k_cache.size(3) % 2) {
+    k_cache.refuse("[B, H, capacity_tokens, even D]", k_cache.shape_text());
+  }
   KvUpdateParams p{};
   p.batch = k_cache.size(0);
   p.heads = k_cache.size(1);
-  p.capacity = k_cache.size(2);
+  p.capacity_tokens = k_cache.size(2);
   p.head_dim = k_cache.size(3);
   check_rotation(rope_t, rope_h, rope_w, p.batch, p.head_dim);
   p.frames = rope_t.size(1);
@@ -56,7 +58,7 @@ void kv_update(py::handle q_out_object, py::handle k_cache_object, py::handle v_
     check_shape(*row, {{"B", p.batch}, {"S", p.tokens()}, {"H*D", p.channels()}});
     check_contiguous_rows(*row);
   }
-  check_shape(v_cache, {{"B", p.batch}, {"H", p.heads}, {"capacity", p.capacity}, {"D", p.head_dim}});
+  check_shape(v_cache, {{"B", p.batch}, {"H", p.heads}, {"capacity_tokens", p.capacity_tokens}, {"D", p.head_dim}});
   check_contiguous_rows(k_cache);
   check_contiguous_rows(v_cache);
   check_shape(q_out, {{"B", p.batch}, {"H", p.heads}, {"S", p.tokens()}, {"D", p.head_dim}});

@@ -258,13 +258,13 @@ bool streams(const KvUpdateParams& p) {
 }
 
 Status check_write_index(const KvUpdateParams& p) {
-  const int64_t last = p.capacity - p.tokens_per_group();
+  const int64_t last = p.capacity_tokens - p.tokens_per_group();
   for (int64_t b = 0; b < p.batch; ++b) {
     for (int64_t g = 0; g < p.groups; ++g) {
       const int64_t first = p.write_index_ptr[b * p.write_index_stride[0] + g * p.write_index_stride[1]];
       if (first < 0 || first > last) {
         return "kv_update_: write_index[" + std::to_string(b) + ", " + std::to_string(g) + "] must be in 0.." +
-               std::to_string(last) + " (capacity " + std::to_string(p.capacity) + " minus " +
+               std::to_string(last) + " (capacity_tokens " + std::to_string(p.capacity_tokens) + " minus " +
                std::to_string(p.tokens_per_group()) + " tokens of a group), got " + std::to_string(first);
       }
     }

@@ -13,7 +13,7 @@ using cfpp::Tail;
 
 struct Ranges {
   std::vector<int32_t> pairs;
-  int capacity = 0;
+  int capacity_tokens = 0;
 
   int count() const { return static_cast<int>(pairs.size()) / 2; }
   bool shows(int token) const {
@@ -48,7 +48,7 @@ Ranges random_ranges(std::mt19937& random, int kv_rows) {
     ranges.pairs.push_back(first);
     ranges.pairs.push_back(end);
   }
-  ranges.capacity = end + up_to(5);
+  ranges.capacity_tokens = end + up_to(5);
   return ranges;
 }
 
@@ -58,7 +58,7 @@ void check_walk(const Ranges& ranges, int kv_rows, Tail tail) {
   RangeWalker walker(ranges.pairs.data(), ranges.count(), kv_rows, tail);
   const int tiles = walker.tiles();
   std::vector<KvTile> walk;
-  std::vector<int> counted(ranges.capacity, 0);
+  std::vector<int> counted(ranges.capacity_tokens, 0);
   walker.seek(0);
   for (int i = 0; i < tiles; ++i) {
     const KvTile tile = walker.next();
@@ -71,7 +71,7 @@ void check_walk(const Ranges& ranges, int kv_rows, Tail tail) {
       for (int row = 0; row < kv_rows; ++row) CHECK(ranges.shows(tile.row + row), context);
     }
   }
-  for (int token = 0; token < ranges.capacity; ++token) CHECK(counted[token] == ranges.shows(token), context);
+  for (int token = 0; token < ranges.capacity_tokens; ++token) CHECK(counted[token] == ranges.shows(token), context);
   // A clipped tile under kShift belongs to a range shorter than a tile.
   for (const KvTile& tile : walk) {
     if (tail != Tail::kShift || tile.end == kv_rows) continue;

@@ -27,7 +27,10 @@ class Params(ctypes.Structure):
     _fields_ = [
         ("dtype", ctypes.c_int32),
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "ranges", "workspace")),
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "queries", "head_dim", "capacity", "groups", "count")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("batch", "heads", "queries", "head_dim", "capacity_tokens", "groups", "count")
+        ),
         *((name, ctypes.c_int64 * 3) for name in ("q_stride", "k_stride", "v_stride")),
         ("scale", ctypes.c_float),
     ]

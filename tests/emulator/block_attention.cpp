@@ -41,8 +41,8 @@ extern "C" const char* emulate_block_attention(const cfpp::BlockAttentionParams*
   emulator::seed = seed;
   emulator::readable.clear();
   allow_rows(*params, params->q_ptr, params->q_stride, params->queries);
-  allow_rows(*params, params->k_ptr, params->k_stride, params->capacity);
-  allow_rows(*params, params->v_ptr, params->v_stride, params->capacity);
+  allow_rows(*params, params->k_ptr, params->k_stride, params->capacity_tokens);
+  allow_rows(*params, params->v_ptr, params->v_stride, params->capacity_tokens);
   cudaSetDevice(device);
   try {
     if (ctas > 0) {

@@ -39,11 +39,11 @@ class Case:
         """q, k, v as strided views of NaN; rows of the cache that nobody sees are NaN too."""
         generator = torch.Generator().manual_seed(11)
         ranges = torch.tensor(self.ranges, dtype=torch.int32)
-        batch, capacity = len(self.ranges), int(ranges.max()) + 3
+        batch, capacity_tokens = len(self.ranges), int(ranges.max()) + 3
         nan = float("nan")
         q = torch.full((batch, self.queries + 2, self.heads + 1, head_dim), nan, dtype=dtype)
         q = q[:, 1:-1, 1:].transpose(1, 2)  # [B, H, Sq, D], as a view of a projection
-        k, v = torch.full((2, batch, self.heads + 1, capacity, head_dim), nan, dtype=dtype)[:, :, 1:]
+        k, v = torch.full((2, batch, self.heads + 1, capacity_tokens, head_dim), nan, dtype=dtype)[:, :, 1:]
         q.copy_(torch.randn(q.shape, generator=generator) * 2)
         for b, groups in enumerate(self.ranges):
             for first, end in (pair for group in groups for pair in group):
@@ -153,7 +153,7 @@ BAD_RANGES = {
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("ranges", BAD_RANGES.values(), ids=BAD_RANGES.keys())
 def test_bad_ranges_trap(emulated, ranges: tuple, device: str):
-    q, k, v, _ = Case().arguments(torch.bfloat16, 64)  # capacity 67
+    q, k, v, _ = Case().arguments(torch.bfloat16, 64)  # capacity_tokens 67
     out = torch.empty(1, 16, 1, 64, dtype=torch.bfloat16)
     with pytest.raises(InputError, match="trap"):
         emulated(out, q, k, v, torch.tensor(ranges, dtype=torch.int32), 0.125, device=device)

@@ -40,7 +40,7 @@ class Case:
     sharpness: float = 1.0  # of the softmax
 
     @property
-    def capacity(self) -> int:
+    def capacity_tokens(self) -> int:
         return max(end for visible in self.ranges for _, end in visible) + self.slack
 
     def arguments(self, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, TokenRanges]:
@@ -48,15 +48,15 @@ class Case:
         generator = torch.Generator().manual_seed(11)
         total = self.queries * len(self.ranges)
         q = torch.randn(self.batch, self.heads, total + 3, self.head_dim, generator=generator) * self.sharpness
-        shape = (2, self.batch, self.heads + 1, self.capacity + 2, self.head_dim)
+        shape = (2, self.batch, self.heads + 1, self.capacity_tokens + 2, self.head_dim)
         caches = torch.randn(shape, generator=generator)
-        visible = torch.zeros(self.capacity + 2, dtype=torch.bool)
+        visible = torch.zeros(self.capacity_tokens + 2, dtype=torch.bool)
         for ranges in self.ranges:
             for first, end in ranges:
                 visible[1 + first : 1 + end] = True
         caches[:, :, :, ~visible] = float("nan")
         keys, values = caches.to(device, dtype)[:, :, 1:, 1:-1]
-        ranges = TokenRanges.of(self.ranges, capacity=self.capacity, batch=self.batch, device=device)
+        ranges = TokenRanges.of(self.ranges, capacity_tokens=self.capacity_tokens, batch=self.batch, device=device)
         return q.to(device, dtype)[:, :, 2:-1], keys, values, ranges
 
 
@@ -244,7 +244,7 @@ def test_bad_ranges_are_refused(pairs, message, attend):
 )
 def test_ranges_are_checked_on_the_host(groups, message):
     with pytest.raises(InputError, match=message):
-        TokenRanges.of(groups, capacity=10, batch=1, device="cpu")
+        TokenRanges.of(groups, capacity_tokens=10, batch=1, device="cpu")
 
 
 BAD = {
@@ -252,7 +252,7 @@ BAD = {
     "no queries": (0, lambda t: t[:, :, :0], "q must be .*0"),
     "q of another dtype": (0, lambda t: t.half(), "must be torch.float16|must be float16"),
     "q with strided channels": (0, lambda t: t.transpose(2, 3).contiguous().transpose(2, 3), "q must be contiguous"),
-    "keys of other heads": (1, lambda t: t[:, 1:], r"k_cache must be \[B=1, H=2, capacity, D=64\]"),
+    "keys of other heads": (1, lambda t: t[:, 1:], r"k_cache must be \[B=1, H=2, capacity_tokens, D=64\]"),
     "values of another capacity": (2, lambda t: t[:, :, 1:], "v_cache must be"),
     "ranges in int64": (3, lambda t: t.long(), "ranges must be torch.int32, got torch.int64"),
     "ranges for another batch": (3, lambda t: t.repeat(2, 1, 1, 1), r"ranges must be \[B=1, G, R, 2\]"),

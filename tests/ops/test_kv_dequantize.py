@@ -30,16 +30,16 @@ class Case:
     batch: int = 1
     heads: int = 2
     head_dim: int = 32
-    capacity: int = 40
+    capacity_tokens: int = 40
 
     def arguments(self, dtype: torch.dtype, device: str) -> list[Tensor]:
         """Strided views of larger buffers; codes of every kind, NaN included."""
         generator = torch.Generator().manual_seed(3)
-        shape = (2, self.batch, self.heads + 1, self.capacity + 2, self.head_dim)
+        shape = (2, self.batch, self.heads + 1, self.capacity_tokens + 2, self.head_dim)
         codes = torch.randint(0, 256, shape, generator=generator).to(torch.uint8).to(device)[:, :, 1:, 1:-1]
         out = torch.full(shape, SENTINEL, device=device).to(dtype)[:, :, 1:, 1:-1]
         scales = 2.0 ** torch.randint(-9, 9, (2, self.batch, self.heads), generator=generator).float()
-        ranges = TokenRanges.of(self.ranges, capacity=self.capacity, batch=self.batch, device=device)
+        ranges = TokenRanges.of(self.ranges, capacity_tokens=self.capacity_tokens, batch=self.batch, device=device)
         return [*out, *codes.view(torch.float8_e4m3fn), *scales.to(device), ranges.device]
 
 
@@ -53,7 +53,7 @@ CASES = {
     "head of 128": Case((((3, 39),),), heads=3, head_dim=128),
     "head with a tail": Case((((3, 39),),), head_dim=22),
     "smallest head": Case((((3, 39),),), head_dim=2),
-    "large enough to stream": Case((((3, 1500), (1600, 3000)),), heads=12, head_dim=128, capacity=3000),
+    "large enough to stream": Case((((3, 1500), (1600, 3000)),), heads=12, head_dim=128, capacity_tokens=3000),
 }
 
 
@@ -94,7 +94,9 @@ def test_every_code_is_exact_or_saturates(dtype: torch.dtype, scale: float, devi
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_bits_do_not_depend_on_threads(threads: int):
-    case = dataclasses.replace(CASES["two groups that overlap"], capacity=900, head_dim=128, ranges=(((5, 801),),))
+    case = dataclasses.replace(
+        CASES["two groups that overlap"], capacity_tokens=900, head_dim=128, ranges=(((5, 801),),)
+    )
     wanted, ours = case.arguments(torch.bfloat16, "cpu"), case.arguments(torch.bfloat16, "cpu")
     call(*wanted)
     before = torch.get_num_threads()
@@ -132,12 +134,12 @@ def test_float64_runs_the_reference():
 
 NAMES = ["k_out", "v_out", "k_cache", "v_cache", "k_scale", "v_scale", "ranges"]
 BAD = {
-    "keys of three dimensions": ("k_cache", lambda t: t[0], r"k_cache must be \[B, H, capacity, even D\]"),
-    "odd head": ("k_cache", lambda t: t[..., 1:], r"k_cache must be \[B, H, capacity, even D\]"),
+    "keys of three dimensions": ("k_cache", lambda t: t[0], r"k_cache must be \[B, H, capacity_tokens, even D\]"),
+    "odd head": ("k_cache", lambda t: t[..., 1:], r"k_cache must be \[B, H, capacity_tokens, even D\]"),
     "values of another capacity": (
         "v_cache",
         lambda t: t[:, :, 1:],
-        r"v_cache must be \[B=1, H=2, capacity=40, D=32\]",
+        r"v_cache must be \[B=1, H=2, capacity_tokens=40, D=32\]",
     ),
     "room of another capacity": ("v_out", lambda t: t[:, :, 1:], "v_out must be"),
     "room of two dtypes": ("v_out", lambda t: t.half(), "v_out must be torch.float32( like k_out)?, got torch.float16"),
@@ -147,7 +149,7 @@ BAD = {
     "scales in bfloat16": ("v_scale", lambda t: t.bfloat16(), "v_scale must be torch.float32, got torch.bfloat16"),
     "ranges in int64": ("ranges", lambda t: t.long(), "ranges must be torch.int32, got torch.int64"),
     "ranges for another batch": ("ranges", lambda t: t.repeat(2, 1, 1, 1), r"ranges must be \[B=1, G, R, 2\]"),
-    "ranges past the end": ("ranges", lambda t: t + 34, r"ranges\[0.*must be .*capacity 40, got \[34, 41\)"),
+    "ranges past the end": ("ranges", lambda t: t + 34, r"ranges\[0.*must be .*capacity_tokens 40, got \[34, 41\)"),
     "ranges that are negative": ("ranges", lambda t: t - 1, r"ranges\[0.*got \[-1, 6\)"),
 }
 
@@ -158,7 +160,7 @@ def test_a_bad_argument_is_named_and_nothing_is_written(name, change, message, a
     arguments = Case().arguments(torch.float32, "cpu")
     wrong = list(arguments)
     wrong[NAMES.index(name)] = change(arguments[NAMES.index(name)])
-    if attend is reference and "capacity 40" not in message and "-1" not in message:
+    if attend is reference and "capacity_tokens 40" not in message and "-1" not in message:
         pytest.skip("the op checks what the reference then takes for granted")
     with pytest.raises(InputError, match=f"kv_dequantize_: {message}"):
         attend(*wrong)
@@ -173,7 +175,7 @@ def test_opcheck(device: str):
 
 def test_compiles_as_one_graph():
     eager, compiled = (Case().arguments(torch.float32, "cpu") for _ in range(2))
-    ranges = TokenRanges.of(ONE, capacity=40, batch=1, device="cpu")
+    ranges = TokenRanges.of(ONE, capacity_tokens=40, batch=1, device="cpu")
     run = torch.compile(lambda *a: kv_dequantize_(*a, ranges), fullgraph=True, backend="aot_eager")
     kv_dequantize_(*eager[:-1], ranges)
     run(*compiled[:-1])
@@ -200,7 +202,7 @@ def filled_cache(
     for tensor in layer._dequantized:
         tensor.fill_(float("nan"))
     groups = [[(0, tokens), (2 * tokens, 4 * tokens)]]
-    ranges = TokenRanges.of(groups, capacity=frames * tokens, batch=1, device=device)
+    ranges = TokenRanges.of(groups, capacity_tokens=frames * tokens, batch=1, device=device)
     for first, end in groups[0]:
         layer.keys[:, :, first:end] = to_float8(keys, layer.scales[0])[:, :, first:end]
         layer.values[:, :, first:end] = to_float8(values, layer.scales[1])[:, :, first:end]

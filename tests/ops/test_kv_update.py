@@ -38,14 +38,16 @@ class Case:
         return self.frames * self.rows * self.columns
 
     @property
-    def capacity(self) -> int:
+    def capacity_tokens(self) -> int:
         return 3 * self.tokens + 5
 
     def arguments(self, dtype: torch.dtype, device: str) -> list[Tensor]:
         """Tensors of one call; the caches are strided views of larger buffers that are NaN everywhere."""
         generator = torch.Generator().manual_seed(7)
         width = self.heads * self.head_dim
-        buffers = torch.full((2, self.batch, self.heads + 1, self.capacity + 2, self.head_dim), float("nan")).to(dtype)
+        buffers = torch.full((2, self.batch, self.heads + 1, self.capacity_tokens + 2, self.head_dim), float("nan")).to(
+            dtype
+        )
         caches = buffers.to(device)[:, :, 1:, 1:-1]
         packed = torch.randn(self.batch, self.tokens, 3 * width, generator=generator).to(dtype).to(device)
         qkv = packed.chunk(3, dim=-1)
@@ -150,7 +152,7 @@ BAD = {
     "v with strided channels": ("v", lambda t: t.transpose(1, 2).contiguous().transpose(1, 2), "v must be contiguous"),
     "k of another dtype": ("k", lambda t: t.half(), "k must be torch.float32( like q)?, got torch.float16"),
     "cache of another dtype": ("k_cache", lambda t: t.double(), "k_cache must be torch.float32"),
-    "cache without heads": ("k_cache", lambda t: t[:, 0], r"k_cache(, q)? must be \[B, H, capacity, even D\]"),
+    "cache without heads": ("k_cache", lambda t: t[:, 0], r"k_cache(, q)? must be \[B, H, capacity_tokens, even D\]"),
     "caches of two sizes": ("v_cache", lambda t: t[:, :, 1:], "v_cache must be"),
     "norm of another length": ("q_norm", lambda t: t[1:], r"q_norm must be \[H\*D=48\], got \[47\]"),
     "too few pairs": ("rope_t", lambda t: t[:, :, 1:], "rope_t, rope_h, rope_w must be"),

@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
     const int range_count = static_cast<int>(p.ranges);
     const int32_t* ranges = p.ranges_ptr + (item.batch * p.groups + item.group) * p.ranges * 2;
     RangeWalker walker(ranges, range_count, kKvRows, Tail::kClip);
-    for (int r = 0; r < range_count; ++r) check_range(ranges[2 * r], ranges[2 * r + 1], p.capacity);
+    for (int r = 0; r < range_count; ++r) check_range(ranges[2 * r], ranges[2 * r + 1], p.capacity_tokens);
     const int tiles = walker.tiles();
     if (tiles == 0) __trap();
     const int first_tile = item.first_kv_tile(tiles), end_tile = item.end_kv_tile(tiles);

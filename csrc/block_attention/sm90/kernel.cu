@@ -81,10 +81,12 @@ Status run(const BlockAttentionParams& p, const AttentionPlan& plan, cudaStream_
   TensorMap maps[3];
   Status status = encode("q", tile_map(p.q_ptr, p.batch, p.heads, p.queries, kHeadDim, p.q_stride, kRows), &maps[0]);
   if (status.empty()) {
-    status = encode("k_cache", tile_map(p.k_ptr, p.batch, p.heads, p.capacity, kHeadDim, p.k_stride, kKeys), &maps[1]);
+    status = encode("k_cache", tile_map(p.k_ptr, p.batch, p.heads, p.capacity_tokens, kHeadDim, p.k_stride, kKeys),
+                    &maps[1]);
   }
   if (status.empty()) {
-    status = encode("v_cache", tile_map(p.v_ptr, p.batch, p.heads, p.capacity, kHeadDim, p.v_stride, kKeys), &maps[2]);
+    status = encode("v_cache", tile_map(p.v_ptr, p.batch, p.heads, p.capacity_tokens, kHeadDim, p.v_stride, kKeys),
+                    &maps[2]);
   }
   if (!status.empty()) return status;
   const auto kernel = block_attention_sm90_kernel<T, kHeadDim>;

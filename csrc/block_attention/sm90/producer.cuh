@@ -11,7 +11,7 @@ __device__ __forceinline__ void check_ranges(const BlockAttentionParams& p, cons
   const int32_t* ranges = ranges_of(p, item);
   bool sees_any = false;
   for (int i = 0; i < 2 * static_cast<int>(p.ranges); i += 2) {
-    check_range(ranges[i], ranges[i + 1], p.capacity);
+    check_range(ranges[i], ranges[i + 1], p.capacity_tokens);
     sees_any |= ranges[i] < ranges[i + 1];
   }
   if (!sees_any) __trap();
