@@ -158,9 +158,9 @@ def _attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 def _attention_to_ranges(q: Tensor, keys: Tensor, values: Tensor, ranges: TokenRanges) -> Tensor:
-    assert ranges.host is not None  # the model is on the CPU
+    assert ranges.host_ranges is not None  # the model is on the CPU
     groups = []
-    for rows, spans in zip(q.chunk(len(ranges), dim=2), ranges.host, strict=True):
+    for rows, spans in zip(q.chunk(len(ranges), dim=2), ranges.host_ranges, strict=True):
         visible = [torch.cat([cache[:, :, first:end] for first, end in spans], dim=2) for cache in (keys, values)]
         groups.append(_attention(rows, *visible))
     return torch.cat(groups, dim=2).transpose(1, 2).flatten(2)

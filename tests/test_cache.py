@@ -92,6 +92,6 @@ def test_cache_views_share_one_allocation():
     for frame in range(4):
         ring.write(frame)
     ranges = cache.token_ranges([ring.visible(4, 2), [0, 2]])
-    assert ranges.host == (((0, 8),), ((0, 4), (8, 12)))
-    assert ranges.device.dtype == torch.int32
-    assert ranges.device.tolist() == [[[[0, 8], [0, 0], [0, 0]], [[0, 4], [8, 12], [0, 0]]]] * cache.data.shape[2]
+    assert ranges.host_ranges == (((0, 8),), ((0, 4), (8, 12)))
+    assert ranges.tensor.dtype == torch.int32
+    assert ranges.tensor.tolist() == [[[[0, 8], [0, 0], [0, 0]], [[0, 4], [8, 12], [0, 0]]]] * cache.data.shape[2]

@@ -99,7 +99,7 @@ def backends(shape: Shape, dtype: torch.dtype, device: torch.device, flex: bool)
     }
     problem = Problem(device.type, _capability(device), dtype, shape.head_dim, shape.queries, shape.keys)
     if kernel_supports(problem):
-        calls["kernel"] = lambda: torch.ops.cfpp_rt.block_attention(q, keys, values, ranges.device, scale)
+        calls["kernel"] = lambda: torch.ops.cfpp_rt.block_attention(q, keys, values, ranges.tensor, scale)
     return calls
 
 

@@ -55,17 +55,17 @@ def _gather(tensor: Tensor, ranges: tuple[Range, ...]) -> Tensor:
 def attend_gathered(
     dense: DenseAttention, q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: TokenRanges, scale: float
 ) -> Tensor:
-    """Compute block_attention by one dense call per group, and per row of the batch where ranges differ.
+    """Compute block_attention by one dense call per group, and per part of the batch if their ranges differ.
 
-    ranges: known to the host. Returns [B, S, H * D].
+    ranges: must be known to the host. Returns [B, S, H * D].
     """
-    if ranges.by_row:
-        sizes = [len(part.device) for part in ranges.by_row]
-        parts = zip(q.split(sizes), k_cache.split(sizes), v_cache.split(sizes), ranges.by_row, strict=True)
+    if ranges.parts:
+        sizes = [len(part.tensor) for part in ranges.parts]
+        parts = zip(q.split(sizes), k_cache.split(sizes), v_cache.split(sizes), ranges.parts, strict=True)
         return torch.cat([attend_gathered(dense, *part, scale) for part in parts])
-    assert ranges.host is not None
+    assert ranges.host_ranges is not None
     outputs = [
         dense(part, _gather(k_cache, visible), _gather(v_cache, visible), scale).transpose(1, 2)
-        for part, visible in zip(q.chunk(len(ranges), dim=2), ranges.host, strict=True)
+        for part, visible in zip(q.chunk(len(ranges), dim=2), ranges.host_ranges, strict=True)
     ]
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).flatten(2)

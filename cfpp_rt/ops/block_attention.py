@@ -29,8 +29,8 @@ def block_attention(
     bfloat16, float16 or float32; logits and sums are float32. Of q and the caches the last dimension is contiguous,
     other strides are free (on CUDA multiples of 16 bytes).
 
-    `choose_attention` chooses the backend; CFPP_BACKEND overrides it. The compiled kernels read ranges.device when they
-    run and are bit-reproducible; the libraries get the keys gathered by ranges.host. If ranges.host is None the kernel
+    `choose_attention` chooses the backend; CFPP_BACKEND overrides it. The compiled kernels read ranges.tensor when they
+    run and are bit-reproducible; the libraries get the keys gathered by ranges.host_ranges. If ranges.host_ranges is None the kernel
     runs regardless of the choice; see `why_not_kernel`.
     Raises InputError naming the argument, what was wanted and what came, and if a gradient is required: there is none.
     """
@@ -40,9 +40,9 @@ def block_attention(
         scale = q.shape[-1] ** -0.5
     backend = _backend(q, ranges)
     if backend == "kernel":
-        tensors = (q, k_cache, v_cache, ranges.device)
+        tensors = (q, k_cache, v_cache, ranges.tensor)
         return _run(*tensors, scale) if can_bypass_dispatcher(tensors) else _op(*tensors, scale)
-    _check(q, k_cache, v_cache, ranges.device)
+    _check(q, k_cache, v_cache, ranges.tensor)
     return attend_gathered(LIBRARY_BACKENDS[backend], q, k_cache, v_cache, ranges, scale)
 
 
@@ -84,7 +84,7 @@ _decided: dict[tuple[object, ...], str] = {}
 
 
 def _backend(q: Tensor, ranges: TokenRanges) -> str:
-    if ranges.host is None and not ranges.by_row:
+    if ranges.host_ranges is None and not ranges.parts:
         if reason := why_not_kernel(q.device, q.dtype, q.shape[-1]):
             raise argument_error(
                 "block_attention", "ranges", f"known to the host, since {reason}", "ranges known only to the device"

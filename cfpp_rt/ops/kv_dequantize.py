@@ -27,13 +27,13 @@ def kv_dequantize_(
         contiguous, other strides are free.
     k_scale, v_scale: float32 [B, H], contiguous.
     ranges: token ranges that each group of queries attends to. A token in the ranges of several groups is written once,
-        a token in none is neither read nor written. The compiled kernels read ranges.device when they run.
+        a token in none is neither read nor written. The compiled kernels read ranges.tensor when they run.
 
     The product is rounded once and saturated at the largest number of the dtype. With a scale that is a power of two,
     as KVCache makes them, it is exact wherever that dtype can represent it. NaN stays NaN.
     Raises InputError naming the argument, what was wanted and what came.
     """
-    tensors = (k_out, v_out, k_cache, v_cache, k_scale, v_scale, ranges.device)
+    tensors = (k_out, v_out, k_cache, v_cache, k_scale, v_scale, ranges.tensor)
     if can_bypass_dispatcher(tensors):
         _run(*tensors)
     else:

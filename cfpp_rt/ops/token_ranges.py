@@ -15,27 +15,27 @@ from cfpp_rt.errors import InputError
 class TokenRanges:
     """Visible token ranges [first, end) of the KV cache, per group of queries.
 
-    host: the ranges of each group, the same for every row of the batch, for attention that gathers keys. None = they
-        are known only to the device, because one CUDA graph serves all frames, or differ between rows.
-    device: int32 [B, G, R, 2], contiguous, for kernels that read the ranges when they run. A group with fewer than R
+    host_ranges: the ranges of each group, the same for every row of the batch, for attention that gathers keys. None if
+        rows differ, or if the ranges are known only to the device because one CUDA graph serves all frames.
+    tensor: int32 [B, G, R, 2], contiguous, for kernels that read the ranges when they run. A group with fewer than R
         ranges is padded with (0, 0).
-    by_row: the ranges of each part of a joined batch, if they differ; host is then None.
+    parts: the ranges of each part of a joined batch, if they differ; host_ranges is then None.
     max_keys: largest number of tokens that a group attends to; 0 if the ranges are known only to the device.
     """
 
-    host: tuple[tuple[Range, ...], ...] | None
-    device: Tensor
-    by_row: tuple["TokenRanges", ...] = ()
+    host_ranges: tuple[tuple[Range, ...], ...] | None
+    tensor: Tensor
+    parts: tuple["TokenRanges", ...] = ()
     max_keys: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        own = max(sum(end - first for first, end in ranges) for ranges in self.host) if self.host else 0
-        object.__setattr__(self, "max_keys", max([own, *(part.max_keys for part in self.by_row)]))
+        own = max(sum(end - first for first, end in ranges) for ranges in self.host_ranges) if self.host_ranges else 0
+        object.__setattr__(self, "max_keys", max([own, *(part.max_keys for part in self.parts)]))
 
     @classmethod
-    def on_device(cls, device: Tensor) -> "TokenRanges":
-        """Return the ranges in a buffer that is rewritten between runs. device: int32 [B, G, R, 2], contiguous."""
-        return cls(None, device)
+    def on_device(cls, tensor: Tensor) -> "TokenRanges":
+        """Return ranges whose tensor, int32 [B, G, R, 2] and contiguous, is rewritten between runs."""
+        return cls(None, tensor)
 
     @classmethod
     def of(
@@ -52,7 +52,7 @@ class TokenRanges:
         groups: the ranges [first, end) of each group, in any order.
         capacity_tokens: number of tokens of the cache.
         batch: B; every row has the same ranges.
-        width: least number R of ranges per group in the tensor `device`.
+        width: least number R of ranges per group in the attribute `tensor`.
 
         Raises InputError unless every group has at least one token and its ranges are disjoint and within
         0..capacity_tokens.
@@ -74,24 +74,24 @@ class TokenRanges:
             raise InputError("ranges must be given for at least one group, got none")
         width = max(width, *(len(ranges) for ranges in groups))
         padded = [[*ranges, *[(0, 0)] * (width - len(ranges))] for ranges in groups]
-        host = tuple(tuple((int(first), int(end)) for first, end in ranges) for ranges in groups)
-        return cls(host, to_device(torch.tensor([padded] * batch, dtype=torch.int32), device))
+        host_ranges = tuple(tuple((int(first), int(end)) for first, end in ranges) for ranges in groups)
+        return cls(host_ranges, to_device(torch.tensor([padded] * batch, dtype=torch.int32), device))
 
     @classmethod
-    def join(cls, rows: Sequence["TokenRanges"]) -> "TokenRanges":
-        """Return the ranges of batches that are concatenated to one. All have the same number of groups and width R."""
-        device = torch.cat([part.device for part in rows])
-        same = all(part.host == rows[0].host for part in rows)
-        return cls(rows[0].host, device) if same else cls(None, device, tuple(rows))
+    def join(cls, parts: Sequence["TokenRanges"]) -> "TokenRanges":
+        """Return the ranges of batches that are concatenated to one; all have the same number of groups and width R."""
+        tensor = torch.cat([part.tensor for part in parts])
+        same = all(part.host_ranges == parts[0].host_ranges for part in parts)
+        return cls(parts[0].host_ranges, tensor) if same else cls(None, tensor, tuple(parts))
 
     def __len__(self) -> int:
         """Return the number of groups."""
-        return self.device.shape[1]
+        return self.tensor.shape[1]
 
     def tail(self, groups: int) -> "TokenRanges":
         """Return the ranges of the last `groups` >= 1 groups."""
         if groups == len(self):
             return self
-        host = None if self.host is None else self.host[-groups:]
-        by_row = tuple(part.tail(groups) for part in self.by_row)
-        return TokenRanges(host, self.device[:, -groups:].contiguous(), by_row)
+        host_ranges = None if self.host_ranges is None else self.host_ranges[-groups:]
+        parts = tuple(part.tail(groups) for part in self.parts)
+        return TokenRanges(host_ranges, self.tensor[:, -groups:].contiguous(), parts)

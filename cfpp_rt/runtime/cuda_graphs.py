@@ -53,7 +53,7 @@ class GraphKey:
 
 def _input_tensors(latents: Tensor, time: TimeEmbedding, attn: AttentionMetadata) -> list[Tensor]:
     """The input tensors that differ between replays of one graph, in buffer order; text is copied separately."""
-    tensors = [latents, time.blocks, time.head, attn.write_index, attn.ranges.device, attn.rope_time]
+    tensors = [latents, time.blocks, time.head, attn.write_index, attn.ranges.tensor, attn.rope_time]
     if attn.camera is not None:
         projections = attn.camera.projections
         tensors += [projections.matrices, projections.inverses, attn.camera.slots]
@@ -103,7 +103,7 @@ class GraphedModel:
         attn = AttentionMetadata.build(self.cache, tables, [own] * blocks, [list(own)] * blocks, projections)
         attn = dataclasses.replace(
             attn,
-            ranges=TokenRanges.on_device(attn.ranges.device),
+            ranges=TokenRanges.on_device(attn.ranges.tensor),
             rope_time=attn.rope_time.clone(memory_format=torch.contiguous_format),
         )
         return latents, model.embed_time(torch.zeros(frames), actions), attn

@@ -110,7 +110,7 @@ def check(case: Case, dtype: torch.dtype, device: str, attend) -> None:
 
 
 def kernel(q: Tensor, keys: Tensor, values: Tensor, ranges: TokenRanges, scale: float) -> Tensor:
-    return torch.ops.cfpp_rt.block_attention(q, keys, values, ranges.device, scale)
+    return torch.ops.cfpp_rt.block_attention(q, keys, values, ranges.tensor, scale)
 
 
 @pytest.mark.parametrize("device,dtype", TARGETS)
@@ -128,7 +128,7 @@ def test_any_scale_is_supported_on_the_cpu(scale: float, device: str, dtype: tor
             kernel(q, keys, values, ranges, scale)
         return
     wide = (t.double() for t in (q, keys, values))
-    oracle, plain = reference(*wide, ranges.device, scale), reference(q, keys, values, ranges.device, scale)
+    oracle, plain = reference(*wide, ranges.tensor, scale), reference(q, keys, values, ranges.tensor, scale)
     assert_no_worse_than(kernel(q, keys, values, ranges, scale), plain, oracle, floor=1e-7)
 
 
@@ -187,7 +187,7 @@ def test_one_captured_graph_serves_changing_ranges():
     q, keys, values, ranges = Case(200, one((0, 100), (200, 500)), head_dim=128).arguments(torch.bfloat16, "cuda")
     keys.nan_to_num_()
     values.nan_to_num_()
-    visible = ranges.device.clone()
+    visible = ranges.tensor.clone()
     kernel(q, keys, values, dataclasses.replace(ranges, device=visible), 0.1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -202,7 +202,7 @@ def test_one_captured_graph_serves_changing_ranges():
 def test_opcheck(device: str):
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     q, keys, values, ranges = Case(20, one((0, 40))).arguments(dtype, device)
-    arguments = (q, keys.nan_to_num(), values.nan_to_num(), ranges.device, 0.1)
+    arguments = (q, keys.nan_to_num(), values.nan_to_num(), ranges.tensor, 0.1)
     torch.library.opcheck(torch.ops.cfpp_rt.block_attention.default, arguments)
 
 
@@ -263,7 +263,7 @@ BAD = {
 @pytest.mark.parametrize(("index", "change", "message"), BAD.values(), ids=BAD.keys())
 def test_a_bad_argument_is_named(index, change, message):
     q, keys, values, ranges = Case(4, one((0, 40))).arguments(torch.float32, "cpu")
-    arguments = [q, keys, values, ranges.device]
+    arguments = [q, keys, values, ranges.tensor]
     arguments[index] = change(arguments[index])
     with pytest.raises(InputError, match=f"block_attention: .*({message})"):
         torch.ops.cfpp_rt.block_attention(*arguments, 1.0)

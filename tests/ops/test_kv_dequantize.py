@@ -40,7 +40,7 @@ class Case:
         out = torch.full(shape, SENTINEL, device=device).to(dtype)[:, :, 1:, 1:-1]
         scales = 2.0 ** torch.randint(-9, 9, (2, self.batch, self.heads), generator=generator).float()
         ranges = TokenRanges.of(self.ranges, capacity_tokens=self.capacity_tokens, batch=self.batch, device=device)
-        return [*out, *codes.view(torch.float8_e4m3fn), *scales.to(device), ranges.device]
+        return [*out, *codes.view(torch.float8_e4m3fn), *scales.to(device), ranges.tensor]
 
 
 CASES = {
@@ -221,10 +221,10 @@ def test_error_of_attention_over_a_float8_cache(dtype: torch.dtype, device: str)
     assert bool(out.isfinite().all()), "unused rows are NaN, stored and dequantized"
 
     def exact(k: Tensor, v: Tensor) -> Tensor:
-        return attention_reference(q.double(), k.double(), v.double(), ranges.device, scale)
+        return attention_reference(q.double(), k.double(), v.double(), ranges.tensor, scale)
 
     oracle, stored = exact(keys, values), exact(*read)
     loss = float((out - oracle).square().mean().sqrt() / oracle.square().mean().sqrt())
     assert 0.005 < loss < 0.05, loss
-    ordinary = attention_reference(q, *read, ranges.device, scale).double()
+    ordinary = attention_reference(q, *read, ranges.tensor, scale).double()
     assert float((out - stored).abs().max()) <= 2 * float((ordinary - stored).abs().max()) + 1e-7
