@@ -190,7 +190,7 @@ def test_what_the_kernels_cannot_take_is_named(emulated, change, message: str, d
 NEEDED = {
     "a tile of keys is waited for": "cp_async_wait<0>();",
     "and by all threads": "__syncthreads();  // this tile",
-    "items share memory": "__syncthreads();  // the item before",
+    "items share memory": "__syncthreads();  // the previous item",
     "a row passes between the lanes of a warp": "__syncwarp();",
 }
 

@@ -100,7 +100,7 @@ SMALL_HEADS = {
 def check(case: Case, dtype: torch.dtype, device: str, attend) -> None:
     arguments = case.arguments(dtype, device)
     scale = case.head_dim**-0.5
-    tensors = (*arguments[:3], arguments[3].device)
+    tensors = (*arguments[:3], arguments[3].tensor)
     ours = attend(*arguments, scale)
     assert ours.shape == (case.batch, case.queries * len(case.ranges), case.heads * case.head_dim)
     assert ours.is_contiguous() and ours.dtype == dtype
