@@ -22,8 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import cfpp_rt.ops.block_attention  # noqa: F401  registers the op
 from cfpp_rt.bench import harness
 from cfpp_rt.device.peak import peak_matmul_flops
+from cfpp_rt.ops.attention_choice import AttentionCall, choose_attention, kernel_supports
 from cfpp_rt.ops.attention_libraries import LIBRARY_BACKENDS, attend_gathered, flash_module
-from cfpp_rt.ops.attention_table import Problem, choose_attention, kernel_supports
 from cfpp_rt.ops.token_ranges import TokenRanges
 
 FRAME_480, FRAME_720 = 1560, 3600
@@ -97,8 +97,8 @@ def backends(shape: Shape, dtype: torch.dtype, device: torch.device, flex: bool)
         name: lambda call=call: attend_gathered(call, q, keys, values, ranges, scale)  # type: ignore[misc]
         for name, call in dense.items()
     }
-    problem = Problem(device.type, _capability(device), dtype, shape.head_dim, shape.queries, shape.keys)
-    if kernel_supports(problem):
+    attention_call = AttentionCall(device.type, _capability(device), dtype, shape.head_dim, shape.queries, shape.keys)
+    if kernel_supports(attention_call):
         calls["kernel"] = lambda: torch.ops.cfpp_rt.block_attention(q, keys, values, ranges.tensor, scale)
     return calls
 
@@ -114,7 +114,7 @@ def measure_shape(shape: Shape, dtype: torch.dtype, device: torch.device, peak: 
         times = harness.measure_interleaved(calls, device, rounds=30, cold_cache=device.type == "cuda")
     flops = shape.flops()
     best = min(t.median_ms for name, t in times.items() if name != "kernel")
-    problem = Problem(device.type, _capability(device), dtype, shape.head_dim, shape.queries, shape.keys)
+    attention_call = AttentionCall(device.type, _capability(device), dtype, shape.head_dim, shape.queries, shape.keys)
     return [
         {
             "bench": "block_attention",
@@ -126,7 +126,7 @@ def measure_shape(shape: Shape, dtype: torch.dtype, device: torch.device, peak: 
             "head_dim": shape.head_dim,
             "dtype": harness.dtype_name(dtype),
             "contender": name,
-            "table": choose_attention(problem)[0],
+            "table": choose_attention(attention_call)[0],
             **t.row(),
             "tflops": flops / t.median_ms / 1e9,
             "roof_tflops": peak,

@@ -85,19 +85,19 @@ def run(arguments: argparse.Namespace) -> None:
 def _attention(device: "torch.device", dtype: "torch.dtype") -> tuple[str, str]:
     import torch
 
-    from cfpp_rt.ops._library import choose_backend
-    from cfpp_rt.ops.attention_table import BACKENDS, Problem, choose_attention
+    from cfpp_rt.ops._library import find_module
+    from cfpp_rt.ops.attention_choice import ATTENTION_BACKENDS, AttentionCall, choose_attention
 
     forced = os.environ.get("CFPP_BACKEND", "auto")
-    if forced in BACKENDS:
+    if forced in ATTENTION_BACKENDS:
         return forced, f"CFPP_BACKEND={forced}"
-    module, reason = choose_backend(device.type)
+    module, reason = find_module(device.type)
     if module is None:
         return "reference", reason
     if forced == device.type:
         return "kernel", f"CFPP_BACKEND={forced}"
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    return choose_attention(Problem(device.type, capability, dtype, 128, 1560, 9360))
+    return choose_attention(AttentionCall(device.type, capability, dtype, 128, 1560, 9360))
 
 
 def _installed(module: str) -> bool:

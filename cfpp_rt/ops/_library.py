@@ -1,9 +1,9 @@
 """Registration of the ops with torch.library, the bypass of the dispatcher, and the choice of the compiled module.
 
 The module of an op has `_run`, which calls the kernel or the reference, and `_fake`, which allocates the result for
-tracing. Its public function calls `_run` directly if `can_bypass_dispatcher` allows it, since the dispatcher costs more
-than a small kernel. Otherwise it calls what `register` returned, so that compilers, exporters and modes observe the op.
-The bindings in csrc check the arguments of a kernel; `_checks` serves the calls that run without one.
+tracing. Its public function calls `_run` directly if `can_bypass_dispatcher` allows it, since the dispatcher takes more
+time than a small kernel. Otherwise it calls what `register` returned, so that torch.compile, exporters and dispatch
+modes see the op. The bindings in csrc check the arguments of a kernel; `_checks` checks those of a call without one.
 """
 
 import functools
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cfpp_rt.errors import InputError
 from cfpp_rt.ops import _triton
+from cfpp_rt.ops.attention_choice import ATTENTION_BACKENDS
 
 LIBRARY = torch.library.Library("cfpp_rt", "DEF")
 _TRITON_OPS = ("adaln_modulate", "gated_residual", "denoise_update", "quantize_rows", "rms_silu_")
@@ -30,8 +31,7 @@ _REFERENCE_ON_CPU = {
     "quantize_rows": "float8 products run on CUDA; the CPU only emulates them",
 }
 
-_CHOICES = ("auto", "reference", "cpu", "cuda")
-_ATTENTION_CHOICES = ("kernel", "sdpa", "cudnn", "flash")  # choose block_attention only, see ops/attention_table.py
+_BACKEND_VALUES = ("auto", "reference", "cpu", "cuda", *ATTENTION_BACKENDS)  # of CFPP_BACKEND
 _MODULES = {"cpu": "cfpp_rt._C", "cuda": "cfpp_rt._C_cuda"}
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 # Bound to names here because `can_bypass_dispatcher` runs before every kernel, and attribute lookups take time.
@@ -78,16 +78,16 @@ def _load(device_type: str) -> tuple[ModuleType | None, str]:
 
 
 @functools.cache
-def choose_backend(device_type: str) -> tuple[ModuleType | None, str]:
+def find_module(device_type: str) -> tuple[ModuleType | None, str]:
     """Return the compiled module that runs the ops on a device type (None = the reference), and the reason.
 
     The environment variable CFPP_BACKEND decides: auto takes the compiled module if there is one; cpu and cuda require
-    it for their device type; reference takes plain PyTorch everywhere. Raises InputError for any other value, and if a
-    required module is missing.
+    it for their device type; reference takes plain PyTorch everywhere; one of ATTENTION_BACKENDS acts like auto here
+    and chooses for block_attention only. Raises InputError for any other value, and if a required module is missing.
     """
     wanted = os.environ.get("CFPP_BACKEND", "auto")
-    if wanted not in (*_CHOICES, *_ATTENTION_CHOICES):
-        raise InputError(f"CFPP_BACKEND must be one of {', '.join(_CHOICES + _ATTENTION_CHOICES)}, got {wanted!r}")
+    if wanted not in _BACKEND_VALUES:
+        raise InputError(f"CFPP_BACKEND must be one of {', '.join(_BACKEND_VALUES)}, got {wanted!r}")
     if wanted == "reference":
         return None, "CFPP_BACKEND=reference"
     module, reason = _load(device_type)
@@ -97,8 +97,8 @@ def choose_backend(device_type: str) -> tuple[ModuleType | None, str]:
 
 
 def compiled_module(device_type: str) -> ModuleType | None:
-    """Return the module of `choose_backend`; warn once if it is missing and the reference was not requested."""
-    module, reason = choose_backend(device_type)
+    """Return the module of `find_module`; warn once if it is missing although the reference was not requested."""
+    module, reason = find_module(device_type)
     if module is None and os.environ.get("CFPP_BACKEND", "auto") != "reference":
         _warn_once(f"cfpp_rt ops on {device_type} run in plain PyTorch: {reason}")
     return module
@@ -112,24 +112,24 @@ def _warn_once(message: str) -> None:
 def _cuda_kernel(op: str) -> tuple[bool, str]:
     """Return True if the CUDA kernel of an op is available, and the reason."""
     if op in _TRITON_OPS:
-        return _triton.choose_backend()
+        return _triton.triton_available()
     module, reason = _load("cuda")
     return module is not None, reason
 
 
 def backends() -> dict[str, dict[str, tuple[str, str]]]:
-    """Return, for each op and device type, the backend that runs it ("none" without such a device) and the reason."""
+    """Return {op: {device type: (backend, reason)}}; the backend is "none" if the machine has no such device."""
     rows: dict[str, dict[str, tuple[str, str]]] = {op: {} for op in OPS}
     for op in OPS:
         for device_type in _MODULES:
             if device_type == "cuda" and not torch.cuda.is_available():
                 rows[op][device_type] = ("none", f"no CUDA GPU; {_cuda_kernel(op)[1]}")
             elif device_type == "cuda" and op in _TRITON_OPS:
-                available, reason = _triton.choose_backend()
+                available, reason = _triton.triton_available()
                 rows[op][device_type] = ("triton" if available else "reference", reason)
             elif device_type == "cpu" and op in _REFERENCE_ON_CPU:
                 rows[op][device_type] = ("reference", _REFERENCE_ON_CPU[op])
             else:
-                module, reason = choose_backend(device_type)
+                module, reason = find_module(device_type)
                 rows[op][device_type] = (device_type if module is not None else "reference", reason)
     return rows

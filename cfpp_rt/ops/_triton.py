@@ -1,4 +1,4 @@
-"""The choice of Triton for the pointwise ops on CUDA. Triton is imported at the first call on CUDA, not before."""
+"""Decide whether Triton runs the pointwise ops on CUDA. Triton is imported at the first call on CUDA, not before."""
 
 import functools
 import importlib
@@ -14,10 +14,10 @@ from cfpp_rt.errors import InputError
 
 
 @functools.cache
-def choose_backend() -> tuple[bool, str]:
+def triton_available() -> tuple[bool, str]:
     """Return True if Triton runs the pointwise ops on CUDA (else the reference does), and the reason.
 
-    CFPP_BACKEND decides, see `_library.choose_backend`.
+    CFPP_BACKEND decides, see `_library.find_module`.
     """
     wanted = os.environ.get("CFPP_BACKEND", "auto")
     if wanted == "reference":
@@ -46,7 +46,7 @@ def triton_kernels(op: str) -> ModuleType | None:
 
     None = the reference runs, with a warning unless the reference was requested.
     """
-    available, reason = choose_backend()
+    available, reason = triton_available()
     if available:
         return importlib.import_module(f"cfpp_rt.ops.{op}_triton")
     if os.environ.get("CFPP_BACKEND", "auto") != "reference":

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from cfpp_rt.errors import InputError
 from cfpp_rt.ops._checks import argument_error, require_tensor
-from cfpp_rt.ops._library import can_bypass_dispatcher, choose_backend, compiled_module, register
+from cfpp_rt.ops._library import can_bypass_dispatcher, compiled_module, find_module, register
+from cfpp_rt.ops.attention_choice import ATTENTION_BACKENDS, AttentionCall, choose_attention, kernel_supports
 from cfpp_rt.ops.attention_libraries import FLASH_MODULES, LIBRARY_BACKENDS, attend_gathered, flash_module
-from cfpp_rt.ops.attention_table import BACKENDS, Problem, choose_attention, kernel_supports
 from cfpp_rt.ops.token_ranges import TokenRanges
 from cfpp_rt.reference.block_attention import block_attention as reference
 
@@ -26,13 +26,14 @@ def block_attention(
     ranges: token ranges that each group attends to, in any order; G divides Sq. `TokenRanges.of` checks them.
     scale: factor of the logits; None = 1 / sqrt(D).
 
-    bfloat16, float16 or float32; logits and sums are float32. Of q and the caches the last dimension is contiguous,
-    other strides are free (on CUDA multiples of 16 bytes).
+    The dtype is bfloat16, float16 or float32; logits and sums are float32. The last dimension of q and the caches is
+    contiguous, other strides are free (on CUDA multiples of 16 bytes).
 
     `choose_attention` chooses the backend; CFPP_BACKEND overrides it. The compiled kernels read ranges.tensor when they
-    run and are bit-reproducible; the libraries get the keys gathered by ranges.host_ranges. If ranges.host_ranges is None the kernel
-    runs regardless of the choice; see `why_not_kernel`.
-    Raises InputError naming the argument, what was wanted and what came, and if a gradient is required: there is none.
+    run and are bit-reproducible; the libraries get the keys gathered by ranges.host_ranges. If the host does not know
+    the ranges, the kernel runs regardless of the choice; see `why_not_kernel`.
+
+    Raises InputError for arguments that do not fit, and if a gradient is required, because there is none.
     """
     if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad):
         raise InputError("block_attention: has no gradient, q must not require one; use torch.no_grad()")
@@ -60,26 +61,26 @@ def _forced() -> str:
     return forced
 
 
-def _problem(q: Tensor, ranges: TokenRanges) -> Problem:
+def _attention_call(q: Tensor, ranges: TokenRanges) -> AttentionCall:
     queries = q.shape[2] // len(ranges)
-    return Problem(q.device.type, _capability(q.device), q.dtype, q.shape[-1], queries, ranges.max_keys)
+    return AttentionCall(q.device.type, _capability(q.device), q.dtype, q.shape[-1], queries, ranges.max_keys)
 
 
 def why_not_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Return why the compiled kernel cannot run on a device, or None if it can.
 
-    Only the kernel can attend to ranges that are known only to the device.
+    No other backend can attend to ranges that are known only to the device.
     """
     forced = _forced()
     if forced in LIBRARY_BACKENDS:
         return f"CFPP_BACKEND={forced} gathers keys by ranges that the host knows"
     if compiled_module(device.type) is None:
-        return f"no attention kernel: {choose_backend(device.type)[1]}"
-    problem = Problem(device.type, _capability(device), dtype, head_dim, 1, 1)
-    return None if kernel_supports(problem) else choose_attention(problem)[1]
+        return f"no attention kernel: {find_module(device.type)[1]}"
+    call = AttentionCall(device.type, _capability(device), dtype, head_dim, 1, 1)
+    return None if kernel_supports(call) else choose_attention(call)[1]
 
 
-# The choice is cached per kind of call: making it takes as long as the kernel of a small call.
+# The choice is cached per kind of call, because making it takes as long as the kernel of a small call.
 _decided: dict[tuple[object, ...], str] = {}
 
 
@@ -91,16 +92,16 @@ def _backend(q: Tensor, ranges: TokenRanges) -> str:
             )
         return "kernel"
     forced = _forced()
-    if forced in BACKENDS:
+    if forced in ATTENTION_BACKENDS:
         return forced
     if torch.compiler.is_compiling():  # the op reads the ranges when it runs: one graph serves all frames
-        return "kernel" if kernel_supports(_problem(q, ranges)) else "sdpa"
+        return "kernel" if kernel_supports(_attention_call(q, ranges)) else "sdpa"
     key = (q.device, q.dtype, q.shape, len(ranges), ranges.max_keys)
     if (backend := _decided.get(key)) is None:
         device = q.device.type
         # The op itself runs its reference where that is requested or no kernel is built.
         runs_op = forced in ("reference", device) or compiled_module(device) is None
-        backend = "kernel" if runs_op else choose_attention(_problem(q, ranges))[0]
+        backend = "kernel" if runs_op else choose_attention(_attention_call(q, ranges))[0]
         _decided[key] = backend
     return backend
 

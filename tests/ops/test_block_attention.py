@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cfpp_rt.errors import InputError
 from cfpp_rt.ops import backends
+from cfpp_rt.ops.attention_choice import ATTENTION_BACKENDS, AttentionCall, choose_attention, kernel_supports
 from cfpp_rt.ops.attention_libraries import FLASH_MODULES, LIBRARY_BACKENDS, attend_gathered, flash_module
-from cfpp_rt.ops.attention_table import BACKENDS, Problem, choose_attention, kernel_supports
 from cfpp_rt.ops.block_attention import block_attention
 from cfpp_rt.ops.token_ranges import TokenRanges
 from cfpp_rt.reference.block_attention import block_attention as reference
@@ -280,15 +280,15 @@ def test_the_kernel_runs_and_not_the_reference():
     assert backends()["block_attention"]["cpu"][0] == "cpu", backends()
 
 
-def test_the_table_names_known_backends_for_every_problem():
+def test_a_known_backend_is_chosen_for_every_call():
     for device_type, capability in (("cpu", (0, 0)), *(("cuda", c) for c in ((7, 5), (8, 0), (8, 9), (9, 0), (12, 0)))):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for head_dim in (32, 64, 128):
                 for queries in (1, 64, 1560, 4680):
-                    problem = Problem(device_type, capability, dtype, head_dim, queries, 3 * queries)
-                    name, reason = choose_attention(problem)
-                    assert name in BACKENDS and reason
-                    assert name != "kernel" or kernel_supports(problem)
+                    call = AttentionCall(device_type, capability, dtype, head_dim, queries, 3 * queries)
+                    name, reason = choose_attention(call)
+                    assert name in ATTENTION_BACKENDS and reason
+                    assert name != "kernel" or kernel_supports(call)
 
 
 @pytest.fixture

@@ -104,7 +104,7 @@ def test_compiles_with_vector_accesses(tmp_path):
 def test_triton_runs_if_installed_and_not_disabled(monkeypatch, backend, installed, runs):
     monkeypatch.setenv("CFPP_BACKEND", backend)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed or None)
-    assert _triton.choose_backend.__wrapped__()[0] is runs
+    assert _triton.triton_available.__wrapped__()[0] is runs
 
 
 def test_triton_without_a_compiler_does_not_run(monkeypatch):
@@ -112,14 +112,14 @@ def test_triton_without_a_compiler_does_not_run(monkeypatch):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     monkeypatch.setenv("PATH", "")
-    assert _triton.choose_backend.__wrapped__() == (False, "Triton lacks a C compiler (gcc, clang or $CC)")
+    assert _triton.triton_available.__wrapped__() == (False, "Triton lacks a C compiler (gcc, clang or $CC)")
 
 
 def test_requiring_kernels_without_triton_is_refused(monkeypatch):
     monkeypatch.setenv("CFPP_BACKEND", "cuda")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="CFPP_BACKEND=cuda cannot be met: triton is not installed"):
-        _triton.choose_backend.__wrapped__()
+        _triton.triton_available.__wrapped__()
 
 
 def test_the_package_imports_without_triton():
