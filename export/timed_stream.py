@@ -18,7 +18,7 @@ from cfpp_rt.io.video import DEFAULT_FPS
 from cfpp_rt.values import Frames
 from cfpp_rt.world import scripted
 from cfpp_rt.world.actions import parse_actions
-from cfpp_rt.world.student import first_picture
+from cfpp_rt.world.student import first_frames
 
 # Options of `cfpp generate` that a bundle has settled.
 _SETTLED = (
@@ -96,7 +96,7 @@ def open_film(arguments: argparse.Namespace) -> tuple[TimedBundleStream, Iterato
     total = count_latent_frames(frames, factor, block)
     initial = None
     if acts:
-        initial = np.concatenate([encode_first(engine, first_picture([arguments.seed]).numpy())] * block, axis=1)
+        initial = np.concatenate([encode_first(engine, first_frames([arguments.seed]).numpy())] * block, axis=1)
     stream = TimedBundleStream(
         BundleStream(
             engine,

@@ -116,7 +116,7 @@ def plain_loop(
         sigma = sigmas[levels][:, :, None, None, None]
         noisy = (1 - sigma) * clean + sigma * noise
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            found = teacher_forced(weights, case.config, clean, noisy, timesteps[levels], batch.condition.embeds, mask)
+            found = teacher_forced(weights, case.config, clean, noisy, timesteps[levels], batch.condition.prompt_embeds, mask)
         error = (found.float() - (noise - clean)).square().mean(dim=(2, 3, 4))
         loss = (error * level_weights[levels]).mean()
         loss.backward()

@@ -160,7 +160,7 @@ def _film(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     open_writer(output).abort()
     parse_device(arguments.device)
-    stream, pictures, frames = scripted.open_film(arguments, rollout_changes(arguments))
+    stream, pictures, frames = scripted.open_scripted_stream(arguments, rollout_changes(arguments))
     _write(stream, pictures, output, arguments.sheet, frames, scripted.FPS, quiet=arguments.quiet)
 
 

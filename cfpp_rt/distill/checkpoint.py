@@ -18,12 +18,12 @@ _STATE = "state.pt"
 
 def checkpoints(folder: Path) -> dict[int, Path]:
     """The complete checkpoints of a run, by step, ascending."""
-    found = {}
+    complete = {}
     if folder.is_dir():
         for path in folder.iterdir():
             if (match := _NAME.fullmatch(path.name)) and (path / _STATE).is_file():
-                found[int(match[1])] = path
-    return dict(sorted(found.items()))
+                complete[int(match[1])] = path
+    return dict(sorted(complete.items()))
 
 
 def path_of(folder: Path, step: int) -> Path:

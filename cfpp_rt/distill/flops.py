@@ -25,38 +25,40 @@ def pass_flops(config: ModelConfig, frames: int, tokens: int, pairs: int) -> flo
     return 2.0 * (config.num_layers * layer + time_rows + embedded)
 
 
-def step_flops(name: str, settings: Settings, own: StageSettings, frames: int, tokens: int) -> float:
+def step_flops(name: str, settings: Settings, stage_settings: StageSettings, frames: int, tokens: int) -> float:
     """FLOPs of one step of a stage in one process, the mean over its random choices and over `ratio` steps.
 
     frames, tokens: of a clip, and per frame. A backward pass is twice its forward; checkpointing adds one forward.
     """
-    learn = 4 if own.checkpointing else 3
-    guided = 1 if own.guidance == 1 else 2
+    learn = 4 if stage_settings.checkpointing else 3
+    guided = 1 if stage_settings.guidance == 1 else 2
     if name == "dmd":
-        frames = own.frames
+        frames = stage_settings.frames
         bidirectional = pass_flops(settings.model, frames, tokens, frames * frames)
         real = pass_flops(settings.real or settings.model, frames, tokens, frames * frames)
-        made = {k: _rollout_flops(settings.model, settings.rollout, own, tokens, last=k) for k in (learn, 1)}
-        step = (made[learn] + bidirectional + guided * real) / own.ratio + made[1] + learn * bidirectional
+        made = {k: _rollout_flops(settings.model, settings.rollout, stage_settings, tokens, last=k) for k in (learn, 1)}
+        step = (made[learn] + bidirectional + guided * real) / stage_settings.ratio + made[1] + learn * bidirectional
     elif name == "base":
         step = learn * pass_flops(settings.model, frames, tokens, frames * frames)
     else:
         visible = masks.teacher_forcing(frames, settings.layout.block, settings.layout.window)
         step = pass_flops(settings.model, 2 * frames, tokens, _pairs(visible))
         step *= learn + (guided + 1 if name == "cd" else 0)
-    return step * own.batch * own.accumulate
+    return step * stage_settings.batch * stage_settings.accumulate
 
 
-def _rollout_flops(config: ModelConfig, rollout: RolloutConfig, own: StageSettings, tokens: int, *, last: int) -> float:
+def _rollout_flops(
+    config: ModelConfig, rollout: RolloutConfig, stage_settings: StageSettings, tokens: int, *, last: int
+) -> float:
     """A self-rollout whose exit passes count `last` times."""
     block, total = rollout.frames_per_block, 0.0
-    for start in range(0, own.frames, block):
-        seen = min(start + block, rollout.window or own.frames)
-        one = pass_flops(config, block, tokens, block * seen)
-        steps = (rollout.first_steps or rollout.steps) if start == own.initial_frames else rollout.steps
-        if start >= own.initial_frames:
+    for start in range(0, stage_settings.frames, block):
+        visible = min(start + block, rollout.window or stage_settings.frames)
+        one = pass_flops(config, block, tokens, block * visible)
+        steps = (rollout.first_steps or rollout.steps) if start == stage_settings.initial_frames else rollout.steps
+        if start >= stage_settings.initial_frames:
             total += one * ((len(steps) - 1) / 2 + last)
-        if start + block < own.frames:
+        if start + block < stage_settings.frames:
             total += one  # the clean pass
     return total
 

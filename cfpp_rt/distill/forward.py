@@ -22,14 +22,14 @@ class Condition:
     B clips, F frames, or None.
     """
 
-    embeds: Tensor
+    prompt_embeds: Tensor
     actions: Tensor | None = None
     cameras: Cameras | None = None
 
     def to(self, device: torch.device) -> "Condition":
         """The same on another device; cameras go there when they are projected."""
         actions = None if self.actions is None else self.actions.to(device)
-        return dataclasses.replace(self, embeds=self.embeds.to(device), actions=actions)
+        return dataclasses.replace(self, prompt_embeds=self.prompt_embeds.to(device), actions=actions)
 
     def twice(self) -> "Condition":
         """For a sequence that holds the same frames two times."""
@@ -39,7 +39,11 @@ class Condition:
 
     def projections(self, device: torch.device) -> Projections | None:
         """What the camera branch takes of the cameras, in the world of the first one; None without cameras."""
-        return None if self.cameras is None else self.cameras.rows(len(self.embeds)).from_first().projections(device)
+        return (
+            None
+            if self.cameras is None
+            else self.cameras.rows(len(self.prompt_embeds)).from_first().projections(device)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Denoiser:
 
     def __init__(self, network: CausalWanTransformer, layout: Layout | None = None, *, checkpointing: bool = False):
         self.network, self.layout, self.checkpointing = network, layout or Layout(), checkpointing
-        self._made: dict[tuple[object, ...], tuple[Tensor, Callable[[Tensor, Tensor, Tensor], Tensor]]] = {}
+        self._prepared: dict[tuple[object, ...], tuple[Tensor, Callable[[Tensor, Tensor, Tensor], Tensor]]] = {}
 
     def teacher_forced(
         self,
@@ -76,13 +80,13 @@ class Denoiser:
         clean, noisy: [B, F, C, h, w]. timesteps: float [B, F] of the noisy ones. clean_timesteps: of the clean ones
         where they carry noise of their own, default 0.
         """
-        frames = _same_shape(clean, noisy)
+        latent_frames = _require_same_shape(clean, noisy)
         if clean_timesteps is None:
             clean_timesteps = torch.zeros_like(timesteps)
         both = torch.cat([clean, noisy], dim=1)
         levels = torch.cat([clean_timesteps, timesteps], dim=1)
-        visible = ("teacher_forcing", frames, [*range(frames)] * 2)
-        return self._run(both, levels, condition.twice(), *visible)[:, frames:]
+        visible = ("teacher_forcing", latent_frames, [*range(latent_frames)] * 2)
+        return self._run(both, levels, condition.twice(), *visible)[:, latent_frames:]
 
     def diffusion_forced(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """Velocity of noisy frames conditioned on the noisy frames before them: [B, F, C, h, w] float32."""
@@ -93,17 +97,23 @@ class Denoiser:
         return self._run(noisy, timesteps, condition, "bidirectional", noisy.shape[1], [*range(noisy.shape[1])])
 
     def _run(
-        self, latents: Tensor, timesteps: Tensor, condition: Condition, kind: str, frames: int, positions: list[int]
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        condition: Condition,
+        kind: str,
+        latent_frames: int,
+        positions: list[int],
     ) -> Tensor:
         height, width = latents.shape[-2:]
-        key = (kind, frames, height, width, latents.device)
-        if key not in self._made:
-            self._made[key] = self._prepare(kind, frames, positions, height, width, latents.device)
-        rope, attend = self._made[key]
+        key = (kind, latent_frames, height, width, latents.device)
+        if key not in self._prepared:
+            self._prepared[key] = self._prepare(kind, latent_frames, positions, height, width, latents.device)
+        rope, attend = self._prepared[key]
         return self.network.forward_sequence(
             latents,
             timesteps,
-            condition.embeds,
+            condition.prompt_embeds,
             condition.actions,
             rope,
             lambda layer: attend,
@@ -112,18 +122,18 @@ class Denoiser:
         ).float()
 
     def _prepare(
-        self, kind: str, frames: int, positions: list[int], height: int, width: int, device: torch.device
+        self, kind: str, latent_frames: int, positions: list[int], height: int, width: int, device: torch.device
     ) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor], Tensor]]:
         tokens = self.network.config.tokens_per_frame(height, width)
         if kind == "bidirectional":
-            visible = masks.bidirectional(frames)
+            visible = masks.bidirectional(latent_frames)
         else:
-            visible = getattr(masks, kind)(frames, self.layout.block, self.layout.window)
+            visible = getattr(masks, kind)(latent_frames, self.layout.block, self.layout.window)
         rope = self.network.rotary_tables(height, width, device).sequence(positions)
         return rope, masks.attention(visible, tokens, device, dense=self.layout.dense)
 
 
-def _same_shape(clean: Tensor, noisy: Tensor) -> int:
+def _require_same_shape(clean: Tensor, noisy: Tensor) -> int:
     if clean.ndim != 5 or clean.shape != noisy.shape:
         raise InputError(f"noisy must be [B, F, C, h, w] like clean {list(clean.shape)}, got {list(noisy.shape)}")
     return clean.shape[1]

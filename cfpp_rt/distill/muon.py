@@ -38,15 +38,15 @@ class StackedMuon(Muon):
         updates = torch._foreach_lerp(gradients, buffers, momentum) if group["nesterov"] else buffers
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
-        alike: dict[torch.Size, list[int]] = defaultdict(list)
+        by_shape: dict[torch.Size, list[int]] = defaultdict(list)
         for index, parameter in enumerate(parameters):
-            alike[parameter.shape].append(index)
-        for (rows, columns), places in alike.items():
-            made = orthogonalised(
-                torch.stack([updates[i] for i in places]), group["ns_coefficients"], group["ns_steps"], group["eps"]
+            by_shape[parameter.shape].append(index)
+        for (rows, columns), indices in by_shape.items():
+            updates_of_shape = orthogonalised(
+                torch.stack([updates[i] for i in indices]), group["ns_coefficients"], group["ns_steps"], group["eps"]
             ).to(parameters[0].dtype)
             scale = lr * max(1.0, rows / columns) ** 0.5
-            torch._foreach_add_([parameters[i] for i in places], list(made.unbind()), alpha=-scale)
+            torch._foreach_add_([parameters[i] for i in indices], list(updates_of_shape.unbind()), alpha=-scale)
 
 
 def orthogonalised(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float = 1e-7) -> Tensor:

@@ -24,12 +24,12 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def count() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @contextlib.contextmanager
-def joined(device: str = "auto") -> Iterator[torch.device]:
+def process_group(device: str = "auto") -> Iterator[torch.device]:
     """Take part in the run that torchrun started, if it did; yields this process's device.
 
     device: cpu, cuda, or auto: cuda where there is one. Raises InputError where it cannot be used.
@@ -56,16 +56,16 @@ def joined(device: str = "auto") -> Iterator[torch.device]:
 
 def mean(value: Tensor) -> Tensor:
     """The mean of a scalar over all processes; not a number anywhere is not a number everywhere."""
-    if count() == 1:
+    if world_size() == 1:
         return value
     total = value.detach().double()
     dist.all_reduce(total)
-    return total / count()
+    return total / world_size()
 
 
 def any_of(flag: bool, device: torch.device) -> bool:
     """Whether the flag is up in any process."""
-    if count() == 1:
+    if world_size() == 1:
         return flag
     raised = torch.tensor(int(flag), device=device)
     dist.all_reduce(raised, op=dist.ReduceOp.MAX)
@@ -78,12 +78,12 @@ def shard(network: CausalWanTransformer, dtype: torch.dtype) -> None:
     The shards stay in the dtype they have, float32 for what is trained, and gradients are summed in float32. Inputs
     are not cast: timesteps are float32.
     """
-    if count() == 1:
+    if world_size() == 1:
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    mesh = init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (count(),))
+    mesh = init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*network.blocks, network):
         fully_shard(module, mesh=mesh, mp_policy=policy)
@@ -104,24 +104,24 @@ def release(network: nn.Module) -> None:
         part.reshard()
 
 
-def whole(value: Any) -> Any:
+def full_state(value: Any) -> Any:
     """A nested state with every shard replaced by the whole tensor, on the CPU. A call of all processes."""
     if isinstance(value, dict):
-        return {name: whole(one) for name, one in value.items()}
+        return {name: full_state(one) for name, one in value.items()}
     if isinstance(value, list):
-        return [whole(one) for one in value]
+        return [full_state(one) for one in value]
     if hasattr(value, "full_tensor"):
         full = value.full_tensor()
         return full.cpu() if rank() == 0 else None  # rank 0 writes: the others need no memory for it
     return value
 
 
-def whole_norm(value: Tensor) -> Tensor:
+def full_tensor(value: Tensor) -> Tensor:
     """A gradient norm, which is a tensor of its own kind where the gradients are sharded."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def parted(value: Tensor, like: Tensor) -> Tensor:
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
     """This process's part of a whole tensor, sharded as `like` is; `value` itself where `like` is not."""
     if not hasattr(like, "full_tensor") or value.shape != like.shape:
         return value
@@ -131,18 +131,18 @@ def parted(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def parted_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def shard_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """A whole state dict of an optimiser as the one of this process."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    parts = {
-        index: {name: parted(v, parameters[index]) if torch.is_tensor(v) else v for name, v in entries.items()}
+    shards = {
+        index: {name: shard_like(v, parameters[index]) if torch.is_tensor(v) else v for name, v in entries.items()}
         for index, entries in state["state"].items()
     }
-    return {**state, "state": parts}
+    return {**state, "state": shards}
 
 
 def _sharded(network: nn.Module) -> list[Any]:
-    if count() == 1:
+    if world_size() == 1:
         return []
     from torch.distributed.fsdp import FSDPModule
 

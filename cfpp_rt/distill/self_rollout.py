@@ -33,10 +33,10 @@ class Exits:
     later: int
 
     @classmethod
-    def draw(cls, config: RolloutConfig, draws: torch.Generator) -> "Exits":
+    def draw(cls, config: RolloutConfig, generator: torch.Generator) -> "Exits":
         """Both drawn evenly; the same one where the first block has no steps of its own, as published."""
-        later = index(len(config.steps), draws)
-        return cls(later if config.first_steps is None else index(len(config.first_steps), draws), later)
+        later = index(len(config.steps), generator)
+        return cls(later if config.first_steps is None else index(len(config.first_steps), generator), later)
 
 
 class SelfRollout:
@@ -52,9 +52,9 @@ class SelfRollout:
         noise: Tensor,
         condition: Condition,
         exits: Exits,
-        draws: torch.Generator,
+        generator: torch.Generator,
         *,
-        initial: Tensor | None = None,
+        initial_latents: Tensor | None = None,
         gradient: bool = True,
     ) -> Tensor:
         """Clean estimates float32 [B, F, C, h, w]: the given frames, then those made.
@@ -62,22 +62,22 @@ class SelfRollout:
         noise: what each made block starts from, [B, F - F0, C, h, w]. condition: of all F frames. initial: given clean
         frames [B, F0, C, h, w], whole blocks. gradient: with one at the exit steps, or none at all.
         """
-        given = 0 if initial is None else initial.shape[1]
-        block, frames = self.config.frames_per_block, given + noise.shape[1]
-        if frames % block or given % block or not noise.shape[1]:
+        given = 0 if initial_latents is None else initial_latents.shape[1]
+        block, latent_frames = self.config.frames_per_block, given + noise.shape[1]
+        if latent_frames % block or given % block or not noise.shape[1]:
             raise InputError(f"noise and initial must be blocks of {block} frames, got {noise.shape[1]} and {given}")
         gather(self.network)  # it runs many times in a row
-        run = _Run(self, noise, condition, frames)
-        made = [] if initial is None else [initial.float()]
+        run = _Run(self, noise, condition, latent_frames)
+        made = [] if initial_latents is None else [initial_latents.float()]
         for start in range(0, given, block):
-            run.keep(made[0][:, start : start + block], start, 0.0)
-        for start in range(given, frames, block):
+            run.write_cache(made[0][:, start : start + block], start, 0.0)
+        for start in range(given, latent_frames, block):
             first = start == given
             steps = (self.config.first_steps or self.config.steps) if first else self.config.steps
             x = noise[:, start - given : start - given + block]
-            made.append(run.block(x, start, steps, exits.first if first else exits.later, draws, gradient))
-            if start + block < frames:
-                run.keep(made[-1].detach(), start, float(self.config.context_noise))
+            made.append(run.block(x, start, steps, exits.first if first else exits.later, generator, gradient))
+            if start + block < latent_frames:
+                run.write_cache(made[-1].detach(), start, float(self.config.context_noise))
         if not gradient:
             release(self.network)
         return torch.cat(made, dim=1)
@@ -86,10 +86,10 @@ class SelfRollout:
 class _Run:
     """One rollout's cache and the passes over it."""
 
-    def __init__(self, rollout: SelfRollout, like: Tensor, condition: Condition, frames: int):
+    def __init__(self, rollout: SelfRollout, like: Tensor, condition: Condition, latent_frames: int):
         self.rollout, self.network, self.condition = rollout, rollout.network, condition
         config, (batch, _, _, height, width) = rollout.config, like.shape
-        sinks, ring = slots_for(config, frames)
+        sinks, ring = slots_for(config, latent_frames)
         tokens = self.network.config.tokens_per_frame(height, width)
         self.cameras = condition.projections(like.device)
         camera = self.cameras is not None
@@ -97,10 +97,10 @@ class _Run:
         self.cache = KVCache(shape, FrameRing(sinks, ring, config.frames_per_block), self.network.dtype, like.device)
         self.tables = self.network.rotary_tables(height, width, like.device)
         with torch.no_grad():
-            self.text: list[LayerText] = self.network.embed_text(condition.embeds)
+            self.text: list[LayerText] = self.network.embed_text(condition.prompt_embeds)
 
     def block(
-        self, x: Tensor, start: int, steps: tuple[int, ...], exit_step: int, draws: torch.Generator, gradient: bool
+        self, x: Tensor, start: int, steps: tuple[int, ...], exit_step: int, generator: torch.Generator, gradient: bool
     ) -> Tensor:
         schedule = self.rollout.schedule
         timesteps = schedule.warp(steps)
@@ -108,46 +108,50 @@ class _Run:
         self.cache.ring.write(start)
         for step in range(exit_step):
             velocity = self._cached(x, start, float(timesteps[step]), num_outputs=1)
-            x = add_noise(x - sigmas[step] * velocity.float(), normal_like(x, draws), sigmas[step + 1])
+            x = add_noise(x - sigmas[step] * velocity.float(), normal_like(x, generator), sigmas[step + 1])
         timestep = float(timesteps[exit_step])
         run = self._differentiable if gradient else self._cached
         return x - sigmas[exit_step] * run(x, start, timestep).float()
 
-    def keep(self, clean: Tensor, start: int, timestep: float) -> None:
+    def write_cache(self, clean: Tensor, start: int, timestep: float) -> None:
         """Write a finished block's keys and values."""
         if self.cache.ring.end <= start:
             self.cache.ring.write(start)
         self._cached(clean, start, timestep, num_outputs=0)
 
-    def _actions(self, start: int, frames: int) -> Tensor | None:
+    def _actions(self, start: int, latent_frames: int) -> Tensor | None:
         actions = self.condition.actions
-        return None if actions is None else actions[:, start : start + frames]
+        return None if actions is None else actions[:, start : start + latent_frames]
 
-    def _cameras(self, start: int, frames: int) -> Projections | None:
-        return None if self.cameras is None else self.cameras.of_frames(start, start + frames)
+    def _cameras(self, start: int, latent_frames: int) -> Projections | None:
+        return None if self.cameras is None else self.cameras.of_frames(start, start + latent_frames)
 
     @torch.no_grad()
     def _cached(self, x: Tensor, start: int, timestep: float, num_outputs: int = 1) -> Tensor:
-        batch, frames = x.shape[:2]
-        time = self.network.embed_time(torch.full((batch, frames), timestep), self._actions(start, frames))
-        own = range(start, start + frames)
-        visible = self.cache.ring.visible(own.stop, self.rollout.config.window)
-        attn = AttentionMetadata.build(self.cache, self.tables, [own], [visible], self._cameras(start, frames))
+        batch, latent_frames = x.shape[:2]
+        time = self.network.embed_time(
+            torch.full((batch, latent_frames), timestep), self._actions(start, latent_frames)
+        )
+        block_frames = range(start, start + latent_frames)
+        visible = self.cache.ring.visible(block_frames.stop, self.rollout.config.window)
+        attn = AttentionMetadata.build(
+            self.cache, self.tables, [block_frames], [visible], self._cameras(start, latent_frames)
+        )
         return self.network(x, time, self.text, self.cache, attn, num_outputs)
 
     def _differentiable(self, x: Tensor, start: int, timestep: float) -> Tensor:
-        batch, frames = x.shape[:2]
-        own = range(start, start + frames)
-        visible = self.cache.ring.visible(own.stop, self.rollout.config.window)
-        past = [frame for frame in visible if frame not in own]
+        batch, latent_frames = x.shape[:2]
+        block_frames = range(start, start + latent_frames)
+        visible = self.cache.ring.visible(block_frames.stop, self.rollout.config.window)
+        past = [frame for frame in visible if frame not in block_frames]
         return self.network.forward_sequence(
             x,
-            torch.full((batch, frames), timestep),
-            self.condition.embeds,
-            self._actions(start, frames),
-            self.tables.sequence(own),
+            torch.full((batch, latent_frames), timestep),
+            self.condition.prompt_embeds,
+            self._actions(start, latent_frames),
+            self.tables.sequence(block_frames),
             lambda layer: self._attend(self.cache.layers[layer], past),
-            cameras=self._cameras(start, frames),
+            cameras=self._cameras(start, latent_frames),
             camera_attend=lambda layer: self._attend(self.cache.layers[layer].camera, past),
             checkpointing=self.rollout.checkpointing,
         )

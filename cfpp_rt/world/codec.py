@@ -66,16 +66,16 @@ class PatchCodec:
         return self
 
 
-def fit_codec(seed: int, *, episodes: int = 512, frames: int = 64) -> PatchCodec:
+def fit_codec(seed: int, *, episodes: int = 512, num_frames: int = 64) -> PatchCodec:
     """The codec of pictures that the simulator makes with this seed. Raises InputError where they are too few to show
     16 directions.
     """
     simulator = Simulator([seed + episode for episode in range(episodes)])
-    play = Wanderer(seed, episodes)
-    pictures = [render(simulator.state)]
-    for _ in range(frames - 1):
-        pictures.append(render(simulator.step(play(simulator.state))))
-    distinct, counts = _distinct(np.stack(pictures, axis=1))
+    wanderer = Wanderer(seed, episodes)
+    frames = [render(simulator.state)]
+    for _ in range(num_frames - 1):
+        frames.append(render(simulator.step(wanderer(simulator.state))))
+    distinct, counts = _distinct(np.stack(frames, axis=1))
     if len(distinct) <= CHANNELS:
         raise InputError(f"episodes and frames must show more than {CHANNELS} patches, got {len(distinct)}")
     # Rare patches (a crate half over a gate) are to be seen as well as the floor, the commonest by far.
@@ -86,26 +86,26 @@ def fit_codec(seed: int, *, episodes: int = 512, frames: int = 64) -> PatchCodec
     return PatchCodec(mean.float(), basis[:CHANNELS].T.float().contiguous(), spread[:CHANNELS].float())
 
 
-def _distinct(pictures: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+def _distinct(frames: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
     """The patches of pictures [B, T, height, width, 3], each once and in order, float32 [n, 192], and their counts."""
-    batch, frames, height, width, _ = pictures.shape
-    tiles = pictures.reshape(batch, frames, height // TILE, TILE, width // TILE, TILE * 3).swapaxes(3, 4)
+    batch, num_frames, height, width, _ = frames.shape
+    tiles = frames.reshape(batch, num_frames, height // TILE, TILE, width // TILE, TILE * 3).swapaxes(3, 4)
     rows = np.ascontiguousarray(tiles).reshape(-1, _PATCH)
     # Sorting a million rows takes long; words of 64 bits that stand for them do not. Equal words are equal rows here,
     # or the last line would not hold.
-    draws = np.random.Generator(np.random.Philox(key=0))
-    factors = draws.integers(0, 2**63, _PATCH // 8, dtype=np.uint64) | np.uint64(1)
-    words = (rows.view(np.uint64) * factors).sum(axis=1, dtype=np.uint64)
-    _, first, places, counts = np.unique(words, return_index=True, return_inverse=True, return_counts=True)
+    rng = np.random.Generator(np.random.Philox(key=0))
+    factors = rng.integers(0, 2**63, _PATCH // 8, dtype=np.uint64) | np.uint64(1)
+    hashes = (rows.view(np.uint64) * factors).sum(axis=1, dtype=np.uint64)
+    _, first, places, counts = np.unique(hashes, return_index=True, return_inverse=True, return_counts=True)
     assert np.array_equal(rows[first][places], rows)
     few = torch.from_numpy(rows[first]).float() / 127.5 - 1
     distinct, order = few.unique(dim=0, return_inverse=True)
     return distinct, torch.zeros(len(few), dtype=torch.int64).scatter_(0, order, torch.from_numpy(counts))
 
 
-def to_pixels(pictures: NDArray[np.uint8]) -> Tensor:
+def to_pixels(frames: NDArray[np.uint8]) -> Tensor:
     """Pictures uint8 [B, T, height, width, 3] to pixels float32 [B, T, 3, height, width] in [-1, 1]."""
-    return torch.from_numpy(pictures).movedim(-1, 2).float() / 127.5 - 1
+    return torch.from_numpy(frames).movedim(-1, 2).float() / 127.5 - 1
 
 
 def _patches(pixels: Tensor) -> Tensor:

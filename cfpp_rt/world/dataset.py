@@ -15,11 +15,11 @@ from cfpp_rt.distill.data.shards import Column, ShardWriter
 from cfpp_rt.distill.settings import Settings
 from cfpp_rt.errors import InputError
 from cfpp_rt.world.codec import PatchCodec, fit_codec
-from cfpp_rt.world.feed import WorldFeed
+from cfpp_rt.world.data_source import WorldDataSource
 
 _BATCH = 4
 _Rows = dict[str, NDArray[Any]]
-_feeds: list[WorldFeed] = []  # of a process of the pool: its one feed
+_sources: list[WorldDataSource] = []  # of a process of the pool: its one feed
 
 
 def write(config: Path, clips: int, out: Path, jobs: int = 1, codec: PatchCodec | None = None) -> None:
@@ -33,31 +33,31 @@ def write(config: Path, clips: int, out: Path, jobs: int = 1, codec: PatchCodec 
     if jobs < 1:
         raise InputError(f"jobs must be >= 1, got {jobs}")
     data = Settings.read(config).data
-    if data["source"] != "cfpp_rt.world.feed:open_feed":
+    if data["source"] != "cfpp_rt.world.data_source:open_data_source":
         raise InputError(f"{config}: data.source must be the world's, got {data['source']}")
     codec = codec or fit_codec(data["seed"])
-    feed = WorldFeed(codec, data["seed"], _BATCH, data["frames"])
+    data_source = WorldDataSource(codec, data["seed"], _BATCH, data["frames"])
 
-    kinds = {name: Column.of(torch.from_numpy(values[0])) for name, values in _rows(feed, 0).items()}
-    pool = multiprocessing.get_context("fork").Pool(jobs, _keep, (feed,))
+    kinds = {name: Column.of(torch.from_numpy(values[0])) for name, values in _rows(data_source, 0).items()}
+    pool = multiprocessing.get_context("fork").Pool(jobs, _init_worker, (data_source,))
     with ShardWriter(out, kinds, rows_per_shard=256) as writer, pool:
-        for rows in pool.imap(_kept_rows, range(clips // _BATCH), chunksize=16):
+        for rows in pool.imap(_worker_rows, range(clips // _BATCH), chunksize=16):
             for i in range(_BATCH):
                 writer.add({name: torch.from_numpy(values[i]) for name, values in rows.items()})
 
 
-def _keep(feed: WorldFeed) -> None:
+def _init_worker(data_source: WorldDataSource) -> None:
     torch.set_num_threads(1)
-    _feeds.append(feed)
+    _sources.append(data_source)
 
 
-def _kept_rows(position: int) -> _Rows:
-    return _rows(_feeds[0], position)
+def _worker_rows(position: int) -> _Rows:
+    return _rows(_sources[0], position)
 
 
-def _rows(feed: WorldFeed, position: int) -> _Rows:
+def _rows(data_source: WorldDataSource, position: int) -> _Rows:
     """A batch as arrays, which travel between processes without a file for each."""
-    batch = feed(position)
+    batch = data_source(position)
     columns = {"latents": batch.latents, "actions": batch.condition.actions, "weights": batch.weights}
     return {name: values.numpy() for name, values in columns.items() if values is not None}
 

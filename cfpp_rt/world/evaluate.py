@@ -14,43 +14,43 @@ from cfpp_rt.world import perception
 from cfpp_rt.world.policy import Wanderer
 from cfpp_rt.world.simulator import Simulator, State
 from cfpp_rt.world.sprites import SIZE, STEP
-from cfpp_rt.world.student import first_picture, start
+from cfpp_rt.world.student import first_frames, start
 
 UNSEEN = 2**40  # seeds from here on are never drawn for training
 _FOLLOWED = 1.2  # pixels per axis
-LOOKED_AT = (16, 64, 128, 300)  # frames whose position error is told, counted from 1
+ERROR_FRAMES = (16, 64, 128, 300)  # frames whose position error is told, counted from 1
 _CLEAN = 30.0  # worst tile's root mean square difference, of 255
 
 
 @dataclasses.dataclass(frozen=True)
-class Play:
+class Episodes:
     """What was played. pictures: uint8 [B, F, 48, 48, 3]; truth: the simulator's state after each; actions [B, F].
 
     The given first picture is not among them. seconds: spent making all of it.
     """
 
-    pictures: NDArray[np.uint8]
+    frames: NDArray[np.uint8]
     truth: list[State]
     actions: NDArray[np.int64]
     first: State
     seconds: float
 
 
-def play(
+def run_episodes(
     pipeline: Pipeline, config: RolloutConfig, *, episodes: int, num_frames: int, seed: int = 0, noise_seed: int = 0
-) -> Play:
+) -> Episodes:
     """Let a wanderer play the student and the simulator with the same keys. num_frames: a multiple of the block.
 
     seed: which episodes and keys, 0..2**20; noise_seed: the student's noise.
     """
     seeds = [UNSEEN + seed * 4096 + episode for episode in range(episodes)]
-    simulator, wander = Simulator(seeds), Wanderer(UNSEEN + seed, episodes)
+    simulator, wanderer = Simulator(seeds), Wanderer(UNSEEN + seed, episodes)
     first = simulator.state.copy()
-    truth, keys = [], []
+    truth, actions_ = [], []
     for _ in range(num_frames):
-        keys.append(wander(simulator.state))
-        truth.append(simulator.step(keys[-1]).copy())
-    actions = np.stack(keys, axis=1)
+        actions_.append(wanderer(simulator.state))
+        truth.append(simulator.step(actions_[-1]).copy())
+    actions = np.stack(actions_, axis=1)
 
     n = config.frames_per_block
     stream = pipeline.stream(
@@ -59,7 +59,7 @@ def play(
         height=SIZE,
         width=SIZE,
         seed=[noise_seed * episodes + episode for episode in range(episodes)],
-        initial_frames=first_picture(seeds, n),
+        initial_frames=first_frames(seeds, n),
         config=config,
     )
     next(stream)
@@ -67,7 +67,7 @@ def play(
     for begin in range(0, num_frames, n):
         stream.set_actions(torch.from_numpy(actions[:, begin : begin + n]))
         made.append(next(stream).pixels)
-    return Play(torch.cat(made, dim=1).numpy(), truth, actions, first, time.perf_counter() - began)
+    return Episodes(torch.cat(made, dim=1).numpy(), truth, actions, first, time.perf_counter() - began)
 
 
 def pace(pipeline: Pipeline, config: RolloutConfig, *, num_frames: int, seed: int = 0) -> dict[str, float]:
@@ -83,7 +83,7 @@ def pace(pipeline: Pipeline, config: RolloutConfig, *, num_frames: int, seed: in
     return {"first_ms": 1000 * (first - began), "fps": made / (time.perf_counter() - first)}
 
 
-def score(played: Play) -> dict[str, float]:
+def score(episodes_: Episodes) -> dict[str, float]:
     """Scores of a play.
 
     follow: share of frames whose agent is within 1.2 pixels of where the simulator puts it after the state seen in the
@@ -92,28 +92,28 @@ def score(played: Play) -> dict[str, float]:
     frames that are a clean drawing of the state they show (nothing doubled, faded or gone). colour: largest change of
     a colour channel's mean from the first 30 frames' to the last 30 frames', as a share of the first.
     """
-    frames = played.pictures.shape[1]
+    num_frames = episodes_.frames.shape[1]
     followed, moving, errors, clean = [], [], [], []
-    shown = played.first
-    for f in range(frames):
-        pictures = played.pictures[:, f]
-        simulator = Simulator([0] * len(pictures))
+    shown = episodes_.first
+    for f in range(num_frames):
+        frames = episodes_.frames[:, f]
+        simulator = Simulator([0] * len(frames))
         simulator.state = shown.copy()
-        wanted = simulator.step(played.actions[:, f]).agent
-        found = perception.find(pictures, "agent")
-        followed.append(abs(found - STEP * wanted).max(axis=1) <= _FOLLOWED)
+        wanted = simulator.step(episodes_.actions[:, f]).agent
+        position = perception.find(frames, "agent")
+        followed.append(abs(position - STEP * wanted).max(axis=1) <= _FOLLOWED)
         moving.append((wanted != shown.agent).any(axis=1))
-        errors.append(abs(found - STEP * played.truth[f].agent).max(axis=1))
-        shown = perception.read(pictures, played.truth[f])
-        clean.append(perception.blemish(pictures, shown) < _CLEAN)
+        errors.append(abs(position - STEP * episodes_.truth[f].agent).max(axis=1))
+        shown = perception.read(frames, episodes_.truth[f])
+        clean.append(perception.artifact_score(frames, shown) < _CLEAN)
     follow, moves, error = np.stack(followed), np.stack(moving), np.stack(errors)
-    part = min(30, frames)
-    begin, end = (played.pictures[:, frame].mean(axis=(1, 2, 3)) for frame in (slice(0, part), slice(-part, None)))
+    part = min(30, num_frames)
+    begin, end = (episodes_.frames[:, frame].mean(axis=(1, 2, 3)) for frame in (slice(0, part), slice(-part, None)))
     return {
         "follow": float(follow.mean()),
         "follow_moving": float(follow[moves].mean()) if moves.any() else float("nan"),
         "error_px": float(error.mean()),
-        **{f"error_{n}_px": float(error[n - 1].mean()) for n in LOOKED_AT if n <= frames},
+        **{f"error_{n}_px": float(error[n - 1].mean()) for n in ERROR_FRAMES if n <= num_frames},
         "clean": float(np.mean(clean)),
         "colour": float((abs(end - begin) / begin).max()),
     }

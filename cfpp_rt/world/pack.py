@@ -33,11 +33,11 @@ def pack(
             raise InputError(f"--run {run}: wanted a finished run, found no {name}")
     with write_atomically(out / "student.safetensors") as temporary:
         shutil.copyfile(run / "student.safetensors", temporary)
-    described = json.loads((run / "student.json").read_text(encoding="utf-8"))
+    metadata = json.loads((run / "student.json").read_text(encoding="utf-8"))
     if steps is not None:
-        described["rollout"]["steps"] = list(steps)
+        metadata["rollout"]["steps"] = list(steps)
     with write_atomically(out / "student.json") as temporary:
-        temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
     with write_atomically(out / "codec.safetensors") as temporary:
         save_file((codec or fit_codec(settings.data["seed"])).state_dict(), temporary)
     load_world_pipeline(out)

@@ -50,9 +50,9 @@ def _play(stream: Stream, terminal, interval: float) -> bool:  # type: ignore[no
                     held = "interact"
         began = time.perf_counter()
         stream.set_actions(ACTIONS.index(held))
-        picture = next(stream).pixels[0, -1].numpy()
+        pixels = next(stream).pixels[0, -1].numpy()
         spent = 1000 * (time.perf_counter() - began)
         frame = stream.rollout.next_frame
-        terminal.show(picture, f" {held:<9} frame {frame:<6} {spent:5.1f} ms   arrows, space, r: new arena, q: quit")
+        terminal.show(pixels, f" {held:<9} frame {frame:<6} {spent:5.1f} ms   arrows, space, r: new arena, q: quit")
         if held == "interact" or time.monotonic() > until:
             held = "none"

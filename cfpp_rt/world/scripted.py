@@ -23,7 +23,9 @@ _UNUSED = (
 )
 
 
-def open_film(arguments: argparse.Namespace, changes: dict[str, Any]) -> tuple[Stream, Iterator[Frames], int]:
+def open_scripted_stream(
+    arguments: argparse.Namespace, changes: dict[str, Any]
+) -> tuple[Stream, Iterator[Frames], int]:
     """The stream, its enlarged pictures as they are made, and how many there will be.
 
     arguments: of `cfpp generate`; actions decide the number of pictures unless --frames says more. changes: fields of
@@ -37,15 +39,17 @@ def open_film(arguments: argparse.Namespace, changes: dict[str, Any]) -> tuple[S
         arguments.checkpoint or SHIPPED, dtype=DTYPES[arguments.dtype or "float32"], device=arguments.device
     )
     config = dataclasses.replace(pipeline.config, **changes)
-    block = config.frames_per_block
-    frames = arguments.frames if arguments.frames is not None else whole_blocks(1 + len(actions), block)
-    stream = start(pipeline, arguments.seed, num_frames=frames, config=config)
-    return stream, follow(stream, actions, block), frames
+    frames_per_block = config.frames_per_block
+    num_frames = (
+        arguments.num_frames if arguments.num_frames is not None else whole_blocks(1 + len(actions), frames_per_block)
+    )
+    stream = start(pipeline, arguments.seed, num_frames=num_frames, config=config)
+    return stream, follow(stream, actions, frames_per_block), num_frames
 
 
-def whole_blocks(frames: int, block: int) -> int:
+def whole_blocks(num_frames: int, frames_per_block: int) -> int:
     """The first block is given, the others are made: at least one."""
-    return max(2 * block, -(-frames // block) * block)
+    return max(2 * frames_per_block, -(-num_frames // frames_per_block) * frames_per_block)
 
 
 class Actor(Protocol):
@@ -56,19 +60,19 @@ class Actor(Protocol):
     def set_actions(self, actions: Any) -> None: ...
 
 
-def follow(stream: Actor, actions: list[int], block: int) -> Iterator[Frames]:
+def follow(stream: Actor, actions: list[int], frames_per_block: int) -> Iterator[Frames]:
     """The given picture, then blocks that follow the actions, enlarged: the world's pictures are small."""
     yield _enlarged(next(stream))
-    for begin in itertools.count(0, block):
-        now = actions[begin : begin + block]
-        stream.set_actions([now + [NONE] * (block - len(now))])
-        frames = next(stream, None)
-        if frames is None:
+    for begin in itertools.count(0, frames_per_block):
+        now = actions[begin : begin + frames_per_block]
+        stream.set_actions([now + [NONE] * (frames_per_block - len(now))])
+        num_frames = next(stream, None)
+        if num_frames is None:
             return
-        yield _enlarged(frames)
+        yield _enlarged(num_frames)
 
 
-def _enlarged(frames: Frames) -> Frames:
+def _enlarged(num_frames: Frames) -> Frames:
     return dataclasses.replace(
-        frames, pixels=frames.pixels.repeat_interleave(SCALE, dim=2).repeat_interleave(SCALE, dim=3)
+        num_frames, pixels=num_frames.pixels.repeat_interleave(SCALE, dim=2).repeat_interleave(SCALE, dim=3)
     )

@@ -52,16 +52,16 @@ class Simulator:
     def __init__(self, seeds: list[int]):
         if not seeds or any(not 0 <= seed < 2**63 for seed in seeds):
             raise InputError(f"seeds must be integers in 0..2**63 - 1, at least one, got {seeds}")
-        self._draws = [np.random.Generator(np.random.Philox(key=[seed, 2])) for seed in seeds]
-        starts = [_start(draws) for draws in self._draws]
+        self._rngs = [np.random.Generator(np.random.Philox(key=[seed, 2])) for seed in seeds]
+        starts = [_start(rng) for rng in self._rngs]
         self.state = State(*(np.stack(parts) for parts in zip(*starts, strict=True)))
 
     def step(self, actions: Cells) -> State:
         """Move all episodes on by one frame."""
-        state, rows = self.state, np.arange(len(self._draws))
+        state, rows = self.state, np.arange(len(self._rngs))
         actions = np.asarray(actions)
-        whole = np.issubdtype(actions.dtype, np.integer)
-        if actions.shape != rows.shape or not whole or actions.min() < 0 or actions.max() >= len(ACTIONS):
+        is_integer = np.issubdtype(actions.dtype, np.integer)
+        if actions.shape != rows.shape or not is_integer or actions.min() < 0 or actions.max() >= len(ACTIONS):
             raise InputError(f"actions must be [{len(rows)}] integers in 0..{len(ACTIONS) - 1}, got {actions}")
 
         standing = _overlap(2 * state.gate, state.agent) | _overlap(2 * state.gate, state.crate)
@@ -77,7 +77,7 @@ class Simulator:
 
         taken = _overlap(2 * state.coin, state.agent) | _overlap(2 * state.coin, state.crate)
         for row in rows[taken]:
-            state.coin[row] = _free_tile(self._draws[row], *(part[row] for part in self._in_the_way()))
+            state.coin[row] = _free_tile(self._rngs[row], *(part[row] for part in self._in_the_way()))
         return state
 
     def _solid(self) -> NDArray[np.bool_]:
@@ -105,26 +105,26 @@ def _free(solid: NDArray[np.bool_], position: Cells) -> NDArray[np.bool_]:
     return ~solid[rows, cells[:, 0, :, None], cells[:, 1, None, :]].any(axis=(1, 2))
 
 
-def _free_tile(draws: np.random.Generator, walls: NDArray[np.bool_], gate: Cells, agent: Cells, crate: Cells) -> Cells:
+def _free_tile(rng: np.random.Generator, walls: NDArray[np.bool_], gate: Cells, agent: Cells, crate: Cells) -> Cells:
     tiles = np.argwhere(~walls)
     free = (tiles != gate).any(axis=1)
     for thing in (agent, crate):
         free &= ~_overlap(2 * tiles, thing)
-    return tiles[free][draws.integers(free.sum())]
+    return tiles[free][rng.integers(free.sum())]
 
 
-def _start(draws: np.random.Generator) -> tuple[object, ...]:
+def _start(rng: np.random.Generator) -> tuple[object, ...]:
     """One episode's beginning: walls that leave the free tiles connected, the gate among them, things apart."""
     while True:
         walls = np.zeros((TILES, TILES), dtype=bool)
-        walls.flat[draws.permutation(walls.size)[: draws.integers(*_WALLS)]] = True
+        walls.flat[rng.permutation(walls.size)[: rng.integers(*_WALLS)]] = True
         if _connected(~walls):
             break
-    tiles = draws.permutation(np.argwhere(~walls))
+    tiles = rng.permutation(np.argwhere(~walls))
     inner = [tile for tile in tiles if 0 < tile[0] < TILES - 1 and 0 < tile[1] < TILES - 1]
     crate = inner[0] if inner else tiles[0]  # one at the edge could never be pushed away from it
     gate, agent, coin = [tile for tile in tiles if (tile != crate).any()][:3]
-    return walls, gate, np.bool_(draws.random() < 0.5), coin, 2 * agent, 2 * crate
+    return walls, gate, np.bool_(rng.random() < 0.5), coin, 2 * agent, 2 * crate
 
 
 def _connected(free: NDArray[np.bool_]) -> bool:

@@ -52,10 +52,10 @@ def _rollout(path: Path) -> RolloutConfig:
         raise CheckpointError(f"{path}: wanted sizes and {_ROLLOUT!r} settings of a world student ({error})") from error
 
 
-def first_picture(seeds: list[int], frames: int = 1) -> Tensor:
+def first_frames(seeds: list[int], num_frames: int = 1) -> Tensor:
     """The arenas of these seeds, drawn by the simulator: float32 [B, frames, 3, 48, 48] in [-1, 1], all still."""
-    picture = render(Simulator(seeds).state)
-    return to_pixels(np.repeat(picture[:, None], frames, axis=1))
+    frame = render(Simulator(seeds).state)
+    return to_pixels(np.repeat(frame[:, None], num_frames, axis=1))
 
 
 def start(
@@ -71,6 +71,6 @@ def start(
         height=SIZE,
         width=SIZE,
         seed=seed,
-        initial_frames=first_picture([seed], config.frames_per_block),
+        initial_frames=first_frames([seed], config.frames_per_block),
         config=config,
     )

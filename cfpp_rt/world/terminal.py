@@ -37,10 +37,10 @@ _ENTER = "\x1b[?1049h\x1b[?25l\x1b[2J"  # another screen, no cursor
 _LEAVE = "\x1b[0m\x1b[?25h\x1b[?1049l"
 
 
-def cells(picture: NDArray[np.uint8]) -> str:
+def cells(frame: NDArray[np.uint8]) -> str:
     """A picture uint8 [height, width, 3] of even height as lines of half blocks, 24-bit colours."""
     lines = []
-    for upper, lower in zip(picture[::2], picture[1::2], strict=True):
+    for upper, lower in zip(frame[::2], frame[1::2], strict=True):
         line, before = [], None
         for top, bottom in zip(upper.tolist(), lower.tolist(), strict=True):
             colours = (*top, *bottom)
@@ -69,12 +69,12 @@ def keys(typed: bytes) -> list[str]:
 class Screen:
     """The terminal while something plays in it; made by `screen`."""
 
-    def show(self, picture: NDArray[np.uint8], status: str) -> None:
+    def show(self, frame: NDArray[np.uint8], status: str) -> None:
         """Draw a picture uint8 [height, width, 3], as large as whole factors allow, and a line below it."""
         columns, lines = shutil.get_terminal_size()
-        height, width = picture.shape[:2]
+        height, width = frame.shape[:2]
         factor = max(1, min(columns // width, 2 * (lines - 1) // height))
-        shown = picture.repeat(factor, 0).repeat(factor, 1)
+        shown = frame.repeat(factor, 0).repeat(factor, 1)
         text = f"\x1b[H{cells(shown)}\r\n\x1b[K{status[: columns - 1]}"
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -10,7 +10,7 @@ from cfpp_rt.config import ModelConfig, RolloutConfig
 from cfpp_rt.core.camera import Cameras, parse_trajectory
 from cfpp_rt.core.schedule import FlowMatchSchedule
 from cfpp_rt.distill.ar_diffusion import ArDiffusion, Bidirectional
-from cfpp_rt.distill.assemble import Weights, build_stage, fresh_model
+from cfpp_rt.distill.assemble import InitPaths, build_stage, fresh_model
 from cfpp_rt.distill.batch import Batch
 from cfpp_rt.distill.causal_cd import CausalCD, Guidance, timestep_table
 from cfpp_rt.distill.causal_ode import CausalODE
@@ -42,8 +42,8 @@ def cameras_of(batch=2):
 
 
 def condition_of(batch=2, seed=0):
-    embeds = torch.randn(batch, 4, 8, generator=torch.Generator().manual_seed(seed))
-    return Condition(embeds, cameras=cameras_of(batch))
+    prompt_embeds = torch.randn(batch, 4, 8, generator=torch.Generator().manual_seed(seed))
+    return Condition(prompt_embeds, cameras=cameras_of(batch))
 
 
 def noise_of(frames, batch=2, seed=1):
@@ -58,7 +58,7 @@ def test_teacher_forcing_is_what_the_runtime_computes(network):
         velocity = Denoiser(network, layout).teacher_forced(clean, noisy, torch.full((2, 6), 1000.0), condition)
     rollout = Rollout(
         network,
-        condition.embeds,
+        condition.prompt_embeds,
         RolloutConfig((1000,), frames_per_block=2, window=4),
         latent_size=(4, 4),
         latent_frames=6,
@@ -74,14 +74,14 @@ def test_teacher_forcing_is_what_the_runtime_computes(network):
 def test_self_rollout_makes_the_videos_of_the_runtime(network, window, gradient):
     config = RolloutConfig((1000, 500), frames_per_block=2, window=window, context_noise=50)
     condition, noise = condition_of(), noise_of(6)
-    draws = torch.Generator().manual_seed(2)
-    renoise = [normal_like(torch.empty(2, 2, 16, 4, 4), draws) for _ in range(3)]
+    generator = torch.Generator().manual_seed(2)
+    renoise = [normal_like(torch.empty(2, 2, 16, 4, 4), generator) for _ in range(3)]
     made = SelfRollout(network, config)(
         noise, condition, Exits(1, 1), torch.Generator().manual_seed(2), gradient=gradient
     )
     rollout = Rollout(
         network,
-        condition.embeds,
+        condition.prompt_embeds,
         config,
         latent_size=(4, 4),
         latent_frames=6,
@@ -200,7 +200,7 @@ def test_a_camera_model_starts_from_a_plain_one_where_it_has_it_all_to_learn(tmp
     save_file(plain.state_dict(), tmp_path / "plain.safetensors")
     stage = StageSettings(steps=1)
     settings = Settings(SMALL, Layout(), RolloutConfig(), {}, {"ar": stage, "base": stage, "cd": stage})
-    weights = Weights(init=tmp_path / "plain.safetensors")
+    weights = InitPaths(init=tmp_path / "plain.safetensors")
     for name in ("ar", "base"):
         student = build_stage(name, settings, weights, (16, 4, 4)).trained["student"]
         state = student.state_dict()

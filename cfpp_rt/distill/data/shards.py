@@ -67,7 +67,7 @@ class ShardWriter:
             raise InputError(f"rows_per_shard must be >= 1, got {rows_per_shard}")
         if not columns:
             raise InputError("columns must be at least one, got none")
-        self.folder, self.columns, self._most = Path(folder), dict(columns), rows_per_shard
+        self.folder, self.columns, self._rows_per_shard = Path(folder), dict(columns), rows_per_shard
         self._rows: list[dict[str, Tensor]] = []
         self._texts: list[str] = []
         self._shards: list[dict[str, Any]] = []
@@ -97,7 +97,7 @@ class ShardWriter:
                 raise InputError(f"{name} must be {list(column.shape)}, got {list(row[name].shape)}")
         self._rows.append({name: row[name].to("cpu", _DTYPES[c.dtype]) for name, c in self.columns.items()})
         self._texts.append(text)
-        if len(self._rows) == self._most:
+        if len(self._rows) == self._rows_per_shard:
             self._flush()
 
     def close(self) -> None:

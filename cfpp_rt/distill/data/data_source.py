@@ -1,4 +1,4 @@
-"""Batches from a folder of shards: what `data.source: cfpp_rt.distill.data.feed:open_feed` names."""
+"""Batches from a folder of shards: what `data.source: cfpp_rt.distill.data.data_source:open_data_source` names."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ COLUMNS = {**CLIPS, **CONDITIONS}
 
 
 @dataclasses.dataclass
-class ShardFeed:
+class ShardDataSource:
     """Batch number n holds rows n * batch, n * batch + 1, ... of an endless order: the folder's rows, each epoch
     shuffled by (seed, epoch). So a batch is a function of its number alone.
 
@@ -48,8 +48,8 @@ class ShardFeed:
     def _row(self, place: int) -> int:
         epoch, inside = divmod(place, len(self.folder))
         if self._order is None or self._order[0] != epoch:
-            draws = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-            self._order = epoch, draws.permutation(len(self.folder))
+            rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+            self._order = epoch, rng.permutation(len(self.folder))
         return int(self._order[1][inside])
 
     def _cut(self, name: str, rows: Tensor) -> Tensor:
@@ -63,12 +63,14 @@ class ShardFeed:
 
 def condition_of(columns: Mapping[str, Tensor], batch: int) -> Condition:
     """What stacked columns of `batch` rows say about conditions; without `intrinsics` the published lens is taken."""
-    embeds, views = columns.get("embeds"), columns.get("views")
+    prompt_embeds, views = columns.get("embeds"), columns.get("views")
     cameras = None if views is None else Cameras.of(views, columns.get("intrinsics", INTRINSICS["training"]))
-    return Condition(torch.zeros(batch, 0, 1) if embeds is None else embeds, columns.get("actions"), cameras)
+    return Condition(
+        torch.zeros(batch, 0, 1) if prompt_embeds is None else prompt_embeds, columns.get("actions"), cameras
+    )
 
 
-def open_feed(*, batch: int, folder: str, seed: int = 0, frames: int | None = None) -> Callable[[int], Batch]:
+def open_data_source(*, batch: int, folder: str, seed: int = 0, frames: int | None = None) -> Callable[[int], Batch]:
     """A feed over the folder's shards. seed: 0..2**63 - 1, of the shuffle. frames: as `ShardFeed`.
 
     Raises InputError for a folder whose columns are not those of `COLUMNS`, or that is not whole.
@@ -80,4 +82,4 @@ def open_feed(*, batch: int, folder: str, seed: int = 0, frames: int | None = No
         raise InputError(f"data.seed must be an integer in 0..2**63 - 1, got {seed!r}")
     if frames is not None and (not isinstance(frames, int) or frames < 1):
         raise InputError(f"data.frames must be an integer >= 1, got {frames!r}")
-    return ShardFeed(shards, batch, seed, frames)
+    return ShardDataSource(shards, batch, seed, frames)

@@ -18,44 +18,44 @@ _CHANGED, _THING = 4.0, 2.0  # what a cell counts more than floor and walls if i
 
 
 @dataclasses.dataclass(frozen=True)
-class WorldFeed:
+class WorldDataSource:
     """Clips of `frames` frames, `batch` at a time. seed: 0..2**31 - 1; no two batches share an episode."""
 
     codec: PatchCodec
     seed: int
     batch: int
-    frames: int
+    num_frames: int
 
     def __call__(self, position: int) -> Batch:
         """Batch number `position`: latents [B, F, 16, 6, 6], actions [B, F] (the first: none), cell weights."""
-        pictures, actions, things = record(self.seed, position, self.batch, self.frames)
-        embeds = torch.zeros(self.batch, 0, 1)
+        frames, actions, things = record(self.seed, position, self.batch, self.num_frames)
+        prompt_embeds = torch.zeros(self.batch, 0, 1)
         return Batch(
-            Condition(embeds, torch.from_numpy(actions)),
-            self.codec.encode(to_pixels(pictures)),
-            weights=_cell_weights(pictures, things),
+            Condition(prompt_embeds, torch.from_numpy(actions)),
+            self.codec.encode(to_pixels(frames)),
+            weights=_cell_weights(frames, things),
         )
 
 
-def open_feed(*, batch: int, seed: int, frames: int) -> WorldFeed:
+def open_data_source(*, batch: int, seed: int, num_frames: int) -> WorldDataSource:
     """What a training config names as its data source; the codec is fitted anew, in a second."""
-    return WorldFeed(fit_codec(seed), seed, batch, frames)
+    return WorldDataSource(fit_codec(seed), seed, batch, num_frames)
 
 
-def record(seed: int, position: int, batch: int, frames: int) -> tuple[NDArray[np.uint8], NDArray, NDArray]:
+def record(seed: int, position: int, batch: int, num_frames: int) -> tuple[NDArray[np.uint8], NDArray, NDArray]:
     """Pictures uint8 [B, F, 48, 48, 3], the actions that led to each int64 [B, F], where things are [B, F, 6, 6]."""
-    draws = np.random.Generator(np.random.Philox(key=[seed, position]))
-    simulator = Simulator(draws.integers(0, 2**62, batch).tolist())
-    wander = Wanderer(int(draws.integers(0, 2**62)), batch)
-    for _ in range(draws.integers(0, _LEAD_IN)):
-        simulator.step(wander(simulator.state))
+    rng = np.random.Generator(np.random.Philox(key=[seed, position]))
+    simulator = Simulator(rng.integers(0, 2**62, batch).tolist())
+    wanderer = Wanderer(int(rng.integers(0, 2**62)), batch)
+    for _ in range(rng.integers(0, _LEAD_IN)):
+        simulator.step(wanderer(simulator.state))
     made = [(render(simulator.state), np.full(batch, NONE), _things(simulator.state))]
-    for _ in range(frames - 1):
-        actions = wander(simulator.state)
+    for _ in range(num_frames - 1):
+        actions = wanderer(simulator.state)
         state = simulator.step(actions)
         made.append((render(state), actions, _things(state)))
-    pictures, actions, things = (np.stack(parts, axis=1) for parts in zip(*made, strict=True))
-    return pictures, actions, things
+    frames, actions, things = (np.stack(parts, axis=1) for parts in zip(*made, strict=True))
+    return frames, actions, things
 
 
 def _things(state: State) -> NDArray[np.bool_]:
@@ -69,10 +69,10 @@ def _things(state: State) -> NDArray[np.bool_]:
     return found
 
 
-def _cell_weights(pictures: NDArray[np.uint8], things: NDArray[np.bool_]) -> torch.Tensor:
+def _cell_weights(frames: NDArray[np.uint8], things: NDArray[np.bool_]) -> torch.Tensor:
     """float32 [B, F, 6, 6] of mean 1: most of the picture stands still, and is easily right."""
-    batch, frames, height, width, _ = pictures.shape
-    cells = (pictures[:, 1:] != pictures[:, :-1]).reshape(batch, frames - 1, height // TILE, TILE, width // TILE, -1)
+    batch, num_frames, height, width, _ = frames.shape
+    cells = (frames[:, 1:] != frames[:, :-1]).reshape(batch, num_frames - 1, height // TILE, TILE, width // TILE, -1)
     changed = np.pad(cells.any(axis=(3, 5)), ((0, 0), (1, 0), (0, 0), (0, 0)))
     weights = torch.from_numpy((1 + _CHANGED * changed + _THING * things).astype(np.float32))
     return weights / weights.mean()
