@@ -1,4 +1,4 @@
-"""Muon with matrices of one shape orthogonalised together, so that a small network's step is not mostly launches."""
+"""Muon that orthogonalises matrices of one shape together, to save kernel launches for small networks."""
 
 from collections import defaultdict
 from typing import Any
@@ -9,7 +9,10 @@ from torch.optim import Muon
 
 
 class StackedMuon(Muon):
-    """`torch.optim.Muon` with the same state, its results within rounding; sharded matrices are left to torch's."""
+    """`torch.optim.Muon` with stacked matrices: the same state, results equal within rounding.
+
+    Sharded matrices are updated by torch's implementation.
+    """
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -50,7 +53,10 @@ class StackedMuon(Muon):
 
 
 def orthogonalised(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float = 1e-7) -> Tensor:
-    """Newton-Schulz iteration of each matrix [n, rows, columns], in bfloat16 as published (Jordan et al. 2024)."""
+    """Return matrices [n, rows, columns] orthogonalised by Newton-Schulz iteration, in bfloat16 (Jordan et al. 2024).
+
+    With x scaled to norm 1 and (a, b, c) = coefficients, a step is x <- a x + (b G + c G G) x, where G = x x^T.
+    """
     a, b, c = coefficients
     x = matrices.bfloat16()
     tall = x.shape[1] > x.shape[2]

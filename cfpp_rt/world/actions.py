@@ -1,4 +1,4 @@
-"""Actions as text: `right*20,up*10,interact`."""
+"""Parsing of actions from text such as `right*20,up*10,interact`."""
 
 import re
 
@@ -9,7 +9,7 @@ _MAX_ACTIONS = 1_000_000
 
 
 def parse_actions(text: str) -> list[int]:
-    """One action per frame. Raises InputError, naming the part, for what is not `name` or `name*count`."""
+    """Return one action per frame. InputError names the part that is not `name` or `name*count`."""
     actions: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*([a-z]+)\s*(?:\*\s*([0-9]{1,7}))?\s*", part)

@@ -1,4 +1,4 @@
-"""Clips of the world as a folder of training data, for what has to be stored: the trajectories of stage ode.
+"""Stores clips of the world as a folder of shards, from which the trajectories of stage ode are made.
 
 python -m cfpp_rt.world.dataset --config configs/world.yaml --clips 1000 --out outputs/world/clips
 """
@@ -19,14 +19,17 @@ from cfpp_rt.world.data_source import WorldDataSource
 
 _BATCH = 4
 _Rows = dict[str, NDArray[Any]]
-_sources: list[WorldDataSource] = []  # of a process of the pool: its one feed
+_sources: list[WorldDataSource] = []  # the data source of a worker process
 
 
 def write(config: Path, clips: int, out: Path, jobs: int = 1, codec: PatchCodec | None = None) -> None:
-    """The first clips that training of this config is fed with, at 4 a batch: latents, actions and cell weights.
+    """Write the first clips of a config's data source, in batches of 4: latents, actions and cell weights.
 
-    clips: a multiple of 4. jobs: processes that make them. codec: None = the config's is fitted, which takes seconds.
-    Raises InputError for another number, or a config whose data is not the world's.
+    clips: number of clips, a multiple of 4.
+    out: a new folder.
+    jobs: number of worker processes.
+    codec: None = fit the codec of the config, which takes seconds.
+    Raise InputError for another number of clips, or a config whose data source is not the world's.
     """
     if clips < _BATCH or clips % _BATCH:
         raise InputError(f"clips must be a multiple of {_BATCH}, got {clips}")
@@ -56,7 +59,7 @@ def _worker_rows(position: int) -> _Rows:
 
 
 def _rows(data_source: WorldDataSource, position: int) -> _Rows:
-    """A batch as arrays, which travel between processes without a file for each."""
+    """Return a batch as arrays: unlike tensors, they need no file each to get to another process."""
     batch = data_source(position)
     columns = {"latents": batch.latents, "actions": batch.condition.actions, "weights": batch.weights}
     return {name: values.numpy() for name, values in columns.items() if values is not None}
@@ -66,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, type=Path, metavar="YAML")
     parser.add_argument("--clips", type=int, default=1000, help="default: %(default)s")
-    parser.add_argument("--jobs", type=int, default=1, help="processes that make them (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="number of worker processes (default: %(default)s)")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
     arguments = parser.parse_args()
     try:

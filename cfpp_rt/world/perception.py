@@ -1,4 +1,4 @@
-"""What can be seen in a picture of the world: where things are, found by their sprites, and how clean it is."""
+"""Perception of frames of the world: positions of things, matched by their sprites, and an artifact score."""
 
 import numpy as np
 import torch
@@ -11,9 +11,12 @@ from cfpp_rt.world.sprites import SPRITES, STEP, TILE, render
 
 
 def find(frames: NDArray[np.uint8], name: str, stride: int = 1) -> NDArray[np.int64]:
-    """Upper left corner in pixels, [B, 2], of where each picture [B, 48, 48, 3] is most like a sprite.
+    """Return the best match of a sprite in each frame: upper left corner (row, column) in pixels, int64 [B, 2].
 
-    Least squares over the pixels that the sprite covers, at every `stride`-th pixel.
+    The match minimises the squared difference over the pixels that the sprite covers.
+    frames: uint8 [B, 48, 48, 3].
+    name: key of `SPRITES`.
+    stride: distance in pixels of the positions that are compared.
     """
     error = mismatch(frames, name, stride)
     best = error.flatten(1).argmin(dim=1)
@@ -22,7 +25,7 @@ def find(frames: NDArray[np.uint8], name: str, stride: int = 1) -> NDArray[np.in
 
 
 def mismatch(frames: NDArray[np.uint8], name: str, stride: int = 1) -> Tensor:
-    """Mean squared difference to a sprite at every `stride`-th pixel: float32 [B, n, n]."""
+    """Return the mean squared difference to a sprite at every `stride`-th pixel: float32 [B, n, n]."""
     colours, covers = SPRITES[name]
     x = torch.from_numpy(frames).movedim(-1, 1).float()
     mask = torch.from_numpy(covers).float().expand(1, 3, -1, -1)
@@ -32,7 +35,7 @@ def mismatch(frames: NDArray[np.uint8], name: str, stride: int = 1) -> Tensor:
 
 
 def read(frames: NDArray[np.uint8], known: State) -> State:
-    """The state that pictures [B, 48, 48, 3] show; walls and the gate's place never change: those of `known`."""
+    """Return the state that frames [B, 48, 48, 3] show. Walls and the gate's position are taken from `known`."""
     rows = np.arange(len(frames))
     corner = known.gate
     opened = mismatch(frames, "open", TILE).numpy()[rows, corner[:, 0], corner[:, 1]]
@@ -48,10 +51,10 @@ def read(frames: NDArray[np.uint8], known: State) -> State:
 
 
 def artifact_score(frames: NDArray[np.uint8], shown: State) -> NDArray[np.float32]:
-    """How far each picture is from a clean drawing of the state it shows.
+    """Return the difference between each frame and a rendering of the state that it shows: float32 [B].
 
-    The worst tile's root mean square difference, of 255: float32 [B]. A thing that is doubled, gone or half faded is
-    40 and more.
+    It is the root mean square difference of the worst tile, in 0..255. A thing that is doubled, missing or half faded
+    gives 40 or more.
     """
     difference = frames.astype(np.float32) - render(shown)
     tiles = difference.reshape(len(frames), -1, TILE, frames.shape[2] // TILE, TILE, 3)

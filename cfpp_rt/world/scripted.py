@@ -1,4 +1,4 @@
-"""A film of the built-in world from a list of actions: `cfpp generate --student world`."""
+"""Videos of the built-in world from a list of actions: `cfpp generate --student world`."""
 
 import argparse
 import dataclasses
@@ -13,10 +13,10 @@ from cfpp_rt.world.actions import parse_actions
 from cfpp_rt.world.simulator import NONE
 from cfpp_rt.world.student import SHIPPED, load_world_pipeline, start
 
-NAME = "world"  # what --student calls it
-FPS = 10.0  # pictures per second at which the world is meant to be played
-SCALE = 8  # pixels of a film per pixel of the world, whose pictures are 48 x 48
-# Options of `cfpp generate` that say nothing to this student.
+NAME = "world"  # value of --student
+FPS = 10.0  # frames per second at which the world is meant to be played
+SCALE = 8  # pixels of a video per pixel of the world, whose frames are 48 x 48
+# Options of `cfpp generate` that this student does not take.
 _UNUSED = (
     *("base", "key", "config", "offload_text", "tiny_vae", "prompt", "prompts", "embeds"),
     *("image", "video", "size", "trajectory", "intrinsics", "linear_dtype"),
@@ -26,10 +26,11 @@ _UNUSED = (
 def open_scripted_stream(
     arguments: argparse.Namespace, changes: dict[str, Any]
 ) -> tuple[Stream, Iterator[Frames], int]:
-    """The stream, its enlarged pictures as they are made, and how many there will be.
+    """Open the stream of a video; return it, an iterator over its enlarged frames, and the number of frames.
 
-    arguments: of `cfpp generate`; actions decide the number of pictures unless --frames says more. changes: fields of
-    the student's `RolloutConfig` that are to be others. Raises InputError for options that this student cannot use.
+    arguments: of `cfpp generate`. Without --frames the actions determine the number of frames.
+    changes: fields of the student's `RolloutConfig` to replace.
+    Raise InputError for options that this student does not take.
     """
     for name in _UNUSED:
         if getattr(arguments, name) is not None:
@@ -40,39 +41,38 @@ def open_scripted_stream(
     )
     config = dataclasses.replace(pipeline.config, **changes)
     frames_per_block = config.frames_per_block
-    num_frames = (
-        arguments.num_frames if arguments.num_frames is not None else whole_blocks(1 + len(actions), frames_per_block)
-    )
+    num_frames = arguments.frames
+    if num_frames is None:
+        num_frames = whole_blocks(1 + len(actions), frames_per_block)
     stream = start(pipeline, arguments.seed, num_frames=num_frames, config=config)
     return stream, follow(stream, actions, frames_per_block), num_frames
 
 
 def whole_blocks(num_frames: int, frames_per_block: int) -> int:
-    """The first block is given, the others are made: at least one."""
+    """Round a number of frames up to whole blocks: the first block, which is given, and at least one more."""
     return max(2 * frames_per_block, -(-num_frames // frames_per_block) * frames_per_block)
 
 
-class Actor(Protocol):
-    """A stream of pictures that takes actions: `Stream`, or one of another runtime."""
+class ActionStream(Protocol):
+    """A stream of frames that takes actions: `Stream`, or the stream of another runtime."""
 
     def __next__(self) -> Frames: ...
 
     def set_actions(self, actions: Any) -> None: ...
 
 
-def follow(stream: Actor, actions: list[int], frames_per_block: int) -> Iterator[Frames]:
-    """The given picture, then blocks that follow the actions, enlarged: the world's pictures are small."""
+def follow(stream: ActionStream, actions: list[int], frames_per_block: int) -> Iterator[Frames]:
+    """Yield the given first block, then blocks that follow the actions; all are enlarged by SCALE."""
     yield _enlarged(next(stream))
     for begin in itertools.count(0, frames_per_block):
-        now = actions[begin : begin + frames_per_block]
-        stream.set_actions([now + [NONE] * (frames_per_block - len(now))])
-        num_frames = next(stream, None)
-        if num_frames is None:
+        block = actions[begin : begin + frames_per_block]
+        stream.set_actions([block + [NONE] * (frames_per_block - len(block))])
+        frames = next(stream, None)
+        if frames is None:
             return
-        yield _enlarged(num_frames)
+        yield _enlarged(frames)
 
 
-def _enlarged(num_frames: Frames) -> Frames:
-    return dataclasses.replace(
-        num_frames, pixels=num_frames.pixels.repeat_interleave(SCALE, dim=2).repeat_interleave(SCALE, dim=3)
-    )
+def _enlarged(frames: Frames) -> Frames:
+    pixels = frames.pixels.repeat_interleave(SCALE, dim=2).repeat_interleave(SCALE, dim=3)
+    return dataclasses.replace(frames, pixels=pixels)

@@ -1,12 +1,12 @@
-"""What the world looks like: states to pictures of 48 x 48 pixels."""
+"""Rendering of the world: states to frames of 48 x 48 pixels."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cfpp_rt.world.simulator import CELLS, TILES, State
 
-TILE = 8  # pixels of a tile's side
-STEP = TILE // 2  # pixels that something moves in one frame
+TILE = 8  # side of a tile in pixels
+STEP = TILE // 2  # distance in pixels that a thing moves in one frame
 SIZE = TILE * TILES
 
 _COLOURS = {
@@ -40,7 +40,7 @@ _SPRITE_ROWS = {
 
 
 def _sprite(rows: str) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Colours [8, 8, 3] and where they cover [8, 8]."""
+    """Return the colours [8, 8, 3] of a sprite and the mask of the pixels that it covers [8, 8]."""
     letters = [list(row) for row in rows.split()]
     colours = np.array([[_COLOURS[letter] or (0, 0, 0) for letter in row] for row in letters], dtype=np.uint8)
     return colours, np.array([[letter != "." for letter in row] for row in letters])
@@ -53,7 +53,7 @@ _FLOOR = np.array([_COLOURS["f"], _COLOURS["F"]], dtype=np.uint8)[
 
 
 def render(state: State) -> NDArray[np.uint8]:
-    """Pictures uint8 [B, 48, 48, 3], RGB, of B episodes."""
+    """Render the states of B episodes: uint8 [B, 48, 48, 3], RGB."""
     frames = np.broadcast_to(_FLOOR, (len(state.agent), *_FLOOR.shape)).copy()
     colours, _ = SPRITES["wall"]
     walls = state.walls.repeat(TILE, 1).repeat(TILE, 2)
@@ -63,7 +63,7 @@ def render(state: State) -> NDArray[np.uint8]:
     _draw(frames, "coin", TILE * state.coin, everywhere)
     _draw(frames, "crate", STEP * state.crate, everywhere)
     _draw(frames, "agent", STEP * state.agent, everywhere)
-    _draw(frames, "open", TILE * state.gate, state.gate_open)  # over what stands in it, so that it is never hidden
+    _draw(frames, "open", TILE * state.gate, state.gate_open)  # drawn last, so that what stands in it does not hide it
     return frames
 
 

@@ -143,7 +143,7 @@ def stages(networks):
                 ema,
                 t,
                 c,
-                frames=6,
+                latent_frames=6,
                 latent_size=(16, 4, 4),
                 guidance=guidance,
             ),
@@ -164,16 +164,16 @@ def test_every_network_of_every_stage_sees_the_cameras(network, monkeypatch, nam
     def role_of(module):
         return next(role for role, one in named.items() if one is module)
 
-    def masked(self, *arguments, cameras=None, **options):
+    def forward_sequence(self, *arguments, cameras=None, **options):
         calls.append((role_of(self), cameras is not None))
-        return real_masked(self, *arguments, cameras=cameras, **options)
+        return real_forward_sequence(self, *arguments, cameras=cameras, **options)
 
-    def forward(self, latents, time, text, cache, cached, **options):
-        calls.append((role_of(self), cached.camera is not None))
-        return real_forward(self, latents, time, text, cache, cached, **options)
+    def forward(self, latents, time, text, cache, attn, *rest, **options):
+        calls.append((role_of(self), attn.camera is not None))
+        return real_forward(self, latents, time, text, cache, attn, *rest, **options)
 
-    real_masked, real_forward = CausalWanTransformer.forward_sequence, CausalWanTransformer.forward
-    monkeypatch.setattr(CausalWanTransformer, "forward_sequence", masked)
+    real_forward_sequence, real_forward = CausalWanTransformer.forward_sequence, CausalWanTransformer.forward
+    monkeypatch.setattr(CausalWanTransformer, "forward_sequence", forward_sequence)
     monkeypatch.setattr(CausalWanTransformer, "forward", forward)
     batch = Batch(condition_of(), noise_of(6), torch.stack([noise_of(6, seed=s) for s in range(3)], dim=1))
     for _, loss in stage.updates(lambda: batch, torch.Generator().manual_seed(0), 0):

@@ -91,7 +91,7 @@ def test_cell_weights_count(batch):
 def test_a_solved_trajectory_is_the_euler_method_and_the_ode_stage_regresses_its_end(model, batch):
     network, timesteps = Denoiser(model), timestep_table(4)
     noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(1))
-    states = solve(network, batch.latents, noise, batch.condition, timesteps, kept=(0, 2))
+    states = solve(network, batch.latents, noise, batch.condition, timesteps, stored=(0, 2))
     assert states.shape == (1, 3, *batch.latents.shape[1:]) and torch.equal(states[:, 0], noise)
     x = noise
     with torch.no_grad():

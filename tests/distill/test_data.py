@@ -256,7 +256,7 @@ def test_trajectories_are_the_solutions_of_the_teachers_ode(folder, tmp_path):
     teacher = Denoiser(tiny_model(seed=1, text_len=5, text_dim=8), Layout())
     timesteps, guidance = timestep_table(4), Guidance(3.0, embed(["neg"]))
     make.solve_trajectories(
-        teacher, ShardFolder(folder), tmp_path / "ode", timesteps, guidance=guidance, kept=(0, 2), seed=7
+        teacher, ShardFolder(folder), tmp_path / "ode", timesteps, guidance=guidance, stored=(0, 2), seed=7
     )
     shards = ShardFolder(tmp_path / "ode")
     assert len(shards) == 10 and set(shards.columns) == {"latents", "embeds", "trajectory"}
@@ -265,7 +265,7 @@ def test_trajectories_are_the_solutions_of_the_teachers_ode(folder, tmp_path):
     condition = Condition(row["embeds"][None])
     wanted = solve(teacher, clip(6)[None].float(), torch.from_numpy(noise), condition, timesteps, guidance, (0, 2))
     assert torch.equal(row["trajectory"], wanted[0].half()) and row["trajectory"].shape == (3, *CLIP)
-    options = {"guidance": guidance, "kept": (0, 2), "seed": 7, "batch": 4, "most": 7}
+    options = {"guidance": guidance, "stored": (0, 2), "seed": 7, "batch": 4, "max_rows": 7}
     assert make.solve_trajectories(teacher, ShardFolder(folder), tmp_path / "some", timesteps, **options) == 7
     some = ShardFolder(tmp_path / "some")
     for number in range(7):  # products of another shape round otherwise, and float16 rounds once more

@@ -127,7 +127,7 @@ def test_clean_score_is_the_formula(network):
         assert_close_max(found[b], noisy[b] - sigma * velocity[b], 1e-5, f"video {b}")
 
 
-@pytest.mark.parametrize("initial_frames", [0, 1])
+@pytest.mark.parametrize("initial_latent_frames", [0, 1])
 def test_the_student_learns_every_ratio_th_step_and_the_critic_always(network, initial_latent_frames):
     student, critic = (copy.deepcopy(network).requires_grad_(True) for _ in range(2))
     stage = DMD(

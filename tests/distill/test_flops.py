@@ -116,7 +116,7 @@ def test_a_step_of_stage_dmd():
         student,
         Denoiser(real),
         Denoiser(critic),
-        frames=FRAMES,
+        latent_frames=FRAMES,
         latent_size=(16, 4, 6),
         guidance=Guidance(4.0, torch.randn(1, 5, 8)),
         ratio=2,

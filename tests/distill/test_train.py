@@ -39,7 +39,7 @@ stages:
 # Fitting the codec draws half a minute of episodes; a small one does here.
 RUN = (
     "import sys, functools, cfpp_rt.world.data_source as source;"
-    "source.fit_codec = functools.partial(source.fit_codec, episodes=32, frames=24);"
+    "source.fit_codec = functools.partial(source.fit_codec, episodes=32, num_frames=24);"
     "from cfpp_rt.cli.main import main; sys.exit(main(sys.argv[1:]))"
 )
 
@@ -266,7 +266,7 @@ def test_what_a_stage_needs_is_asked_for(config, tmp_path, capsys, monkeypatch):
     from cfpp_rt.cli.main import main
     from cfpp_rt.world import data_source
 
-    monkeypatch.setattr(data_source, "fit_codec", functools.partial(data_source.fit_codec, episodes=32, frames=24))
+    monkeypatch.setattr(data_source, "fit_codec", functools.partial(data_source.fit_codec, episodes=32, num_frames=24))
     for stage, message in (("cd", "--init must be given"), ("dmd", "--init must be given"), ("ode", "must have ode")):
         assert main(["distill", "--config", str(config), "--stage", stage, "--out", str(tmp_path / "out")]) == 2
         assert message in capsys.readouterr().err

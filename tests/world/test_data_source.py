@@ -10,7 +10,7 @@ from cfpp_rt.world.data_source import WorldDataSource, record
 
 @pytest.fixture(scope="module")
 def data_source():
-    return WorldDataSource(fit_codec(0, episodes=32), seed=3, batch=4, frames=6)
+    return WorldDataSource(fit_codec(0, episodes=32), seed=3, batch=4, num_frames=6)
 
 
 def test_a_batch_is_told_by_seed_and_position(data_source):

@@ -38,7 +38,7 @@ def test_the_simulators_own_pictures_score_full_marks(truth):
 
 
 def test_a_frozen_picture_does_not_follow(truth):
-    truth.frames[:] = render(truth.first)[:, None]
+    truth.frames[:] = render(truth.first_state)[:, None]
     scores = score(truth)
     assert scores["follow_moving"] == 0 and scores["error_px"] > 4 and scores["clean"] == 1
 

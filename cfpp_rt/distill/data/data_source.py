@@ -1,7 +1,7 @@
-"""Batches from a folder of shards: what `data.source: cfpp_rt.distill.data.data_source:open_data_source` names."""
+"""The data source of stored clips, `data.source: cfpp_rt.distill.data.data_source:open_data_source` in a config."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,40 +10,40 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cfpp_rt.core.camera import INTRINSICS, Cameras
-from cfpp_rt.distill.batch import Batch
+from cfpp_rt.distill.batch import Batch, DataSource
 from cfpp_rt.distill.data.shards import ShardFolder
 from cfpp_rt.distill.forward import Condition
 from cfpp_rt.errors import InputError
 
-# What a folder's columns are called, and the dtype in which training wants them.
+# Names of the columns of a folder, and their dtypes in training.
 CLIPS = {"latents": torch.float32, "trajectory": torch.float32, "weights": torch.float32}
 CONDITIONS = {
     **{"embeds": torch.float32, "actions": torch.int64},
-    **{"views": torch.float32, "intrinsics": torch.float32},  # [F, 4, 4] and [F, 3, 3], as `Cameras.of`
+    **{"views": torch.float32, "intrinsics": torch.float32},  # [F, 4, 4] and [F, 3, 3], see `Cameras.of`
 }
 COLUMNS = {**CLIPS, **CONDITIONS}
 
 
 @dataclasses.dataclass
 class ShardDataSource:
-    """Batch number n holds rows n * batch, n * batch + 1, ... of an endless order: the folder's rows, each epoch
-    shuffled by (seed, epoch). So a batch is a function of its number alone.
+    """Batches of the rows of a folder, which every epoch shuffles anew by (seed, epoch).
 
-    frames: the first frames of every clip that are used, None = all.
+    Batch number n has rows n * batch, n * batch + 1, ... of this endless sequence, so it depends on n alone.
+    latent_frames: number of latent frames of every clip that are used, from its start; None = all.
     """
 
     folder: ShardFolder
     batch: int
     seed: int
-    frames: int | None = None
+    latent_frames: int | None = None
     _order: tuple[int, NDArray[np.int64]] | None = None
 
     def __call__(self, position: int) -> Batch:
         first = position * self.batch
         rows = [self.folder.row(self._row(first + i)) for i in range(self.batch)]
         columns = {name: torch.stack([row[name] for row in rows]) for name in self.folder.columns}
-        found = {name: self._cut(name, columns[name].to(COLUMNS[name])) for name in columns}
-        return Batch(condition_of(found, self.batch), *(found.get(name) for name in CLIPS))
+        tensors = {name: self._cut(name, columns[name].to(COLUMNS[name])) for name in columns}
+        return Batch(condition_of(tensors, self.batch), *(tensors.get(name) for name in CLIPS))
 
     def _row(self, place: int) -> int:
         epoch, inside = divmod(place, len(self.folder))
@@ -53,16 +53,18 @@ class ShardDataSource:
         return int(self._order[1][inside])
 
     def _cut(self, name: str, rows: Tensor) -> Tensor:
-        if self.frames is None or name == "embeds":
+        if self.latent_frames is None or name == "embeds":
             return rows
         axis = 2 if name == "trajectory" else 1
-        if rows.shape[axis] < self.frames:
-            raise InputError(f"data.frames must be <= {rows.shape[axis]}, the frames of {name}, got {self.frames}")
-        return rows.narrow(axis, 0, self.frames)
+        if rows.shape[axis] < self.latent_frames:
+            raise InputError(
+                f"data.frames must be <= {rows.shape[axis]}, the frames of {name}, got {self.latent_frames}"
+            )
+        return rows.narrow(axis, 0, self.latent_frames)
 
 
 def condition_of(columns: Mapping[str, Tensor], batch: int) -> Condition:
-    """What stacked columns of `batch` rows say about conditions; without `intrinsics` the published lens is taken."""
+    """Return the conditions in stacked columns of `batch` rows. Without `intrinsics` the published lens is used."""
     prompt_embeds, views = columns.get("embeds"), columns.get("views")
     cameras = None if views is None else Cameras.of(views, columns.get("intrinsics", INTRINSICS["training"]))
     return Condition(
@@ -70,10 +72,13 @@ def condition_of(columns: Mapping[str, Tensor], batch: int) -> Condition:
     )
 
 
-def open_data_source(*, batch: int, folder: str, seed: int = 0, frames: int | None = None) -> Callable[[int], Batch]:
-    """A feed over the folder's shards. seed: 0..2**63 - 1, of the shuffle. frames: as `ShardFeed`.
+def open_data_source(*, batch: int, folder: str, seed: int = 0, frames: int | None = None) -> DataSource:
+    """Return the data source of a folder of shards; the arguments are keys of `data` in a config.
 
-    Raises InputError for a folder whose columns are not those of `COLUMNS`, or that is not whole.
+    batch: clips per batch.
+    seed: 0..2**63 - 1, seed of the shuffle.
+    frames: number of latent frames of every clip that are used; None = all.
+    Raise InputError if a column is not in `COLUMNS` or the folder is not complete.
     """
     shards = ShardFolder(Path(folder))
     if unknown := sorted(set(shards.columns) - set(COLUMNS)):
