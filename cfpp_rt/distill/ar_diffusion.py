@@ -110,7 +110,7 @@ def bidirectional_loss(
 class ArDiffusion:
     """Stage ar: one `ar_diffusion_loss` of the student per step, with a level per block.
 
-    most_context_noise: largest sigma, 0..1, of the noise on the clean frames; half of the clips have some. 0 = none.
+    max_context_noise: largest sigma, 0..1, of the noise on the clean frames; half of the clips have some. 0 = none.
     """
 
     def __init__(

@@ -28,6 +28,6 @@ class Wanderer:
 
 
 def _towards(way: Cells, uniform: np.ndarray) -> Cells:
-    """Return a key that shortens the way [B, 2], more often along the longer axis. uniform: random numbers [B] in 0..1."""
+    """Return keys that shorten the way [B, 2], more often along the longer axis. uniform: [B] in 0..1."""
     vertical = uniform * abs(way).sum(axis=1) < abs(way[:, 0])
     return np.where(vertical, np.where(way[:, 0] < 0, UP, DOWN), np.where(way[:, 1] < 0, LEFT, RIGHT))

@@ -1,4 +1,4 @@
-"""What goes wrong in one process ends the run in all of them, at the same step, with the last checkpoint whole."""
+"""A failure in one process ends all of them at the same step, and the last checkpoint stays complete."""
 
 import os
 import socket

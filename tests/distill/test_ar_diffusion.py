@@ -1,4 +1,4 @@
-"""Stage 1's loss from its definition, and what its draws are."""
+"""The loss of stage ar from its definition, and the distribution of its random numbers."""
 
 import copy
 

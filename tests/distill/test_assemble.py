@@ -99,12 +99,12 @@ def test_the_published_configs_are_of_the_published_model(name):
 
 
 @pytest.mark.parametrize("name", WAN)
-def test_every_key_of_the_published_configs_tells_its_source(name):
+def test_every_key_of_the_published_configs_names_its_source(name):
     for line in (CONFIGS / f"{name}.yaml").read_text().splitlines():
         if re.fullmatch(r"(  )*[a-z_]+:", line) or not line or line.startswith("#"):
-            continue  # a section, whose keys tell theirs
+            continue  # a section, whose keys name theirs
         if re.match(r"(  codec|  frames|      source|  source):", line):
-            continue  # below a section that tells it
+            continue  # below a section that names it
         assert re.search(r"# .*\[(paper|code|cf|ours)\]", line), line
 
 
@@ -183,8 +183,8 @@ def test_samples_with_a_codec_are_a_video(files, tmp_path):
     av = pytest.importorskip("av")
     path = samples_of(files, tmp_path / "s", Upscaler())(3)
     with av.open(str(path)) as container:
-        pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    assert len(pictures) == 5 and pictures[0].shape == (32, 64, 3)  # both clips, side by side
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(frames) == 5 and frames[0].shape == (32, 64, 3)  # both clips, side by side
 
 
 def test_samples_need_av_before_training_begins(files, tmp_path, monkeypatch):
@@ -205,7 +205,7 @@ def test_the_codec_is_the_settings_or_the_data_sources(tmp_path):
         open_codec(SampleSettings(codec="nowhere:x"), DataSource(), torch.device("cpu"))
 
 
-def test_tensorboard_is_asked_for_and_named_where_it_is_missing(tmp_path, monkeypatch):
+def test_tensorboard_is_optional_and_named_where_it_is_missing(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

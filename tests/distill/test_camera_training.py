@@ -1,4 +1,4 @@
-"""Cameras in training: what is trained is what runs, every network of every stage sees them, the branch learns."""
+"""Cameras in training: training runs the network of the runtime, all networks get the cameras, the branch learns."""
 
 import copy
 

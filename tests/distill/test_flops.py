@@ -1,4 +1,4 @@
-"""The formula counts what PyTorch's own counter sees."""
+"""The FLOP formula against PyTorch's own counter."""
 
 import dataclasses
 

@@ -15,7 +15,7 @@ from cfpp_rt.distill import checkpoint
 from cfpp_rt.distill.data.shards import Column, ShardWriter
 from cfpp_rt.model.weights import load_model
 from tests.closeness import assert_close_max
-from tests.distill.tiny import SIZES, tiny_model
+from tests.distill.tiny import SIZES, same, tiny_model
 
 ROOT = Path(__file__).parents[2]
 TEXT = {"text_len": 4, "text_dim": 8}
@@ -95,16 +95,6 @@ def compare(one, other, tolerance):
     student, wanted = (load_model(folder / "student.safetensors", dtype=torch.float32) for folder in (one, other))
     for (name, ours), theirs in zip(student.named_parameters(), wanted.parameters(), strict=True):
         assert_close_max(ours, theirs, tolerance, name)
-
-
-def same(one, other):
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(value, other[name]) for name, value in one.items())
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
 
 
 @pytest.mark.slow

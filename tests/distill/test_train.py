@@ -23,6 +23,7 @@ from cfpp_rt.errors import CheckpointError, InputError, NonFiniteError
 from cfpp_rt.model.weights import load_model
 from cfpp_rt.world.data_source import record
 from cfpp_rt.world.student import load_world_pipeline
+from tests.distill.tiny import same
 
 CONFIG = """
 model: {dim: 32, ffn_dim: 64, num_heads: 2, num_layers: 1, freq_dim: 16, text_dim: 1, text_len: 0, num_actions: 6,
@@ -36,7 +37,7 @@ stages:
   cd: *common
   dmd: {steps: 4, batch: 2, lr: 1.0e-3, optimizer: muon, save_every: 2, frames: 3, initial_frames: 1, ratio: 2}
 """
-# Fitting the codec draws half a minute of episodes; a small one does here.
+# Fitting the codec simulates half a minute of episodes; a small one is enough here.
 RUN = (
     "import sys, functools, cfpp_rt.world.data_source as source;"
     "source.fit_codec = functools.partial(source.fit_codec, episodes=32, num_frames=24);"
@@ -72,16 +73,6 @@ def finish(process):
 def newest(folder):
     step, path = list(checkpoint.checkpoints(folder).items())[-1]
     return step, checkpoint.load(path)
-
-
-def same(one, other):
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(value, other[name]) for name, value in one.items())
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
 
 
 def test_twenty_steps_equal_ten_a_kill_and_ten_more(config, tmp_path):
@@ -260,7 +251,7 @@ def test_a_bad_config_is_one_line_and_leaves_nothing(config, tmp_path, capsys, o
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_stage_needs_is_asked_for(config, tmp_path, capsys, monkeypatch):
+def test_missing_inputs_of_a_stage_are_named(config, tmp_path, capsys, monkeypatch):
     import functools
 
     from cfpp_rt.cli.main import main

@@ -1,4 +1,4 @@
-"""The frame codec against the pictures of episodes that it was not fitted to."""
+"""The frame codec against frames of episodes that it was not fitted to."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def pixels():
     return to_pixels(np.stack([render(simulator.step(wanderer(simulator.state))) for _ in range(20)], axis=1))
 
 
-def test_unseen_pictures_come_back(codec, pixels):
+def test_unseen_frames_are_reconstructed(codec, pixels):
     latents = codec.encode(pixels)
     assert latents.shape == (16, 20, 16, 6, 6) and latents.dtype == torch.float32
     error = (codec.decode(latents) - pixels) / 2

@@ -13,7 +13,7 @@ def data_source():
     return WorldDataSource(fit_codec(0, episodes=32), seed=3, batch=4, num_frames=6)
 
 
-def test_a_batch_is_told_by_seed_and_position(data_source):
+def test_seed_and_position_determine_a_batch(data_source):
     one, again, other = data_source(7), data_source(7), data_source(8)
     assert torch.equal(one.latents, again.latents) and torch.equal(one.condition.actions, again.condition.actions)
     assert not torch.equal(one.latents, other.latents)
@@ -21,13 +21,13 @@ def test_a_batch_is_told_by_seed_and_position(data_source):
     assert not one.condition.actions[:, 0].any()
 
 
-def test_latents_are_the_recorded_pictures(data_source):
+def test_latents_are_the_recorded_frames(data_source):
     frames, actions, _ = record(3, 7, 4, 6)
     assert np.array_equal(data_source(7).condition.actions.numpy(), actions)
     torch.testing.assert_close(data_source(7).latents, data_source.codec.encode(to_pixels(frames)))
 
 
-def test_cells_that_change_or_hold_something_count_more(data_source):
+def test_cells_that_change_or_contain_a_thing_count_more(data_source):
     weights = data_source(7).weights
     frames, _, things = record(3, 7, 4, 6)
     assert weights.shape == (4, 6, 6, 6) and abs(weights.mean().item() - 1) < 1e-5

@@ -1,4 +1,4 @@
-"""The measures themselves: the simulator's own pictures score full marks, wrong ones lose where they are wrong."""
+"""The measures themselves: the simulator's own frames score full marks, wrong ones lose where they are wrong."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def truth() -> Episodes:
     return Episodes(frames, states, np.stack(keys, axis=1), first, 1.0)
 
 
-def test_states_are_read_from_pictures(truth):
+def test_states_are_read_from_frames(truth):
     for f, state in enumerate(truth.truth):
         seen = perception.read(truth.frames[:, f], state)
         for name in ("agent", "crate", "coin", "gate_open"):
@@ -31,19 +31,19 @@ def test_states_are_read_from_pictures(truth):
         assert perception.artifact_score(truth.frames[:, f], seen).max() == 0
 
 
-def test_the_simulators_own_pictures_score_full_marks(truth):
+def test_the_simulators_own_frames_score_full_marks(truth):
     scores = score(truth)
     assert scores["follow"] == scores["follow_moving"] == scores["clean"] == 1
     assert scores["error_px"] == scores["error_16_px"] == 0 and scores["colour"] < 0.05
 
 
-def test_a_frozen_picture_does_not_follow(truth):
+def test_a_frozen_frame_does_not_follow(truth):
     truth.frames[:] = render(truth.first_state)[:, None]
     scores = score(truth)
     assert scores["follow_moving"] == 0 and scores["error_px"] > 4 and scores["clean"] == 1
 
 
-def test_a_doubled_agent_is_not_clean_and_a_faded_picture_changes_colour(truth):
+def test_a_doubled_agent_is_not_clean_and_a_faded_frame_changes_colour(truth):
     colours, covers = SPRITES["agent"]
     truth.frames[:12, 5:, 40:48, 40:48][:, :, covers] = colours[covers]
     assert score(truth)["clean"] < 0.8

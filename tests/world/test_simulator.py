@@ -106,7 +106,7 @@ def test_bad_actions_are_refused(actions):
         Simulator([0]).step(np.array(actions))
 
 
-def test_pictures_show_every_thing_at_its_place():
+def test_frames_show_every_thing_at_its_place():
     simulator = arena((3, 5), crate=(8, 7), coin=(5, 0), gate=(0, 5), walls=[(0, 0)])
     frame = render(simulator.state)[0]
     assert frame.shape == (SIZE, SIZE, 3) and frame.dtype == np.uint8

@@ -1,4 +1,4 @@
-"""The shipped student: it keeps to the world's rules, in arenas that it has not seen; and what plays it."""
+"""The shipped student: it keeps to the rules of the world in unseen arenas; and the commands that run it."""
 
 import os
 import pty
@@ -51,7 +51,7 @@ def test_it_is_fast_enough_to_play(pipeline):
     assert pace(pipeline, pipeline.config, num_frames=60)["fps"] > 10
 
 
-def test_it_moves_as_the_simulator_does_and_a_seed_gives_the_same_film_twice(pipeline):
+def test_it_moves_as_the_simulator_does_and_a_seed_gives_the_same_video_twice(pipeline):
     simulator = Simulator([UNSEEN])
     videos = []
     for _ in range(2):
@@ -71,9 +71,9 @@ def test_files_of_something_else_are_named(tmp_path):
         load_world_pipeline(tmp_path)
 
 
-def test_a_film_by_command(tmp_path, capsys):
+def test_a_video_by_command(tmp_path, capsys):
     Image = pytest.importorskip("PIL.Image")
-    out, sheet = tmp_path / "film", tmp_path / "sheet.png"
+    out, sheet = tmp_path / "video", tmp_path / "sheet.png"
     arguments = ["generate", "--student", "world", "--actions", "right*3,interact", "-o", str(out)]
     assert main([*arguments, "--sheet", str(sheet)]) == 0
     assert sorted(path.name for path in out.iterdir()) == [f"{i:06d}.png" for i in range(5)]
@@ -83,7 +83,7 @@ def test_a_film_by_command(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         (["--student", "world", "--actions", "fly*3"], "of none, up, down, left, right, interact; got 'fly*3'"),
         (["--student", "world", "--actions", "up", "--prompt", "a cat"], "--student world takes no --prompt"),
@@ -93,7 +93,7 @@ def test_a_film_by_command(tmp_path, capsys):
     ],
 )
 def test_bad_options_are_one_line_and_leave_nothing(tmp_path, capsys, options, message):
-    out = tmp_path / "film.mp4"
+    out = tmp_path / "video.mp4"
     assert main(["generate", *options, "-o", str(out)]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
@@ -112,7 +112,7 @@ def test_playing_in_a_terminal():
     while b"right" not in written and time.monotonic() < deadline:
         os.write(leader, b"\x1b[C")  # the right arrow, held
         written += read()
-    assert b"right" in written, "the key is shown beside the picture that it led to"
+    assert b"right" in written, "the key is shown beside the frame that it led to"
     os.write(leader, b"q")
     while player.poll() is None and time.monotonic() < deadline:
         written += read()

@@ -14,7 +14,7 @@ from cfpp_rt.errors import InputError
 from cfpp_rt.world.terminal import cells, keys, screen
 
 
-def test_two_pixels_per_cell_and_runs_told_once():
+def test_two_pixels_per_cell_and_one_colour_code_per_run():
     frame = np.zeros((4, 3, 3), dtype=np.uint8)
     frame[0] = (255, 0, 0)
     frame[1] = (0, 255, 0)
