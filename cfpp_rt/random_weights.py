@@ -1,4 +1,4 @@
-"""A small pipeline with random weights, to try streaming, cache and timings without a checkpoint; it generates noise."""
+"""A small pipeline with random weights, to try the runtime without a checkpoint; it generates noise."""
 
 import dataclasses
 import hashlib

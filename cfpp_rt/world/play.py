@@ -55,7 +55,7 @@ def _play(stream: Stream, terminal, interval: float) -> bool:  # type: ignore[no
         stream.set_actions(ACTIONS.index(held))
         picture = next(stream).pixels[0, -1].numpy()
         spent = 1000 * (time.perf_counter() - began)
-        frame = stream.rollout.next_frame
+        frame = stream.rollout.next_latent_frame
         terminal.show(picture, f" {held:<9} frame {frame:<6} {spent:5.1f} ms   arrows, space, r: new arena, q: quit")
         if held == "interact" or time.monotonic() > until:
             held = "none"
