@@ -16,7 +16,8 @@ CORE_BUILD := cpu
 # The CUDA module is compiled to find what does not compile or link; no GPU here runs it, so one architecture will do.
 export CFPP_CUDA_ARCHS ?= 90a
 endif
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+# --no-compile: Python compiles at its first import what is used, a small part of torch.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: help install demo test lint format bench world gpu clean
 help:

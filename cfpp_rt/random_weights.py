@@ -1,7 +1,4 @@
-"""A small pipeline of random weights: everything runs, nothing has been learnt, the picture is noise.
-
-It shows the runtime (streaming, cache, timings) to someone without weights. The numbers are real, the film is not.
-"""
+"""A small pipeline with random weights, to try streaming, cache and timings without a checkpoint; it generates noise."""
 
 import dataclasses
 import hashlib

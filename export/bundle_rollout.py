@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cfpp_rt.core.camera import CameraPath, Cameras
-from cfpp_rt.core.controls import Actions, action_rows, check_camera_count, check_latent_frames, no_actions
+from cfpp_rt.core.controls import (
+    Actions,
+    action_rows,
+    check_camera_count,
+    check_latent_frames,
+    check_latents_shape,
+    no_actions,
+)
 from cfpp_rt.core.rng import NoiseGenerator
 from cfpp_rt.core.rope_angles import axis_table
 from cfpp_rt.errors import InputError, NonFiniteError
@@ -255,10 +262,7 @@ class BundleRollout:
 
     def _check_initial_latents(self, latents: Any) -> Floats:
         """Return a float32 copy. Raises InputError for another shape and for what is not finite."""
-        shape, batch = np.shape(latents), self.card.sizes.batch
-        if len(shape) != 5 or shape[0] != batch or shape[2:] != self.frame_shape:
-            wanted = ", ".join(map(str, self.frame_shape))
-            raise InputError(f"initial_latents must be [B={batch}, F, {wanted}], got {list(shape)}")
+        check_latents_shape("initial_latents", np.shape(latents), self.card.sizes.batch, self.frame_shape)
         _check_finite("initial_latents", latents)
         return np.array(latents, np.float32)
 

@@ -72,7 +72,7 @@ class BundleStream:
         return next(self.rollout).values
 
     def decode(self, latents: Floats) -> Frames:
-        """Decode what `next_latents` returned: the second half of `next`."""
+        """Decode the latents that `next_latents` returned: the second half of `next`."""
         pixels = to_uint8(self._decoder.decode(latents))
         frames = Frames(pixels, self._delivered)
         self._delivered += pixels.shape[1]

@@ -60,7 +60,7 @@ def _decoder(codec: Codec) -> Any:
 
 
 def restore(decoder: Any, state: Sequence[Tensor]) -> None:
-    """Set the state of a decoder to what `state_of` returned."""
+    """Restore the state of a decoder that `state_of` returned."""
     decoder.first = False
     if isinstance(decoder, LibraryDecoder):
         decoder.state = [*state, *[None] * (len(decoder.state) - len(state))]  # unused slots come last
@@ -69,7 +69,7 @@ def restore(decoder: Any, state: Sequence[Tensor]) -> None:
 
 
 def state_of(decoder: Any, shapes: Sequence[Sequence[int]], like: Tensor) -> list[Tensor]:
-    """Return the state of a decoder as tensors of these shapes on the device of `like`; zeros for what is missing."""
+    """Return a decoder's state as tensors of these shapes on the device of `like`; a missing part is zeros."""
     if isinstance(decoder, TAEHVDecoder):
         return list(decoder.state.values())
     if not isinstance(decoder, LibraryDecoder):

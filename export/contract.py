@@ -18,7 +18,7 @@ Attention per layer:
 A model with the camera branch has a second pair of caches per layer, in the same slots, and takes P and P^-1 of every
 frame of a pass (`projections`).
 
-Caches start as zeros: attention weights what is not visible with 0, and the product is only 0 for finite values.
+Caches start as zeros: attention weights invisible keys with 0, and the product is 0 only for finite values.
 
 This module imports neither torch nor onnx.
 """

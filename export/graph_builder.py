@@ -34,7 +34,7 @@ def onnx_type(dtype: str) -> int:
 class WeightFile:
     """A file of raw little-endian tensors, one after the other. Each has a name, and a name is written once.
 
-    dtype: of tensors that are added without a dtype of their own.
+    dtype: that of tensors which are added without one.
     """
 
     def __init__(self, path: Path, dtype: str):

@@ -10,7 +10,7 @@ from cfpp_rt.export.bundle import Bundle, open_bundle
 from cfpp_rt.export.contract import GraphSpec
 from cfpp_rt.export.runner import Array, Buffer, Runner, require_input, require_onnxruntime
 
-LOG_SEVERITY = 4  # fatal only: onnxruntime also raises what goes wrong; at 2 it warns of every cache that it copies
+LOG_SEVERITY = 4  # fatal errors only: onnxruntime raises the others too; at 2 it warns of every cache that it copies
 
 
 class OnnxRunner(Runner):
@@ -75,7 +75,7 @@ class GraphSession:
             self._bound[name] = buffer
 
     def run(self) -> None:
-        """Run on what is bound.
+        """Run on the bound buffers.
 
         Raises InputError, before anything is written, for an integer out of its range, and where onnxruntime fails.
         """
@@ -88,7 +88,7 @@ class GraphSession:
             raise InputError(f"{self.spec.name}: onnxruntime failed: {' '.join(str(error).split())[-300:]}") from error
 
     def run_on_copies(self, **inputs: Array) -> dict[str, Array]:
-        """Run on these inputs, of which caches are copied first; return every output in memory of its own."""
+        """Run on these inputs, with copies of the caches among them; return every output in separate memory."""
         cached = set(self.spec.aliases.values())
         buffers = {
             tensor.name: Buffer(inputs[tensor.name].copy() if tensor.name in cached else inputs[tensor.name])

@@ -217,7 +217,7 @@ def _compare_rollout(
     latent_frames: int,
     threads: int | None,
 ) -> tuple[Difference, dict[str, Any]]:
-    """Compare the latents of a rollout; return the difference and what was rolled out, for the report."""
+    """Compare the latents of a rollout; return the difference and the facts about the rollout, for the report."""
     card, sizes, n = bundle.card, bundle.card.sizes, bundle.card.sizes.frames_per_block
     if card.config.window is not None:
         latent_frames = max(latent_frames, sizes.slots + n)  # the ring wraps

@@ -59,7 +59,7 @@ class Session(Protocol):
         """Bind an output that updates no input: every run writes it to `buffer`."""
 
     def run(self) -> None:
-        """Run on what is bound."""
+        """Run on the bound buffers."""
 
     def run_once(self, **inputs: Array) -> dict[str, Array]:
         """Run on these inputs; return every output. For graphs that update nothing in place."""

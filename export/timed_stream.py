@@ -57,7 +57,7 @@ def open_clip(arguments: argparse.Namespace) -> Clip:
 
     arguments: those of `cfpp generate`.
 
-    Raises InputError for options that are settled in the bundle, and for those that its student does not take.
+    Raises InputError for options that the bundle has settled, and for options that its student does not take.
     """
     try:
         refuse_unused(arguments, _TAKES, "--engine")

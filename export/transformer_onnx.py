@@ -64,13 +64,13 @@ class GraphWriter:
         self.net, self.sizes, self.spec = model, sizes, spec
         self.eps = model.config.eps
         self._linear_dtype = linear_dtype
-        self._masks: set[str] = set()  # names of those that the graph has
+        self._masks: set[str] = set()  # names of the masks in the graph
         self._codes: dict[str, tuple[str, str]] = {}  # input of a linear -> its codes / 512, and the size of its tokens
 
     # -- layers ------------------------------------------------------------------------------------------------------
 
     def linear(self, x: str, layer: nn.Module, name: str) -> str:
-        """A linear layer, in 8 bits where it is one of those. name: of the layer in checkpoints."""
+        """A linear layer, in 8 bits if `is_float8` says so. name: that of the layer in checkpoints."""
         if self._linear_dtype == FLOAT8 and is_float8(name):
             y = self.float8_product(x, layer, name)
         else:

@@ -327,4 +327,4 @@ def test_a_missing_extra_is_named_with_its_command(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "pip install 'cfpp-rt[wan]'" in done.stderr
+    assert "pip install 'cfpp-rt[video]'" in done.stderr

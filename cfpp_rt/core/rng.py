@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from cfpp_rt.core.controls import check_latents_shape
 from cfpp_rt.errors import InputError
 
 Floats = NDArray[np.float32]
@@ -50,11 +51,9 @@ class NoiseGenerator:
         self._taken = 0  # latent frames of `noise` that blocks have started from
         if self._noise is None:
             return
-        shape = self._noise.shape
-        if len(shape) != 5 or shape[0] != batch or shape[2:] != frame_shape:
-            raise InputError(f"noise must be [B={batch}, F, {', '.join(map(str, frame_shape))}], got {list(shape)}")
-        if latent_frames is not None and shape[1] != latent_frames:
-            raise InputError(f"noise must cover the {latent_frames} generated frames, got {shape[1]}")
+        check_latents_shape("noise", self._noise.shape, batch, frame_shape)
+        if latent_frames is not None and self._noise.shape[1] != latent_frames:
+            raise InputError(f"noise must cover the {latent_frames} generated frames, got {self._noise.shape[1]}")
 
     @property
     def start_is_given(self) -> bool:

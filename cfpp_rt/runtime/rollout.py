@@ -18,7 +18,13 @@ from torch import Tensor
 from cfpp_rt.cache import CacheShape, KVCache, empty_device_cache
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.core.camera import CameraPath, Cameras
-from cfpp_rt.core.controls import action_rows, check_camera_count, check_latent_frames, no_actions
+from cfpp_rt.core.controls import (
+    action_rows,
+    check_camera_count,
+    check_latent_frames,
+    check_latents_shape,
+    no_actions,
+)
 from cfpp_rt.core.frame_ring import FrameRing, slots_for
 from cfpp_rt.core.schedule import noise_levels
 from cfpp_rt.errors import InputError, OutOfMemoryError
@@ -362,9 +368,7 @@ class Rollout:
 
 def _check_initial_latents(initial_latents: Tensor, batch: int, frame_shape: tuple[int, int, int]) -> int:
     """Return the number of given latent frames; raise InputError for another shape and for what is not finite."""
-    shape = initial_latents.shape
-    if initial_latents.ndim != 5 or shape[0] != batch or shape[2:] != frame_shape:
-        raise InputError(f"initial_latents must be [B={batch}, F, {frame_shape}], got {list(shape)}")
+    check_latents_shape("initial_latents", initial_latents.shape, batch, frame_shape)
     if not bool(initial_latents.isfinite().all()):
         raise InputError("initial_latents must be finite, got NaN or infinity")
-    return shape[1]
+    return initial_latents.shape[1]

@@ -1,6 +1,6 @@
 """Builds an engine bundle from an ONNX bundle: one engine per graph and architecture, each in a process of its own.
 
-A builder may crash, hang or run out of memory. In a process of its own, with a time limit, that becomes one line.
+A builder may crash, hang or run out of memory. A separate process with a time limit turns that into one line of error.
 """
 
 import dataclasses

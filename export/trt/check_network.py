@@ -162,8 +162,8 @@ class _Facts:
             if not output.is_network_output:
                 faults.append(f"updated cache {output.name} must be a network output")
             elif aliases.get(output.name) != cache.name:
-                meant = aliases.get(output.name, "no cache")
-                faults.append(f"output {output.name} must be {meant} updated in place, it is {cache.name}")
+                wanted = aliases.get(output.name, "no cache")
+                faults.append(f"output {output.name} must be {wanted} updated in place, it is {cache.name}")
         twice = sorted({cache for cache in updated if updated.count(cache) > 1})
         if twice:
             faults.append(f"cache {name_list(twice)} is updated twice: one engine may update a cache once")

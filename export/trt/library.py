@@ -45,7 +45,7 @@ class Library:
         return (*known, CURRENT)
 
     def require_target(self, target: str) -> None:
-        """Raise InputError, with what to do instead, for an architecture that this library cannot build for."""
+        """Raise InputError, with an alternative, for an architecture that this library cannot build for."""
         if target in self.targets:
             return
         if self.name == "tensorrt":

@@ -69,7 +69,7 @@ class TensorRTSession:
         self._results: dict[str, Buffer] = {}
 
     def bind(self, buffers: Mapping[str, Buffer]) -> None:
-        """Copy to the GPU what is not there yet. The host's copy of a cache is read once and never again."""
+        """Copy to the GPU the buffers that are not there yet. The host's copy of a cache is read only once."""
         for tensor in self.spec.inputs:
             if tensor.name in buffers:
                 require_input(self.spec, tensor, buffers[tensor.name].array)
@@ -80,7 +80,7 @@ class TensorRTSession:
         self._results[name] = buffer
 
     def run(self) -> None:
-        """Run on what is bound."""
+        """Run on the bound buffers."""
         self._graph.run()
         for name, buffer in self._results.items():
             self._memory.download(name, buffer.array)
@@ -173,6 +173,6 @@ class SharedMemory:
         self._owner[name] = buffer
 
     def download(self, name: str, array: Array) -> None:
-        """Copy what a graph has just written under `name` to `array`."""
+        """Copy the output that a graph has just written under `name` to `array`."""
         self._owner.pop(name, None)
         self.device.read(self.blocks[name], array)
