@@ -70,7 +70,7 @@ def test_checkpointing_changes_no_gradient(model, batch):
             Denoiser(student, checkpointing=checkpointing),
             model,
             schedule=FlowMatchSchedule(5.0),
-            most_context_noise=0.2,
+            max_context_noise=0.2,
         )
         ((_, loss),) = stage.updates(lambda: batch, torch.Generator().manual_seed(0), 0)
         loss.backward()

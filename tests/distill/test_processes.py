@@ -27,7 +27,7 @@ rollout: {{steps: [1000, 500], window: 3, first_steps: [1000, 750, 500]}}
 device: cpu
 dtype: {dtype}
 negative: {folder}/negative.safetensors
-data: {{source: "cfpp_rt.distill.data.feed:open_feed", folder: {folder}/clips, seed: 1}}
+data: {{source: "cfpp_rt.distill.data.data_source:open_data_source", folder: {folder}/clips, seed: 1}}
 samples: {{frames: 3, initial_frames: 1}}
 stages:
   ar: &common {{steps: 4, batch: {batch}, lr: 1.0e-3, optimizer: {optimizer}, save_every: 2, keep: 9, clip: 0.5,
@@ -42,13 +42,13 @@ stages:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    draws = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     columns = {"latents": Column("float16", (4, 16, 4, 4)), "embeds": Column("bfloat16", (4, 8), trimmed=True)}
     with ShardWriter(folder / "clips", columns, rows_per_shard=4) as writer:
         for _ in range(10):
-            clip = torch.randn(4, 16, 4, 4, generator=draws)
-            writer.add({"latents": clip, "embeds": torch.randn(4, 8, generator=draws)})
-    save_file({"embeds": torch.randn(1, 4, 8, generator=draws)}, folder / "negative.safetensors")
+            clip = torch.randn(4, 16, 4, 4, generator=generator)
+            writer.add({"latents": clip, "embeds": torch.randn(4, 8, generator=generator)})
+    save_file({"embeds": torch.randn(1, 4, 8, generator=generator)}, folder / "negative.safetensors")
     for name, seed in (("init", 1), ("real", 2)):
         model = tiny_model(seed=seed, **TEXT)
         save_file(model.state_dict(), folder / f"{name}.safetensors")

@@ -18,8 +18,8 @@ def codec():
 
 @pytest.fixture(scope="module")
 def pixels():
-    simulator, wander = Simulator([10**6 + i for i in range(16)]), Wanderer(1, 16)
-    return to_pixels(np.stack([render(simulator.step(wander(simulator.state))) for _ in range(20)], axis=1))
+    simulator, wanderer = Simulator([10**6 + i for i in range(16)]), Wanderer(1, 16)
+    return to_pixels(np.stack([render(simulator.step(wanderer(simulator.state))) for _ in range(20)], axis=1))
 
 
 def test_unseen_pictures_come_back(codec, pixels):
