@@ -4,18 +4,25 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= outputs
 
-# On a machine with an NVIDIA GPU a torch that is already installed is used as it is; elsewhere it is pinned.
+# On a machine with an NVIDIA GPU a torch that is already installed is used as it is. Elsewhere torch is pinned. PyPI's build
+# for Linux brings gigabytes of CUDA libraries; PIP_EXTRA_INDEX_URL may name PyTorch's index of CPU builds to avoid them.
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 ifeq ($(HAS_GPU),yes)
 TORCH := torch>=2.8
 VENV_FLAGS := $(shell $(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages)
 else
 TORCH := torch==2.13.0
+CORE_BUILD := cpu
+# The CUDA module is compiled to find what does not compile or link; no GPU here runs it, so one architecture will do.
+export CFPP_CUDA_ARCHS ?= 90a
 endif
+# --no-compile: Python compiles at its first import what is used, a small part of torch.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: help install demo test lint format bench world gpu clean
 help:
 	@echo "make demo    play the built-in world by script, to $(OUT)/demo.mp4, and print a latency table"
+	@echo "make install everything that tests, linters and benchmarks need"
 	@echo "make test    all tests (those that need a GPU run where there is one)"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make format  let the formatters rewrite the files"
@@ -23,19 +30,27 @@ help:
 	@echo "make world   train the built-in world's student from nothing (hours)"
 	@echo "make gpu     on a machine with an NVIDIA GPU: build, GPU tests, sanitizer, benchmarks"
 
+# Two installations, one on top of the other: what the demo runs on, and everything that the tests and tools use.
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
-$(VENV)/.installed: $(SOURCES)
-	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check '$(TORCH)'
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[wan,train,bench,dev]'
+$(VENV)/.core: $(SOURCES)
+	@echo "[1/3] creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	@echo "[2/3] installing torch (the largest download)"
+	@$(PIP) '$(TORCH)'
+	@echo "[3/3] compiling the kernels and installing cfpp_rt: half a minute on two cores; with CUDA kernels, minutes"
+	@CFPP_BUILD=$(or $(CFPP_BUILD),$(CORE_BUILD),auto) $(PIP) -e '.[video]'
 	@touch $@
-install: $(VENV)/.installed
+$(VENV)/.full: $(VENV)/.core
+	@echo "installing all extras; compiling the CUDA kernels where nvcc is found: minutes"
+	@$(PIP) -e '.[wan,train,bench,dev]'
+	@touch $@
+install: $(VENV)/.full
 
 DEMO = right*6,up*4,left*6,down*8,interact,right*10,down*6,left*12,up*10,interact,right*12,up*6,left*10,down*6,right*20,up*10,left*12,interact,down*10,right*12,up*12,left*20,down*8
-demo: install
+demo: $(VENV)/.core
 	@mkdir -p $(OUT)
 	$(BIN)/cfpp generate --student world --actions "$(DEMO)" --output $(OUT)/demo.mp4 --sheet $(OUT)/demo.png
-	@echo "Every picture after the first was made by the student: $(OUT)/demo.mp4, $(OUT)/demo.png. Play it: $(BIN)/cfpp play"
+	@echo "Every frame after the first was made by the student: $(OUT)/demo.mp4, $(OUT)/demo.png. Play it: $(BIN)/cfpp play"
 
 test: install
 	$(BIN)/python -m pytest -q

@@ -1,1 +1,1 @@
-"""Benchmarks, one script per question. Installed as `cfpp_rt.bench`; run `python -m cfpp_rt.bench.bench_<question>`."""
+"""Benchmarks, one script per question, installed as `cfpp_rt.bench`: `python -m cfpp_rt.bench.<folder>.<script>`."""

@@ -1,15 +1,14 @@
-"""What a few minutes tell of this GPU in one run: tests, sanitizer, benchmarks of ops, passes and a student's latency.
+"""Run tests, sanitizer and benchmarks of ops, passes and a student's latency on this GPU, in a few minutes.
 
-A short table comes last. docs/gpu.md names the benchmarks that are run by themselves.
+A short table of the results comes last. docs/gpu.md names the benchmarks that this command does not include.
 
-Results go to bench/results/<gpu>/<bench>.jsonl, or below --out. The checks share the GPU; then each benchmark has it
+Results go to bench/results/<gpu>/<script>.jsonl, or below --out. The checks share the GPU; then each benchmark has it
 alone. Every step has a time limit and runs whatever happened before it; the exit status is 1 if one failed. `make gpu`
 builds first, then calls this.
 
     python -m cfpp_rt.bench.gpu [--out DIR] [--only NAME ...]
 """
 
-import argparse
 import importlib.util
 import json
 import re
@@ -22,26 +21,29 @@ from pathlib import Path
 
 import torch
 
+from cfpp_rt.bench import harness
+
 ROOT = Path(__file__).resolve().parent.parent
-WHAT = ("op", "shape", "dtype", "queries", "tokens", "keys", "visible_frames", "heads", "steps")
+LABELS = ("op", "shape", "dtype", "queries", "tokens", "keys", "visible_frames", "heads", "steps")
 CHECKS = ("doctor", "tests", "memcheck", "racecheck")
-SANITIZED = ["tests/ops", "-m", "gpu", "-k", "two and groups and not libraries"]  # small, and every kernel is in it
+SANITIZED = ["tests/ops", "-m", "gpu", "-k", "two and groups and not libraries"]  # few tests that cover every kernel
 
 
-def unfinished(out: Path, bench: str) -> Path:
-    return out / "logs" / f"{bench.removeprefix('bench_')}.jsonl"
+def rows_file(out: Path, bench: str) -> Path:
+    """Return the file that a running benchmark writes: <script>.jsonl among the logs, moved to `out` at the end."""
+    return out / "logs" / f"{bench.rpartition('.')[2]}.jsonl"
 
 
 def steps(out: Path) -> dict[str, tuple[int, list[str]]]:
-    """Name to (seconds it may take, command)."""
+    """Return the time limit in seconds and the command of every step, by name."""
     python = sys.executable
 
     def bench(name: str, *arguments: str) -> list[str]:
-        rows = str(unfinished(out, name))
+        rows = str(rows_file(out, name))
         return [python, "-m", f"cfpp_rt.bench.{name}", "--device", "cuda", *arguments, "--json", rows]
 
     workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
-    found: dict[str, tuple[int, list[str]]] = {
+    commands: dict[str, tuple[int, list[str]]] = {
         "doctor": (60, [str(Path(python).with_name("cfpp")), "doctor"]),
         "tests": (240, [python, "-m", "pytest", "-q", "-m", "gpu", *workers]),
         "kv_update": (60, bench("ops.kv_update")),
@@ -53,7 +55,7 @@ def steps(out: Path) -> dict[str, tuple[int, list[str]]]:
             240,
             [
                 *(str(Path(python).with_name("cfpp")), "bench", "--random-weights", "--model", "wan-1.3b"),
-                *("--decode", "tiny", "--repeats", "3", "--device", "cuda", "--json", str(unfinished(out, "latency"))),
+                *("--decode", "tiny", "--repeats", "3", "--device", "cuda", "--json", str(rows_file(out, "latency"))),
             ],
         ),
         "decode": (60, bench("model.decode")),
@@ -64,13 +66,14 @@ def steps(out: Path) -> dict[str, tuple[int, list[str]]]:
     if sanitizer:
         for tool in ("memcheck", "racecheck"):
             command = [sanitizer, "--tool", tool, "--error-exitcode", "9", python, "-m", "pytest", "-q", *SANITIZED]
-            found[tool] = (120, command)
+            commands[tool] = (120, command)
     else:
         print("compute-sanitizer is not installed: memcheck and racecheck are left out")
-    return found
+    return commands
 
 
 def run(name: str, limit: int, command: list[str], log: Path) -> tuple[str, float]:
+    """Run one step with its output in `log`; return its outcome ("ok" or why not) and the seconds it took."""
     begin = time.perf_counter()
     with log.open("w", encoding="utf-8") as file:
         try:
@@ -85,48 +88,48 @@ def run(name: str, limit: int, command: list[str], log: Path) -> tuple[str, floa
 
 
 def table(out: Path) -> None:
-    """The figures that matter, one line each."""
+    """Print the main metrics of every row of our own kernels, one line each."""
     for path in sorted(out.glob("*.jsonl")):
         for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
             if row.get("contender") not in (None, "graphed" if row["bench"] == "graphs" else "kernel"):
                 continue
-            what = [row.get(key) for key in WHAT]
+            label = " ".join(str(row[key]) for key in LABELS if row.get(key) is not None)
             figures = [
                 f"{row[key]:.3g} {unit}"
                 for key, unit in (
                     ("ms", "ms"),
                     ("frame_ms", "ms"),
-                    ("host_ms", "ms of the host"),
+                    ("host_ms", "ms on the host"),
                     ("capture_s", "s to capture"),
                     ("tflops", "TFLOP/s"),
                     ("gb_per_s", "GB/s"),
-                    ("percent_of_roof", "% of roof"),
+                    ("percent_of_roof", "% of peak"),
                     ("times_best_library", "x best library"),
                 )
                 if isinstance(row.get(key), float)
             ]
-            print(f"{row['bench']:<16}{' '.join(str(w) for w in what if w is not None):<44}{'  '.join(figures)}")
+            print(f"{row['bench']:<16}{label:<44}{'  '.join(figures)}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder of the results (default: bench/results/<gpu>)")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="run these steps only")
+    parser = harness.parser(__doc__)
+    parser.add_argument("--out", type=Path, help="folder for the results (default: bench/results/<gpu>)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="run only these steps")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("cfpp: make gpu needs an NVIDIA GPU that torch can use, and there is none")
+        raise SystemExit("cfpp: make gpu needs an NVIDIA GPU that torch can use; there is none")
     slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     out = (arguments.out or ROOT / "bench" / "results" / slug).resolve()
     logs = out / "logs"
     shutil.rmtree(logs, ignore_errors=True)
     logs.mkdir(parents=True)
-    wanted = {name: step for name, step in steps(out).items() if not arguments.only or name in arguments.only}
-    checks = {name: wanted.pop(name) for name in CHECKS if name in wanted}
+    remaining = {name: step for name, step in steps(out).items() if not arguments.only or name in arguments.only}
+    checks = {name: remaining.pop(name) for name in CHECKS if name in remaining}
     with ThreadPoolExecutor() as pool:
         running = {name: pool.submit(run, name, *step, log=logs / f"{name}.log") for name, step in checks.items()}
         outcomes = {name: future.result() for name, future in running.items()}
-    outcomes |= {name: run(name, *step, log=logs / f"{name}.log") for name, step in wanted.items()}
-    for rows in logs.glob("*.jsonl"):  # rows of this run replace older ones
+    outcomes |= {name: run(name, *step, log=logs / f"{name}.log") for name, step in remaining.items()}
+    for rows in logs.glob("*.jsonl"):  # rows of this run replace older rows
         rows.replace(out / rows.name)
     table(out)
     print("  ".join(f"{name} {outcome} {seconds:.0f}s" for name, (outcome, seconds) in outcomes.items()))

@@ -1,5 +1,6 @@
-"""What every benchmark shares: the circumstances of a number, the timer, the measured memory roof, JSON lines."""
+"""Shared parts of the benchmarks: command line, environment of a run, timers, peak memory bandwidth, JSON lines."""
 
+import argparse
 import dataclasses
 import json
 import platform
@@ -15,13 +16,26 @@ from typing import Any
 
 import torch
 
-ROOF_BYTES = 256 * 2**20  # far beyond any last-level cache
+from cfpp_rt.ops import backends
+
+LATENT_480P = (60, 104)  # height and width of the latents of a frame of 480x832
+COPY_BYTES = 256 * 2**20  # far larger than any last-level cache
 _HEAD_START = 1_000_000  # clocks, about half a millisecond: longer than the host takes to enqueue a call
+
+
+def parser(doc: str | None, *, device: bool = False, json: bool = False) -> argparse.ArgumentParser:
+    """Return a parser that prints `doc` as its help, with the options --device and --json where they are wanted."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if device:
+        made.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    if json:
+        made.add_argument("--json", metavar="PATH", help="append the rows as JSON lines")
+    return made
 
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Durations of single calls, in ms."""
+    """Median and deciles of the durations of single calls, in ms."""
 
     median_ms: float
     p10_ms: float
@@ -32,6 +46,15 @@ class Times:
         deciles = statistics.quantiles(durations, n=10)
         return cls(statistics.median(durations), deciles[0], deciles[-1])
 
+    def row(self) -> dict[str, float]:
+        """Return the times under the keys that they have in rows of results."""
+        return {"ms": self.median_ms, "p10_ms": self.p10_ms, "p90_ms": self.p90_ms}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype as rows have it, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
 
 def _command_output(*command: str) -> str:
     try:
@@ -41,7 +64,7 @@ def _command_output(*command: str) -> str:
 
 
 def _commit() -> str:
-    """Commit of the sources, with "+changes" where the working tree differs; "unknown" outside a checkout."""
+    """Return the commit of the sources, with "+changes" if the working tree differs; "unknown" outside a checkout."""
     root = str(Path(__file__).resolve().parent)
     commit = _command_output("git", "-C", root, "rev-parse", "--short=12", "HEAD")
     changes = _command_output("git", "-C", root, "status", "--porcelain", "--untracked-files=no")
@@ -56,7 +79,7 @@ def _cpu_name() -> str:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Under which circumstances a number is taken; part of every row."""
+    """Return the facts that every row carries: date, machine, threads, versions, commit and command."""
     facts: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": device.type,
@@ -82,7 +105,7 @@ def _program() -> list[str]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device's queue, so that the host's clock means something."""
+    """Wait until the device has finished its queue, so that the clock of the host measures its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -90,52 +113,53 @@ def synchronize(device: torch.device) -> None:
 def measure(
     call: Callable[[], object], device: torch.device, warmup: int = 5, repeats: int = 50, min_seconds: float = 0.5
 ) -> Times:
-    """Time `call`, `repeats` times at least and for `min_seconds` at least: CUDA events on a GPU, else the clock."""
+    """Time at least `repeats` calls for at least `min_seconds`: by CUDA events on a GPU, else by the clock."""
     for _ in range(warmup):
         call()
     times: list[float] = []
     begin = time.perf_counter()
     while len(times) < repeats or time.perf_counter() - begin < min_seconds:
-        times.append(_time_on_gpu(call) if device.type == "cuda" else _time_on_host(call))
+        times.append(_time_call(call, device))
     return Times.of(times)
 
 
-def measure_in_turns(
+def measure_interleaved(
     calls: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = 30, cold_cache: bool = False
 ) -> dict[str, Times]:
-    """Time several calls one after the other, round by round, so that a drifting clock meets all of them alike.
+    """Time several calls interleaved, one of each per round, so that a drifting clock affects all of them alike.
 
-    cold_cache: before every timed call, overwrite a buffer larger than any last-level cache.
+    cold_cache: overwrite a buffer larger than any last-level cache before every timed call.
     """
-    flushed = torch.empty(ROOF_BYTES, dtype=torch.uint8, device=device) if cold_cache else None
+    flushed = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device) if cold_cache else None
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 2):
+    for number in range(rounds + 2):
         for name, call in calls.items():
             if flushed is not None:
                 flushed.zero_()
-            duration = _time_on_gpu(call) if device.type == "cuda" else _time_on_host(call)
-            if turn >= 2:  # the first two warm up
+            duration = _time_call(call, device)
+            if number >= 2:  # the first two rounds warm up
                 times[name].append(duration)
     return {name: Times.of(durations) for name, durations in times.items()}
 
 
-def matrix_roof(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s that one large matrix product reaches here."""
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    times = measure(lambda: torch.mm(a, b, out=out), device, warmup=2, repeats=10)
-    return 2 * size**3 / times.median_ms / 1e9
-
-
-def _time_on_host(call: Callable[[], object]) -> float:
+def time_synchronized(call: Callable[[], object], device: torch.device) -> float:
+    """Return the ms that the host waits for one call, the device's queue included."""
+    synchronize(device)
     begin = time.perf_counter()
     call()
+    synchronize(device)
     return 1000 * (time.perf_counter() - begin)
 
 
+def _time_call(call: Callable[[], object], device: torch.device) -> float:
+    return _time_on_gpu(call) if device.type == "cuda" else time_synchronized(call, device)
+
+
 def _time_on_gpu(call: Callable[[], object]) -> float:
-    """Of the device alone: it is kept busy until the host has enqueued the call, whose launches then wait in a row."""
+    """Return the ms that the device takes for one call.
+
+    The device is kept busy until the host has enqueued the call, so that no launch of it is waited for.
+    """
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(_HEAD_START)
     begin.record()
@@ -145,24 +169,37 @@ def _time_on_gpu(call: Callable[[], object]) -> float:
     return begin.elapsed_time(end)
 
 
-def memory_roof(device: torch.device) -> float:
-    """GB/s that copying one large buffer into another reaches here, bytes read and written both counted."""
-    source = torch.ones(ROOF_BYTES, dtype=torch.uint8, device=device)
+def peak_bandwidth(device: torch.device) -> float:
+    """Return the GB/s that a copy of one large buffer reaches here, counting both the bytes read and written."""
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     times = measure(lambda: target.copy_(source), device, warmup=2, repeats=10)
-    return 2 * ROOF_BYTES / times.median_ms / 1e6
+    return 2 * COPY_BYTES / times.median_ms / 1e6
 
 
-def record(rows: Sequence[dict[str, Any]], path: str | None, device: torch.device) -> None:
-    """Print the circumstances; with a path, append each row with them as one JSON line."""
+def bandwidth_row(times: Times, num_bytes: int, peak: float) -> dict[str, float]:
+    """Return the times of a call that reads and writes `num_bytes`, its GB/s, and their percent of `peak` (GB/s)."""
+    rate = num_bytes / times.median_ms / 1e6
+    return {**times.row(), "gb_per_s": rate, "roof_gb_per_s": peak, "percent_of_roof": 100 * rate / peak}
+
+
+def op_backend(op: str, device: torch.device) -> tuple[str, float]:
+    """Print and return the backend of a memory-bound op on a device, and the peak bandwidth in GB/s."""
+    (backend, reason), peak = backends()[op][device.type], peak_bandwidth(device)
+    print(f"backend {backend} ({reason}); peak: a large copy reaches {peak:.1f} GB/s")
+    return backend, peak
+
+
+def record(rows: Sequence[Mapping[str, Any]], path: str | None, device: torch.device) -> None:
+    """Print the environment as one JSON line; with a path, append every row with it to that file."""
     facts = environment(device)
     print(json.dumps(facts))
     if path is not None:
         append(rows, path, facts)
 
 
-def append(rows: Sequence[dict[str, Any]], path: str, facts: dict[str, Any]) -> None:
-    """Each row, with the circumstances, as one JSON line at the end of a file."""
+def append(rows: Sequence[Mapping[str, Any]], path: str, facts: Mapping[str, Any]) -> None:
+    """Append every row, with `facts`, as one JSON line at the end of a file."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("a", encoding="utf-8") as file:

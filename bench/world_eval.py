@@ -1,7 +1,7 @@
-"""How well do students of the built-in world keep to its rules, and how fast?
+"""Evaluate students of the built-in world: how well they keep to its rules, and how fast they run.
 
-Every student plays unseen arenas beside the simulator, by the same keys: see `cfpp_rt.world.evaluate` for what is
-scored. Each seed is other arenas, other keys and other noise.
+Every student plays unseen arenas beside the simulator with the same keys; `cfpp_rt.world.evaluate` defines the scores.
+Each seed means other arenas, other keys and other noise.
 
     cfpp world-eval --student cd=runs/cd --student dmd=runs/dmd --steps 1000,500 --steps 1000 --frames 300
 """
@@ -15,11 +15,13 @@ import torch
 from cfpp_rt.bench import harness
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import InputError
-from cfpp_rt.pipeline import Pipeline
+from cfpp_rt.options import parse_steps
+from cfpp_rt.pipeline import Pipeline, choose_threads
 from cfpp_rt.world.evaluate import ERROR_FRAMES, pace, run_episodes, score
+from cfpp_rt.world.sprites import SIZE
 from cfpp_rt.world.student import SHIPPED, load_world_pipeline
 
-_COLUMNS = {  # of the table: figure, heading, digits
+_COLUMNS = {  # metric: (heading, digits)
     "follow": ("follow", 3),
     "follow_moving": ("moving", 3),
     "error_16_px": ("px @16", 2),
@@ -33,11 +35,15 @@ _COLUMNS = {  # of the table: figure, heading, digits
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--student", action="append", metavar="[NAME=]DIR", help="default: the shipped one")
-    parser.add_argument("--steps", action="append", metavar="LIST", help="as 1000,500; default: the student's own")
-    parser.add_argument("--frames", type=int, default=64, help="pictures of an episode (default: %(default)s)")
-    parser.add_argument("--episodes", type=int, default=32, help="per seed (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="how often, for the spread (default: %(default)s)")
+    parser.add_argument(
+        "--student", action="append", metavar="[NAME=]DIR", help="student to evaluate (default: the shipped one)"
+    )
+    parser.add_argument(
+        "--steps", action="append", metavar="LIST", help="timesteps such as 1000,500 (default: the student's own)"
+    )
+    parser.add_argument("--frames", type=int, default=64, help="frames of an episode (default: %(default)s)")
+    parser.add_argument("--episodes", type=int, default=32, help="episodes per seed (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, for the spread (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--no-pace", action="store_true", help="leave out first_ms and fps")
     parser.add_argument("--json", metavar="PATH", help="append the rows as JSON lines")
@@ -48,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name} must be >= 1, got {getattr(arguments, name)}")
     students = dict(_named(text) for text in arguments.student or [f"shipped={SHIPPED}"])
-    steps = [_steps(text) for text in arguments.steps or []]
+    steps = [parse_steps(text) for text in arguments.steps or []]
     rows: list[dict[str, Any]] = []
     device = torch.device(arguments.device)
     hidden = {"first_ms", "fps"} if arguments.no_pace else set()
@@ -58,36 +64,37 @@ def run(arguments: argparse.Namespace) -> None:
     for name, folder in students.items():
         pipeline = load_world_pipeline(folder, device=device)
         for own in steps or [pipeline.config.steps]:
-            rollout = pipeline.config.replace(steps=own)
-            made = [_row(name, pipeline, rollout, arguments, seed) for seed in range(arguments.seeds)]
+            config = pipeline.config.replace(steps=own)
+            choose_threads(pipeline, config, (SIZE, SIZE), arguments.episodes)
+            made = [_row(name, pipeline, config, arguments, seed) for seed in range(arguments.seeds)]
             rows += made
             print(_line(name, own, made, shown))
     harness.record(rows, arguments.json, device)
 
 
 def _row(
-    name: str, pipeline: Pipeline, rollout: RolloutConfig, arguments: argparse.Namespace, seed: int
+    name: str, pipeline: Pipeline, config: RolloutConfig, arguments: argparse.Namespace, seed: int
 ) -> dict[str, Any]:
-    n = rollout.frames_per_block
-    frames = -(-arguments.frames // n) * n
+    n = config.frames_per_block
+    num_frames = -(-arguments.frames // n) * n
     episodes = run_episodes(
-        pipeline, rollout, episodes=arguments.episodes, num_frames=frames, seed=seed, noise_seed=seed
+        pipeline, config, episodes=arguments.episodes, num_frames=num_frames, seed=seed, noise_seed=seed
     )
     return {
         "bench": "world_eval",
         "student": name,
-        "steps": list(rollout.steps),
+        "steps": list(config.steps),
         "frames_per_block": n,
-        "frames": frames,
+        "frames": num_frames,
         "episodes": arguments.episodes,
         "seed": seed,
         **score(episodes),
-        **({} if arguments.no_pace else pace(pipeline, rollout, num_frames=60, seed=seed)),
+        **({} if arguments.no_pace else pace(pipeline, config, num_frames=60, seed=seed)),
     }
 
 
 def _line(name: str, steps: tuple[int, ...], rows: list[dict[str, Any]], shown: list[str]) -> str:
-    """Means over the seeds, and under them half the spread from least to greatest."""
+    """Return the means over the seeds, and in a second line half the range from minimum to maximum."""
     means, spreads = [], []
     for key in shown:
         values, digits = [row[key] for row in rows], _COLUMNS[key][1]
@@ -100,10 +107,3 @@ def _line(name: str, steps: tuple[int, ...], rows: list[dict[str, Any]], shown: 
 def _named(text: str) -> tuple[str, str]:
     name, found, folder = text.partition("=")
     return (name, folder) if found else (text, text)
-
-
-def _steps(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(step) for step in text.split(","))
-    except ValueError:
-        raise InputError(f"--steps must be integers as 1000,500, got {text}") from None

@@ -18,15 +18,15 @@ from cfpp_rt.ops.token_ranges import TokenRanges
 from cfpp_rt.values import KV_DTYPES
 
 _FLOAT8_MAX = 448.0
-_MOST_RUNS = 3  # the sinks, the end of the ring and its beginning
-_VALUE_HEADROOM = 16.0  # how far later values may outgrow those of the first pass before they saturate
+_MAX_RUNS = 3  # the sinks, the end of the ring and its beginning
+_VALUE_HEADROOM = 16.0  # later values may be so many times larger than those of the first pass before they saturate
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheShape:
     """Size of a KV cache before it is allocated.
 
-    capacity: in latent frames. camera: with the keys and values of the camera branch, which are as many again.
+    capacity: in latent frames. camera: with the keys and values of the camera branch, which doubles the size.
     """
 
     layers: int
@@ -38,15 +38,19 @@ class CacheShape:
     camera: bool = False
 
     @property
-    def per_frame(self) -> int:
-        """Elements of one frame slot: keys and values of all layers."""
-        return (4 if self.camera else 2) * self.layers * self.batch * self.heads * self.tokens_per_frame * self.head_dim
+    def elements_per_frame(self) -> int:
+        """Number of elements of one frame slot: keys and values of all layers."""
+        tensors = 4 if self.camera else 2
+        return tensors * self.layers * self.batch * self.heads * self.tokens_per_frame * self.head_dim
 
     def bytes_per_frame(self, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> int:
-        """Bytes of one frame slot over all layers; with kv_dtype, plus its share of the one-layer dequantization buffer."""
+        """Return the bytes of one frame slot over all layers.
+
+        dtype: of the model. kv_dtype: of a float8 cache; its share of the one-layer dequantization buffer is included.
+        """
         if kv_dtype is None:
-            return self.per_frame * dtype.itemsize
-        return self.per_frame * kv_dtype.itemsize + self.per_frame // self.layers * dtype.itemsize
+            return self.elements_per_frame * dtype.itemsize
+        return self.elements_per_frame * kv_dtype.itemsize + self.elements_per_frame // self.layers * dtype.itemsize
 
     def bytes(self, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> int:
         return self.bytes_per_frame(dtype, kv_dtype) * self.capacity
@@ -59,37 +63,48 @@ class CacheShape:
 
 
 def _power_of_two_above(x: Tensor) -> Tensor:
-    """The smallest power of two > x, of float32 x >= 0, within 2^-126..2^126; 1 for 0 and for what is not finite."""
+    """Return the smallest power of two > x for float32 x >= 0, within 2^-126..2^126; 1 where x is 0 or not finite."""
     exponent = torch.frexp(x).exponent.clamp(-126, 126)
     power = ((exponent + 127) << 23).view(torch.float32)  # exact on every device, which exp2 is not
     return torch.where(x.isfinite(), power, 1.0)
 
 
 class LayerCache:
-    """One layer's part of a KVCache. keys, values: [B, H, capacity * T, D], as they are stored.
+    """One layer's part of a `KVCache`.
 
-    scales: empty, or for float8 those of keys and of values, float32 [B, H] each, powers of two. waits_for_scales: they
-    are still to be set, by the first pass. camera: the camera branch's part of this layer, None without one.
+    keys, values: [B, H, capacity * T, D], in the dtype that they are stored in.
+    scales: of a float8 cache: scales of the keys and of the values, float32 [B, H] each, powers of two; else empty.
+    waits_for_scales: True until the first pass has set the scales.
+    camera: the camera branch's part of this layer; None without one.
     """
 
     camera: "LayerCache | None" = None
 
-    def __init__(self, data: Tensor, scales: Tensor | None, wide: Tensor | None):
-        """data: [2, B, H, capacity * T, D]; scales: [2, B, H]; wide: like data, room that all layers share."""
+    def __init__(self, data: Tensor, scales: Tensor | None, dequantized: Tensor | None):
+        """Wrap the tensors of one layer.
+
+        data: [2, B, H, capacity * T, D]. scales: [2, B, H]. dequantized: like data in the model's dtype, a buffer that
+        all layers share.
+        """
         self.keys, self.values = data.unbind(0)
         self.scales: tuple[Tensor, ...] = () if scales is None else tuple(scales.unbind(0))
         self.waits_for_scales = scales is not None
-        self._wide = None if wide is None else (wide[0], wide[1])
+        self._dequantized = None if dequantized is None else (dequantized[0], dequantized[1])
 
     @property
-    def wide_nbytes(self) -> int:
-        return 0 if self._wide is None else sum(tensor.nbytes for tensor in self._wide)
+    def dequantized_nbytes(self) -> int:
+        """Bytes of the dequantization buffer that all layers share."""
+        return 0 if self._dequantized is None else sum(tensor.nbytes for tensor in self._dequantized)
 
     def set_scales(self, k_norm: Tensor, values: Tensor) -> None:
-        """Fix the scales. k_norm: [H * D], weight of the keys' RMSNorm; values: [B, S, H * D] of the first pass.
+        """Set the scales, once.
+
+        k_norm: [H * D]. Weight of the keys' RMSNorm.
+        values: [B, S, H * D]. Values of the first pass.
 
         A normalised channel is at most sqrt(H * D) times its weight, and rotation keeps the length of a pair, so keys
-        never saturate. Values have no such bound: they do where they outgrow the first ones of their head by 16.
+        never saturate. Values have no such bound: they saturate where they are more than 16 times as large as the
+        largest value of their head in the first pass.
         """
         heads, head_dim = self.keys.shape[1], self.keys.shape[3]
         bound = k_norm.float().abs().unflatten(0, (heads, head_dim)).amax(1) * (heads * head_dim) ** 0.5
@@ -99,27 +114,30 @@ class LayerCache:
         self.waits_for_scales = False
 
     def readable(self, ranges: TokenRanges) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, capacity * T, D] in the model's dtype; float8: of the ranges, until the next call."""
-        if self._wide is None:
+        """Return keys and values [B, H, capacity * T, D] in the model's dtype.
+
+        Of a float8 cache only the tokens in `ranges` are valid, and only until the next call on any layer.
+        """
+        if self._dequantized is None:
             return self.keys, self.values
         k_scale, v_scale = self.scales
-        kv_dequantize_(*self._wide, self.keys, self.values, k_scale, v_scale, ranges)
-        return self._wide
+        kv_dequantize_(*self._dequantized, self.keys, self.values, k_scale, v_scale, ranges)
+        return self._dequantized
 
 
 class KVCache:
     """Keys (after RoPE, at absolute frame positions) and values of every layer, allocated once.
 
-    data: [L, 2, B, H, capacity * T, D] in the model's dtype; `keys(l)` and `values(l)` are its views
-    [B, H, capacity * T, D], and `layers[l]` is what a layer works with.
+    data: [L, 2, B, H, capacity * T, D] in the model's dtype. `keys(l)` and `values(l)` are its views
+        [B, H, capacity * T, D]; `layers[l]` is what a layer of the model receives.
+    camera_data: like data, for the camera branch and in the same slots; None without cameras.
+    ring: which latent frame lies in which slot.
 
-    kv_dtype float8_e4m3fn is the approximate form: data holds x / scale in 8 bits, 4 of them significant, and what a
-    layer is about to read is widened into room for one layer in the model's dtype. There is one scale per layer, batch
-    row and head, for keys and for values. The format being a floating one, its relative error of at most 2^-4 does not
-    depend on the scale as long as numbers neither saturate nor fall below scale / 64; hence scales are set once (see
-    `LayerCache.set_scales`), nothing is ever rescaled, and powers of two make widening exact.
-
-    With shape.camera, `camera_data` is the same once more for the camera branch, in the same slots; else it is None.
+    With kv_dtype float8_e4m3fn the cache is approximate. `data` stores x / scale in 8 bits, 4 of them significant.
+    What a layer is about to read is dequantized into a buffer in the model's dtype that all layers share. Keys and
+    values have one scale each per layer, batch row and head. The relative error is at most 2^-4 whatever the scale, as
+    long as numbers neither saturate nor fall below scale / 64. Hence the scales are set once, by the first pass (see
+    `LayerCache.set_scales`). They are powers of two, so that dequantization is exact.
     """
 
     def __init__(
@@ -130,57 +148,70 @@ class KVCache:
         device: torch.device | str,
         kv_dtype: torch.dtype | None = None,
     ):
-        """dtype: of the model. Raises InputError for a kv_dtype but None and float8_e4m3fn, or another capacity."""
+        """Allocate the memory; `KVCache.allocate` checks first whether it fits.
+
+        dtype: of the model. kv_dtype: None = dtype, or torch.float8_e4m3fn.
+        Raises InputError for another kv_dtype or a ring of another capacity, OutOfMemoryError if allocation fails.
+        """
         if shape.capacity != ring.capacity:
             raise InputError(f"shape.capacity must be the ring's capacity {ring.capacity}, got {shape.capacity}")
         if kv_dtype not in (None, torch.float8_e4m3fn):
             raise InputError(f"kv_dtype must be None or torch.float8_e4m3fn, got {kv_dtype}")
-        if shape.camera and kv_dtype is not None:  # as the camera moves away, its keys outgrow scales that are set once
+        if shape.camera and kv_dtype is not None:  # as a camera moves away, its keys outgrow scales that are set once
             raise InputError(f"kv_dtype must be None for a rollout with cameras, got {kv_dtype}")
         self.ring = ring
         self.tokens_per_frame = shape.tokens_per_frame
         layer = (2, shape.batch, shape.heads, shape.capacity * shape.tokens_per_frame, shape.head_dim)
-        scales = wide = None
+        scales = dequantized = None
         try:
             self.data = torch.empty((shape.layers, *layer), dtype=kv_dtype or dtype, device=device)
             self.camera_data = torch.empty_like(self.data) if shape.camera else None
             if kv_dtype is not None:
-                wide = torch.empty(layer, dtype=dtype, device=device)
+                dequantized = torch.empty(layer, dtype=dtype, device=device)
                 scales = torch.ones(shape.layers, *layer[:3], device=device)
         except RuntimeError as error:
             wanted = shape.bytes(dtype, kv_dtype) / 2**30
             raise OutOfMemoryError(
-                f"the KV cache of {shape.capacity} frames needs {wanted:.2f} GiB on {device}, which cannot be allocated:"
-                " a smaller window, picture or batch is needed"
+                f"the KV cache of {shape.capacity} latent frames needs {wanted:.2f} GiB on {device}, which cannot be"
+                " allocated: a smaller window, frame size or batch is needed"
             ) from error
         self.layers = [
-            LayerCache(data, None if scales is None else scales[layer], wide) for layer, data in enumerate(self.data)
+            LayerCache(data, None if scales is None else scales[layer], dequantized)
+            for layer, data in enumerate(self.data)
         ]
         if self.camera_data is not None:
-            for of_layer, data in zip(self.layers, self.camera_data, strict=True):
-                of_layer.camera = LayerCache(data, None, None)
+            for layer_cache, data in zip(self.layers, self.camera_data, strict=True):
+                layer_cache.camera = LayerCache(data, None, None)
+
+    @classmethod
+    def allocate(
+        cls, shape: CacheShape, ring: FrameRing, dtype: torch.dtype, device: torch.device, config: RolloutConfig
+    ) -> "KVCache":
+        """Allocate the cache of a rollout. Raises OutOfMemoryError, if possible before anything is allocated."""
+        require_cache_fits(shape, dtype, device, config)
+        return cls(shape, ring, dtype, device, None if config.kv_dtype is None else KV_DTYPES[config.kv_dtype])
 
     @property
     def nbytes(self) -> int:
-        """Of all keys and values, and of the room for one layer that float8 has; scales are a few KiB."""
+        """Bytes of all keys and values and of a float8 cache's dequantization buffer; its scales are a few KiB more."""
         camera = 0 if self.camera_data is None else self.camera_data.nbytes
-        return self.data.nbytes + camera + self.layers[0].wide_nbytes
+        return self.data.nbytes + camera + self.layers[0].dequantized_nbytes
 
     def rows(self, first: int, last: int) -> "KVCache":
-        """Rows [first, last) of the batch as a cache over the same memory, with a ring of its own that holds nothing.
+        """Return rows [first, last) of the batch as a cache over the same memory, with an empty ring of its own.
 
-        Not of a float8 cache or one for cameras.
+        Raises InputError for a float8 cache and for one with cameras.
         """
         if self.layers[0].scales or self.camera_data is not None:
             raise InputError("rows: the cache must be neither float8 nor for cameras")
         part = copy.copy(self)
-        part.ring = FrameRing(self.ring.sinks, self.ring.ring, self.ring.block)
+        part.ring = FrameRing(self.ring.sinks, self.ring.ring_slots, self.ring.frames_per_block)
         part.data = self.data[:, :, first:last]
         part.layers = [LayerCache(data, None, None) for data in part.data]
         return part
 
     def reuse(self, ring: FrameRing) -> None:
-        """Begin another rollout in the same memory; a ring of the same capacity."""
+        """Begin another rollout in the same memory. ring: an empty one of the same capacity."""
         if ring.capacity != self.ring.capacity:
             raise InputError(f"ring must have the capacity of the cache, {self.ring.capacity}, got {ring.capacity}")
         self.ring = ring
@@ -194,22 +225,24 @@ class KVCache:
         return self.data[layer, 1]
 
     def token_ranges(self, groups: list[list[int]]) -> TokenRanges:
-        """Where the keys lie that each group of queries sees, given as latent frames: maximal runs of slots.
+        """Return the token ranges of the latent frames that each group of queries attends to.
 
-        Always as wide as sinks and a window that wraps around the ring need, so that one graph serves every frame.
+        groups: visible latent frames of each group. Consecutive slots are merged into one range. The result is
+        always padded to 3 ranges per group (sinks, end and start of the ring), so that one CUDA graph serves every
+        latent frame.
         """
         t = self.tokens_per_frame
         runs = [[(first * t, last * t) for first, last in self.ring.runs(frames)] for frames in groups]
         _, _, batch, _, capacity, _ = self.data.shape
-        return TokenRanges.of(runs, capacity=capacity, batch=batch, device=self.data.device, width=_MOST_RUNS)
+        return TokenRanges.of(runs, capacity=capacity, batch=batch, device=self.data.device, width=_MAX_RUNS)
 
 
-# Activations of one pass, next to weights and cache; below this much the run would die later with a worse message.
+# Room for the activations of one pass; with less, the run would fail later, with a worse message.
 _HEADROOM_BYTES = 256 << 20
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Free memory of the device, or None where the system does not tell."""
+    """Return the free memory of the device in bytes, or None where the system does not tell."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -225,7 +258,7 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def require_cache_fits(shape: CacheShape, dtype: torch.dtype, device: torch.device, config: RolloutConfig) -> None:
-    """Raise OutOfMemoryError, saying which window would fit, if the cache does not fit in free memory."""
+    """Raise OutOfMemoryError, with the largest window that fits, if the cache does not fit in free memory."""
     available = available_bytes(device)
     per_frame = shape.bytes_per_frame(dtype, None if config.kv_dtype is None else KV_DTYPES[config.kv_dtype])
     wanted = per_frame * shape.capacity
@@ -235,19 +268,14 @@ def require_cache_fits(shape: CacheShape, dtype: torch.dtype, device: torch.devi
     spare = block if config.refresh == "fused" else 0
     window = fits // block * block - spare
     least = config.sinks + block
-    remedy = f"a window of {window} frames fits" if window >= least else "a smaller picture or batch is needed"
+    remedy = (
+        f"a window of {window} latent frames fits" if window >= least else "a smaller frame size or batch is needed"
+    )
     raise OutOfMemoryError(
-        f"the KV cache of {shape.capacity} frames x batch {shape.batch} needs {wanted / 2**30:.2f} GiB on {device},"
+        f"the KV cache of {shape.capacity} latent frames x batch {shape.batch} needs {wanted / 2**30:.2f} GiB"
+        f" on {device},"
         f" {available / 2**30:.2f} GiB are free: {remedy}"
     )
-
-
-def allocate(
-    shape: CacheShape, ring: FrameRing, dtype: torch.dtype, device: torch.device, config: RolloutConfig
-) -> KVCache:
-    """The cache of a config. Raises OutOfMemoryError, if possible before anything is taken."""
-    require_cache_fits(shape, dtype, device, config)
-    return KVCache(shape, ring, dtype, device, None if config.kv_dtype is None else KV_DTYPES[config.kv_dtype])
 
 
 def empty_device_cache(device: torch.device) -> None:

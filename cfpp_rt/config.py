@@ -1,4 +1,4 @@
-"""What a model is and how a student is run. Every derived size is a property, so no size is written twice."""
+"""Sizes of models and settings of rollouts. Every derived size is a property, so no size is written twice."""
 
 import dataclasses
 import json
@@ -12,22 +12,26 @@ from cfpp_rt.errors import InputError
 _DIFFUSERS_NAMES = {"in_channels": "in_dim", "out_channels": "out_dim", "num_attention_heads": "num_heads"}
 
 
-def _require_integer(owner: object, *names: str, least: int = 1) -> None:
+def _require_integer(owner: object, *names: str, minimum: int = 1) -> None:
     for name in names:
         value = getattr(owner, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InputError(f"{name} must be an integer >= {least}, got {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise InputError(f"{name} must be an integer >= {minimum}, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Sizes of a causal Wan transformer. Field names are those of the public `config.json`.
 
-    dim: model width; num_heads * head_dim. ffn_dim: hidden width of the feed-forward. freq_dim: length of the
-    sinusoid that embeds a timestep. text_len, text_dim: shape of the text embeddings; text_len 0: a model without text,
-    whose blocks have no cross-attention. num_actions: how many discrete actions the model knows, one per latent frame;
-    0: none. camera: whether self-attention has the camera branch (`cfpp_rt.core.camera`).
-    patch_size: (1, rows, columns).
+    dim: model width, num_heads * head_dim.
+    ffn_dim: hidden width of the feed-forward.
+    freq_dim: length of the sinusoid that embeds a timestep.
+    in_dim, out_dim: channels of the latents.
+    text_len, text_dim: shape of the text embeddings; text_len 0 = a model without text and without cross-attention.
+    num_actions: number of discrete actions that the model knows, one per latent frame; 0 = none.
+    camera: True if self-attention has the camera branch (`cfpp_rt.core.camera`).
+    patch_size: (1, rows, columns) of latent pixels that make one token.
+    qk_norm, cross_attn_norm: fields of public configs; only True is supported.
     """
 
     dim: int = 1536
@@ -49,15 +53,15 @@ class ModelConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
         _require_integer(self, "dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "in_dim", "out_dim", "text_dim")
-        _require_integer(self, "text_len", "num_actions", least=0)
+        _require_integer(self, "text_len", "num_actions", minimum=0)
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise InputError(f"dim must be num_heads={self.num_heads} times an even head size, got {self.dim}")
         if not isinstance(self.camera, bool):
             raise InputError(f"camera must be true or false, got {self.camera!r}")
         if self.camera and self.head_dim % 4:
             raise InputError(f"camera needs a head size that is a multiple of 4, got {self.head_dim}")
-        whole = all(isinstance(side, int) and side >= 1 for side in self.patch_size)
-        if len(self.patch_size) != 3 or not whole or self.patch_size[0] != 1:
+        integers = all(isinstance(side, int) and side >= 1 for side in self.patch_size)
+        if len(self.patch_size) != 3 or not integers or self.patch_size[0] != 1:
             raise InputError(f"patch_size must be (1, rows, columns), got {self.patch_size}")
         if not isinstance(self.eps, float) or not 0 < self.eps < 1:
             raise InputError(f"eps must be a number in 0..1, got {self.eps!r}")
@@ -69,7 +73,7 @@ class ModelConfig:
         return self.dim // self.num_heads
 
     def tokens_per_frame(self, latent_height: int, latent_width: int) -> int:
-        """Tokens T of one latent frame. Raises InputError where the patch does not divide the latent."""
+        """Return the tokens T of one latent frame. Raises InputError where the patch does not divide its size."""
         _, rows, columns = self.patch_size
         if latent_height % rows or latent_width % columns or latent_height < rows or latent_width < columns:
             raise InputError(
@@ -79,7 +83,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
-        """Take what this class knows from a public `config.json`, the original's or diffusers'; the rest is ignored."""
+        """Read the fields of this class from a public `config.json`, original or diffusers; ignore other fields."""
         values = {_DIFFUSERS_NAMES.get(name, name): value for name, value in values.items()}
         if "attention_head_dim" in values:
             values["dim"] = values["attention_head_dim"] * values["num_heads"]
@@ -90,6 +94,7 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "ModelConfig":
+        """Read a config file. Raises InputError naming the file."""
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
             if not isinstance(values, dict):
@@ -111,19 +116,20 @@ MODELS: dict[str, ModelConfig] = {
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    """How a student is rolled out; `PRESETS` holds the published settings.
+    """Settings of a student's rollout; `PRESETS` holds the published ones.
 
     steps: denoising steps, as integers in 1..1000 of the unshifted schedule, descending, e.g. (1000, 500).
-    first_steps: own list for the first generated block; None means `steps`.
-    frames_per_block: latent frames made together, 1 = frame-wise, 3 or 4 = chunk-wise.
-    window: latent frames a query may see, its own block and the sinks included; None = all.
-    sinks: first latent frames of the video that stay visible when the window has moved on.
-    shift: timestep shift of the flow-matching table. context_noise: timestep (0..1000) of the clean pass.
-    refresh: "fused" (clean pass of a block and first step of the next in one forward: highest throughput), "separate"
-    (same result in a forward of its own: lowest latency from input to frame, if `refresh()` is called in the idle time
-    between frames) or "skip" (no clean pass: approximate).
-    kv_dtype: how keys and values are kept: None = in the model's dtype, "float8_e4m3" = in 8 bits, which takes about
-    half the memory and some time per pass, and is approximate (see `KVCache`).
+    first_steps: steps of the first generated block; None = `steps`.
+    frames_per_block: latent frames that are generated together: 1 = frame-wise, 3 or 4 = chunk-wise.
+    window: latent frames that a query attends to at most, its own block and the sinks included; None = all.
+    sinks: first latent frames of the video, which stay visible when the window has moved on.
+    shift: timestep shift of the flow-matching table.
+    context_noise: timestep (0..1000) of the clean pass.
+    refresh: "fused" computes the clean pass of a block in one pass with the first step of the next block: highest
+        throughput. "separate" runs it as a pass of its own, with the same result: lowest latency from input to frame if
+        `refresh()` is called in the idle time between frames. "skip" leaves it out, which is approximate.
+    kv_dtype: dtype of keys and values: None = the model's, "float8_e4m3" = 8 bits, which takes about half the memory
+        and some time per pass, and is approximate (see `KVCache`).
     """
 
     steps: tuple[int, ...] = (1000, 500)
@@ -173,22 +179,23 @@ class RolloutConfig:
             raise InputError(f"kv_dtype must be None or 'float8_e4m3', got {self.kv_dtype!r}")
 
     def replace(self, **changes: Any) -> "RolloutConfig":
+        """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
 
-_FOUR = (1000, 750, 500, 250)
+_FOUR_STEPS = (1000, 750, 500, 250)
 
 PRESETS: dict[str, RolloutConfig] = {
-    "framewise-2step": RolloutConfig(steps=(1000, 500), first_steps=_FOUR),
-    "framewise-1step": RolloutConfig(steps=(1000,), first_steps=_FOUR),
-    "framewise-4step": RolloutConfig(steps=_FOUR),
-    "chunkwise-4step": RolloutConfig(steps=_FOUR, frames_per_block=3),
-    "camera-chunkwise-4step": RolloutConfig(steps=_FOUR, frames_per_block=4, window=20),
+    "framewise-2step": RolloutConfig(steps=(1000, 500), first_steps=_FOUR_STEPS),
+    "framewise-1step": RolloutConfig(steps=(1000,), first_steps=_FOUR_STEPS),
+    "framewise-4step": RolloutConfig(steps=_FOUR_STEPS),
+    "chunkwise-4step": RolloutConfig(steps=_FOUR_STEPS, frames_per_block=3),
+    "camera-chunkwise-4step": RolloutConfig(steps=_FOUR_STEPS, frames_per_block=4, window=20),
 }
 
 
 def rollout_preset(name: str) -> RolloutConfig:
-    """The published rollout settings of a student. Raises InputError for a name not in `PRESETS`."""
+    """Return the published rollout settings of a student. Raises InputError for a name not in `PRESETS`."""
     if name not in PRESETS:
-        raise InputError(f"student must be one of {', '.join(PRESETS)}, got {name!r}")
+        raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
     return PRESETS[name]

@@ -1,4 +1,4 @@
-"""What can go wrong through no fault of the program. `cfpp` prints these as one line and exits with 2."""
+"""Errors with causes outside the program. The command `cfpp` prints each as one line and exits with status 2."""
 
 
 class InputError(ValueError):
@@ -6,19 +6,24 @@ class InputError(ValueError):
 
 
 class CheckpointError(InputError):
-    """A weights file that is missing, truncated, unsafe to load, or of other names or shapes."""
+    """A weights file that is missing, truncated, unsafe to load, or has other names or shapes than the model."""
 
 
 class MissingExtraError(ImportError):
-    """An optional package is needed. The message gives the pip command that adds it."""
+    """An optional package that is not installed. The message gives the pip command that installs it.
+
+    package: name of the package.
+    extra: the extra of cfpp-rt that contains it.
+    purpose: what needs it.
+    """
 
     def __init__(self, package: str, extra: str, purpose: str):
         super().__init__(f"{purpose} needs the package '{package}': pip install 'cfpp-rt[{extra}]'")
 
 
 class NonFiniteError(RuntimeError):
-    """The model produced NaN or infinity. The message says at which latent frame and layer."""
+    """NaN or infinity in the output of the model. The message gives the latent frame and the layer."""
 
 
 class OutOfMemoryError(RuntimeError):
-    """The run does not fit in memory. The message says what would."""
+    """A run that does not fit in memory. The message says what would fit."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from cfpp_rt.codec.base import Codec
 from cfpp_rt.config import ModelConfig, RolloutConfig, rollout_preset
 from cfpp_rt.core.camera import Cameras
+from cfpp_rt.device.threads import largest_product, set_thread_count
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.transformer import CausalWanTransformer
 from cfpp_rt.model.weights import load_model
@@ -96,7 +97,7 @@ class Pipeline:
         return cls(model, codec, base, config, offload_text)
 
     def load_text_encoder(self) -> TextEncoder:
-        """Return the text encoder, reading it from disk at the first call: float32 for a float32 model, else bfloat16."""
+        """Return the text encoder, read from disk at the first call: float32 for a float32 model, else bfloat16."""
         if self._text_encoder is None:
             raise InputError("prompt_embeds must be given: this pipeline has no text encoder")
         if not isinstance(self._text_encoder, TextEncoder):
@@ -134,11 +135,12 @@ class Pipeline:
         ahead: int = 0,
         cuda_graphs: bool = True,
     ) -> Stream:
-        """Start a video. Iterate over the result for its `Frames`; the first come while later ones are still to be made.
+        """Start a video. Iterate over the result for its `Frames`; the first come before later ones are made.
 
         prompt: one text, or several, which makes one video each in one batch.
         prompt_embeds: text embeddings [B, text_len, text_dim] in place of a prompt.
-        num_frames: frames in all, 4 * n - 3 for n latent frames; None = without end, which needs a window.
+        num_frames: frames in all, 1 + temporal_factor * (n - 1) for n latent frames in whole blocks (81 are 21 latent
+            frames of Wan); None = without end, which needs a window.
         height, width: in pixels, multiples of 16.
         seed: see `Rollout`.
         initial_frames: float pixels [1 or B, T, 3, height, width] in [-1, 1] that the video continues, with
@@ -146,9 +148,9 @@ class Pipeline:
         cameras: for a model with the camera branch, one per latent frame or a single one; see `Rollout`.
         config: rollout settings; default: those of the student.
         noise, renoise: see `Rollout`.
-        ahead: 0..8. Blocks that are computed while the caller still uses an earlier one; no more than that pile up if
-            the caller is slow. On CUDA a block is then decoded beside the passes of the next. Prompts, actions and
-            cameras that are set meanwhile take effect that much later: use 0 for interaction.
+        ahead: number of blocks, 0..8, that are launched before the caller requests them. On CUDA a block is then
+            decoded concurrently with the passes of the next. Prompts, actions and cameras that are set meanwhile take
+            effect that many blocks later: use 0 for interaction.
         cuda_graphs: False launches every pass from Python, on CUDA too.
         """
         given = require_prompt(prompt, prompt_embeds)
@@ -204,3 +206,16 @@ def load_codec(
     from cfpp_rt.codec.wan import WanVAE
 
     return WanVAE.from_pretrained(base, dtype=dtype, device=device)
+
+
+def choose_threads(pipeline: Pipeline, config: RolloutConfig, size: tuple[int, int], batch: int = 1) -> None:
+    """Set the number of torch's CPU threads for streams of a pipeline, with the rule in `cfpp_rt.device.threads`.
+
+    Only the commands call this; a program that uses the package keeps its own setting.
+
+    size: (height, width) in pixels. batch:
+    videos in one batch. The codec and the text encoder are not counted.
+    """
+    sizes, (height, width) = pipeline.model.config, (side // pipeline.codec.spatial_factor for side in size)
+    latent_frames = 2 * config.frames_per_block * batch  # a fused refresh has two blocks in a pass
+    set_thread_count(largest_product(sizes, latent_frames * sizes.tokens_per_frame(height, width)))

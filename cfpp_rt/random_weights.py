@@ -1,7 +1,4 @@
-"""A small pipeline with random weights, to try the runtime without trained weights.
-
-Streaming, cache and timings are those of the runtime; the frames are noise.
-"""
+"""A small pipeline with random weights, to try the runtime without a checkpoint; it generates noise."""
 
 import dataclasses
 import hashlib

@@ -1,4 +1,4 @@
-"""Prompts to text embeddings: the umT5 encoder of Wan2.1, through transformers' `UMT5EncoderModel`."""
+"""The text encoder of Wan2.1: prompts to text embeddings by the umT5 encoder of transformers, `UMT5EncoderModel`."""
 
 import html
 import re
@@ -16,7 +16,7 @@ ORIGINAL_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 ORIGINAL_TOKENIZER = "google/umt5-xxl"
 _PURPOSE = "the text encoder"
 
-# Names of the original file -> names of `UMT5EncoderModel`; each pattern is a whole name.
+# Names in the original file -> names in `UMT5EncoderModel`; each pattern matches an entire name.
 _RENAMES = (
     (r"token_embedding\.weight", "shared.weight"),
     (r"norm\.weight", "encoder.final_layer_norm.weight"),
@@ -31,12 +31,12 @@ _RENAMES = (
     (r"blocks\.(\d+)\.ffn\.fc1\.weight", r"encoder.block.\1.layer.1.DenseReluDense.wi_1.weight"),
     (r"blocks\.(\d+)\.ffn\.fc2\.weight", r"encoder.block.\1.layer.1.DenseReluDense.wo.weight"),
 )
-# transformers keeps the token table under both names; a file has one or both.
+# transformers stores the token embedding table under both names; a file has one or both.
 _TOKEN_TABLES = ("shared.weight", "encoder.embed_tokens.weight")
 
 
 def clean_text(text: str) -> str:
-    """The text as the model was trained on: broken encoding mended, HTML entities read, whitespace runs made one space.
+    """Clean a prompt like the training captions: repair broken encoding, decode HTML entities, collapse whitespace.
 
     Raises MissingExtraError without ftfy.
     """
@@ -49,10 +49,11 @@ def clean_text(text: str) -> str:
 
 
 class TextEncoder:
-    """Prompts to text embeddings.
+    """The text encoder; called with prompts, it returns text embeddings.
 
-    model: a `UMT5EncoderModel`, used in its own dtype on its own device, without gradients. tokenizer: the Hugging Face
-    tokenizer that belongs to it. text_len: rows of the result; longer prompts are cut to it.
+    model: a `UMT5EncoderModel`, used in its own dtype on its own device, without gradients.
+    tokenizer: the Hugging Face tokenizer of the model.
+    text_len: number of token embeddings per prompt; longer prompts are truncated. >= 1.
     """
 
     def __init__(self, model: Any, tokenizer: Any, text_len: int = 512):
@@ -75,11 +76,14 @@ class TextEncoder:
         """Load encoder and tokenizer from local files.
 
         path: Wan2.1 directory (`models_t5_umt5-xxl-enc-bf16.pth`, `google/umt5-xxl/`) or a diffusers model directory
-        (`text_encoder/`, `tokenizer/`). dtype, device: what it runs in.
+            (`text_encoder/`, `tokenizer/`).
+        dtype, device: of the loaded weights.
+        text_len: see `TextEncoder`.
+
         Raises CheckpointError for missing or wrong files, MissingExtraError without transformers or ftfy.
         """
         try:
-            import ftfy  # noqa: F401  needed at the first prompt: say so before gigabytes are loaded
+            import ftfy  # noqa: F401  needed at the first prompt: fail before gigabytes are loaded
         except ImportError as error:
             raise MissingExtraError("ftfy", "wan", _PURPOSE) from error
         try:
@@ -110,26 +114,31 @@ class TextEncoder:
 
     @property
     def device(self) -> torch.device:
+        """The device of the weights."""
         return self.model.shared.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
         return self.model.shared.weight.dtype
 
     def to(self, device: torch.device | str) -> None:
-        """Move the model, where it does not lie there already."""
+        """Move the model to a device, if it is not there already."""
         self.model.to(device)
 
     @torch.no_grad()
     def encode_ids(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Token ids to embeddings, before padding is zeroed.
+        """Encode token ids; embeddings of padding are not zero yet.
 
-        ids: int64 [B, S]. mask: integer [B, S], 1 at real tokens. Returns [B, S, text_dim] in the encoder's dtype.
+        ids: int64 [B, S].
+        mask: integer [B, S], 1 for tokens, 0 for padding.
+
+        Returns [B, S, text_dim] in the dtype of the encoder.
         """
         return self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).last_hidden_state
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts to embeddings [B, text_len, text_dim] in the encoder's dtype; rows past a prompt's end are zero.
+        """Encode prompts to embeddings [B, text_len, text_dim] in the dtype of the encoder; padding is zero.
 
         Raises InputError unless prompts is a list of at least one string.
         """
@@ -145,15 +154,15 @@ class TextEncoder:
             return_tensors="pt",
         )
         ids, mask = tokens["input_ids"], tokens["attention_mask"]
-        # Nothing attends to padding, so what no prompt of the batch reaches is not computed: prompts are short.
+        # No token attends to padding, so only the length of the longest prompt is computed: most prompts are short.
         length = max(int(mask.sum(dim=1).max()), 1)
-        embeds = self.encode_ids(ids[:, :length], mask[:, :length])
-        embeds = embeds * mask[:, :length, None].to(embeds)
-        return torch.nn.functional.pad(embeds, (0, 0, 0, self.text_len - length))
+        prompt_embeds = self.encode_ids(ids[:, :length], mask[:, :length])
+        prompt_embeds = prompt_embeds * mask[:, :length, None].to(prompt_embeds)
+        return torch.nn.functional.pad(prompt_embeds, (0, 0, 0, self.text_len - length))
 
 
 def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict in the names of the original file under those of `UMT5EncoderModel`; unknown names stay."""
+    """Rename a state dict from the names of the original file to those of `UMT5EncoderModel`; unknown names stay."""
     renamed = {}
     for name, tensor in state.items():
         for pattern, replacement in _RENAMES:
@@ -166,9 +175,9 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def infer_config(state: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
-    """The arguments of `UMT5Config` that fit a state dict in the names of the original file.
+    """Return the arguments of `UMT5Config` that fit a state dict in the names of the original file.
 
-    Raises CheckpointError where the names are not those of a umT5 encoder.
+    source: the file that an error names. Raises CheckpointError if the names are not those of a umT5 encoder.
     """
     try:
         buckets, heads = state["blocks.0.pos_embedding.embedding.weight"].shape
@@ -195,7 +204,7 @@ def infer_config(state: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
 
 
 def _assign(model: Any, state: dict[str, Tensor], source: Path, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Put the tensors into a model on the meta device, one at a time, so that no second copy of 11 GB is made."""
+    """Assign the tensors to a model on the meta device, moving one at a time to avoid a second copy of 11 GB."""
     table = next((state[name] for name in _TOKEN_TABLES if name in state), None)
     if table is not None:
         state = {**state, **dict.fromkeys(_TOKEN_TABLES, table)}

@@ -1,1 +1,1 @@
-"""From a PyTorch student to other runtimes: checkpoint conversion, ONNX and TensorRT. Installed as `cfpp_rt.export`."""
+"""Export of a PyTorch student to other runtimes: checkpoints, ONNX, TensorRT. Installed as `cfpp_rt.export`."""

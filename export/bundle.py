@@ -1,36 +1,32 @@
-"""An ONNX bundle: a folder of graphs, their weights and a card that tells a runner all it must know. No torch, no onnx.
+"""An ONNX bundle: a folder of graphs, their weights, and a card for the runner. Needs neither torch nor onnx.
 
-card.json      sizes, steps and rollout of the student; bytes and sha256 of every other file
-<graph>.onnx   one per graph of `cfpp_rt.export.contract`, and the codec's, if any
+card.json      sizes, steps and rollout settings of the student; bytes and sha256 of every other file
+<graph>.onnx   one per graph of `cfpp_rt.export.contract`, and those of the codec, if any
 weights.bin    the network's weights, shared by its graphs
 """
 
 import contextlib
 import dataclasses
-import errno
-import hashlib
 import json
-import os
-import secrets
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cfpp_rt.config import ModelConfig, RolloutConfig
+from cfpp_rt.config import RolloutConfig
 from cfpp_rt.core.frame_ring import FrameRing
 from cfpp_rt.errors import InputError
 from cfpp_rt.export.contract import GraphSpec, Sizes, network_graphs
+from cfpp_rt.io.digest import sha256_of
 
 FORMAT, FORMAT_VERSION = "cfpp-rt ONNX bundle", 2
 CARD, WEIGHTS = "card.json", "weights.bin"
-LINEAR_DTYPES = ("float8_e4m3",)  # what linear layers may compute in besides the dtype of all
-_SPACE_MARGIN = 64 << 20
+BUNDLE_LINEAR_DTYPES = ("float8_e4m3",)  # dtypes of the blocks' linear layers besides the dtype of the bundle
+_CARD_KEYS = {"config": "rollout", "latent_frames": "frames"}  # field of `Card` -> key in card.json, where they differ
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One denoising step: index of its timestep in the card's list, and its noise level."""
+    """One denoising step: the index of its timestep in the card's list, and its noise level."""
 
     timestep: int
     sigma: float
@@ -38,18 +34,25 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What the exporter knows of the student and the runner needs.
+    """The facts about a student that its runner needs.
 
-    sizes: all shapes. rollout: settings of the student; frames: latent frames that fit without a window, None with one.
-    timesteps: every timestep that the rollout uses. steps, first_steps: of a block, of the first generated block.
-    context, given: index of the timestep of the clean pass, and of the one of given frames. linear_dtype: what the
-    linear layers of the blocks multiply, one of `LINEAR_DTYPES`; None = as all. codec: graphs that decode, by name, and
-    `temporal_factor`; None without. about: student, checkpoint, versions: for people.
+    sizes: the numbers behind all shapes.
+    config: the student's rollout settings ("rollout" in card.json).
+    latent_frames: latent frames that fit into the cache of a bundle without a window; None with a window ("frames" in
+        card.json).
+    timesteps: every timestep that the rollout uses.
+    steps, first_steps: the steps of a block, and of the first generated block.
+    context, given: index of the timestep of the clean pass, and of the one for given frames.
+    linear_dtype: dtype in which the linear layers of the blocks multiply, one of `BUNDLE_LINEAR_DTYPES`; None = the
+        bundle's dtype.
+    codec: the codec's graphs by name; None without a codec.
+    temporal_factor: frames per latent frame after the first; 1 without a codec.
+    about: student, checkpoint and versions, for people.
     """
 
     sizes: Sizes
-    rollout: RolloutConfig
-    frames: int | None
+    config: RolloutConfig
+    latent_frames: int | None
     timesteps: tuple[float, ...]
     steps: tuple[Step, ...]
     first_steps: tuple[Step, ...]
@@ -62,27 +65,32 @@ class Card:
 
     @property
     def graphs(self) -> dict[str, GraphSpec]:
+        """All graphs of the bundle by name."""
         return {**network_graphs(self.sizes), **(self.codec or {})}
 
     def ring(self) -> FrameRing:
-        return FrameRing(self.sizes.sinks, self.sizes.ring, self.sizes.block)
+        """Return an empty ring of the bundle's frame slots."""
+        return FrameRing(self.sizes.sinks, self.sizes.ring, self.sizes.frames_per_block)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Return JSON values, under the keys of card.json."""
+        values = {_CARD_KEYS.get(name, name): value for name, value in dataclasses.asdict(self).items()}
+        return {**values, "sizes": self.sizes.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Card":
-        """Raises KeyError, TypeError or InputError where something is missing or does not fit."""
-        sizes = dict(values["sizes"])
-        sizes["model"], sizes["latent_size"] = ModelConfig.from_dict(sizes["model"]), tuple(sizes["latent_size"])
-        codec = values["codec"]
+        """Return the card that `to_dict` wrote.
+
+        Raises KeyError, TypeError or InputError where something is missing or does not fit.
+        """
+        sizes, codec = Sizes.from_dict(values["sizes"]), values["codec"]
         card = cls(
-            sizes=Sizes(**sizes),
-            rollout=RolloutConfig(**values["rollout"]),
-            frames=values["frames"],
+            sizes=sizes,
+            config=RolloutConfig(**values["rollout"]),
+            latent_frames=values["frames"],
             timesteps=tuple(float(t) for t in values["timesteps"]),
-            steps=tuple(Step(int(step["timestep"]), float(step["sigma"])) for step in values["steps"]),
-            first_steps=tuple(Step(int(step["timestep"]), float(step["sigma"])) for step in values["first_steps"]),
+            steps=_read_steps(values["steps"]),
+            first_steps=_read_steps(values["first_steps"]),
             context=int(values["context"]),
             given=int(values["given"]),
             linear_dtype=values["linear_dtype"],
@@ -94,8 +102,7 @@ class Card:
             raise InputError("sigma of a step must be in 0..1")
         if card.temporal_factor < 1:
             raise InputError(f"temporal_factor must be >= 1, got {card.temporal_factor}")
-        if card.linear_dtype not in (None, *LINEAR_DTYPES):
-            raise InputError(f"linear_dtype must be None or {', '.join(LINEAR_DTYPES)}, got {card.linear_dtype!r}")
+        require_linear_dtype(card.linear_dtype)
         known = range(len(card.timesteps))
         used = {card.context, card.given, *(step.timestep for step in (*card.steps, *card.first_steps))}
         if card.sizes.timesteps != len(known) or not used <= set(known) or not card.steps or not card.first_steps:
@@ -112,6 +119,7 @@ class Bundle:
     card: Card
 
     def path(self, graph: str) -> Path:
+        """Return the path of a graph's file."""
         return self.folder / f"{graph}.onnx"
 
 
@@ -123,7 +131,7 @@ def open_bundle(folder: str | Path) -> Bundle:
     """
     folder = Path(folder)
     values = read_card(folder, FORMAT, FORMAT_VERSION)
-    with fits_together(folder):
+    with name_card_on_error(folder):
         card, files = Card.from_dict(values), dict(values["files"])
         missing = {WEIGHTS, *(f"{name}.onnx" for name in card.graphs)} - set(files)
         if missing:
@@ -135,7 +143,7 @@ def open_bundle(folder: str | Path) -> Bundle:
 
 
 def read_card(folder: Path, wanted: str, version: int) -> dict[str, Any]:
-    """card.json of a bundle whose format is `wanted` in that version; InputError, one line, for anything else."""
+    """Return the values of a folder's card.json. Raises InputError, one line, for another format or version."""
     path = folder / CARD
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -153,61 +161,24 @@ def read_card(folder: Path, wanted: str, version: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def fits_together(folder: Path) -> Iterator[None]:
-    """Whatever reading a card's values raises becomes one line that names the card."""
+def name_card_on_error(folder: Path) -> Iterator[None]:
+    """Turn every error that the body raises while it reads a card's values into one line that names the card."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # InputError is a ValueError
-        what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"{folder / CARD}: the card does not fit together: {what}") from error
+        fault = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{folder / CARD}: the card does not fit together: {fault}") from error
 
 
 def write_card(folder: Path, card: Card) -> None:
-    """Complete a folder that holds all other files already: measure them and write the card."""
+    """Complete a folder that contains all other files: record their sizes and sha256, and write the card."""
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())}
-    whole = {"format": FORMAT, "format_version": FORMAT_VERSION, **card.to_dict(), "files": files}
-    (folder / CARD).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def new_folder(target: str | Path, needed_bytes: int) -> Iterator[Path]:
-    """Yield an empty folder that takes the name `target` when the body ends well, and vanishes when it does not.
-
-    Raises InputError where `target` exists, cannot be made, or the disk has no room for `needed_bytes`.
-    """
-    target = Path(target).resolve()
-    if target.exists():
-        raise InputError(f"{target}: exists already, and a bundle is never written over: choose another name")
-    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}")
-    try:
-        temporary.mkdir()
-    except OSError as error:
-        raise InputError(f"{target}: cannot be written ({error.strerror})") from error
-    try:
-        free = shutil.disk_usage(temporary).free
-        if free < needed_bytes + _SPACE_MARGIN:
-            needed = needed_bytes + _SPACE_MARGIN >> 20
-            raise InputError(f"{target}: needs {needed} MiB, a margin included, the disk has {free >> 20} MiB free")
-        yield temporary
-        os.rename(temporary, target)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise InputError(f"{target}: no space left on the disk") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    values = {"format": FORMAT, "format_version": FORMAT_VERSION, **card.to_dict(), "files": files}
+    (folder / CARD).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def require_file(folder: Path, name: str, size: int, sha256: str) -> Path:
-    """The path of a bundle's file, which must lie in the folder and be what the card says, byte for byte."""
+    """Return the path of a bundle's file. Raises InputError unless it is in the folder, with this size and sha256."""
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise InputError(f"{folder / CARD}: a file must lie in the bundle, got {name!r}")
     path = folder / name
@@ -220,6 +191,16 @@ def require_file(folder: Path, name: str, size: int, sha256: str) -> Path:
     return path
 
 
-def steps_of(timesteps: Sequence[float], sigmas: Sequence[float], known: Sequence[float]) -> tuple[Step, ...]:
-    """The steps of a block, their timesteps as indices into `known`."""
+def require_linear_dtype(linear_dtype: str | None) -> None:
+    """Raise InputError for a linear_dtype that no bundle has."""
+    if linear_dtype not in (None, *BUNDLE_LINEAR_DTYPES):
+        raise InputError(f"linear_dtype must be None or {', '.join(BUNDLE_LINEAR_DTYPES)}, got {linear_dtype!r}")
+
+
+def index_steps(timesteps: Sequence[float], sigmas: Sequence[float], known: Sequence[float]) -> tuple[Step, ...]:
+    """Return the steps of a block, with timesteps as indices into `known`."""
     return tuple(Step(known.index(t), sigma) for t, sigma in zip(timesteps, sigmas, strict=True))
+
+
+def _read_steps(steps: Sequence[Mapping[str, Any]]) -> tuple[Step, ...]:
+    return tuple(Step(int(step["timestep"]), float(step["sigma"])) for step in steps)

@@ -1,4 +1,4 @@
-"""What can be said of a graph without running it: nothing that the contract declares is dropped on the way."""
+"""Checks of an ONNX graph that need no run: every input matters, every cache is updated in place."""
 
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,11 @@ from cfpp_rt.export.graph_builder import OPSET, require_onnx
 
 
 def check_graph(path: Path, spec: GraphSpec, linear_dtype: str | None = None) -> None:
-    """The onnx checker with shape inference; standard operators of the wanted opset only; every input is used, and what
-    continues an input is written by a TensorScatter on it, which alone reads it; the linears that are to be in 8 bits
-    have both operands in 8 bits, and no others.
+    """Check a graph's file against its contract.
+
+    The graph must pass the onnx checker with shape inference and use standard operators of `OPSET` only. Some output
+    must depend on every input. A cache must be read by one node alone, the TensorScatter that writes the output which
+    updates it. Exactly the linears of `cfpp_rt.export.float8` have both operands in 8 bits, if linear_dtype says so.
 
     Raises InputError naming the file and the fault.
     """
@@ -32,7 +34,7 @@ def check_graph(path: Path, spec: GraphSpec, linear_dtype: str | None = None) ->
 
 
 def _require_used(path: Path, model: Any, spec: GraphSpec) -> None:
-    """Walk back from the outputs: an input that is not met has no influence on any of them."""
+    """Walk back from the outputs; raise InputError for an input that the walk does not reach."""
     made_by = {name: node for node in model.graph.node for name in node.output}
     reached: set[str] = set()
     waiting = [tensor.name for tensor in spec.outputs]
@@ -47,6 +49,7 @@ def _require_used(path: Path, model: Any, spec: GraphSpec) -> None:
 
 
 def _require_updates(path: Path, model: Any, spec: GraphSpec) -> None:
+    """Raise InputError unless each cache is read by the TensorScatter that updates it, and by nothing else."""
     readers: dict[str, list[Any]] = {}
     for node in model.graph.node:
         for name in node.input:
@@ -58,6 +61,7 @@ def _require_updates(path: Path, model: Any, spec: GraphSpec) -> None:
 
 
 def _require_float8(path: Path, model: Any, linear_dtype: str | None) -> None:
+    """Raise InputError unless exactly the wanted linears multiply two operands in 8 bits."""
     weights = [tensor.name for tensor in model.graph.initializer if tensor.name.endswith(".weight")]
     wanted = {name for name in weights if linear_dtype == FLOAT8 and is_float8(name.removesuffix(".weight"))}
     source = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
@@ -65,5 +69,5 @@ def _require_float8(path: Path, model: Any, linear_dtype: str | None) -> None:
     found = {source[weight] for x, weight in products if x in source and weight in source}
     if wanted != found:
         name = min(wanted ^ found)
-        dtype = FLOAT8 if name in wanted else "the dtype of all"
+        dtype = FLOAT8 if name in wanted else "the dtype of the bundle"
         raise InputError(f"{path.name}: both operands of the product with {name} must be in {dtype}")

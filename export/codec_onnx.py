@@ -1,11 +1,11 @@
-"""A codec's streaming decoder as ONNX graphs: one for the first latent frame of a clip, one for every next.
+"""A codec's streaming decoder as ONNX graphs: one for the first latent frame of a video, one for each later one.
 
     decode_first   latents -> pixels, state
     decode_next    latents, state -> pixels, state
-    encode         pixels of the first picture -> latents; of the world's codec alone
+    encode         pixels of the first frame -> latents; for the world's codec only
 
-The VAE is diffusers' network and the tiny autoencoder plain convolutions, so torch's exporter traces them; the world's
-codec is a matrix product. Weights go to one file of their own, shared by both graphs.
+torch's exporter traces the Wan VAE and the tiny autoencoder. The world's codec is a matrix product, which is written
+node by node. The graphs share one weight file.
 """
 
 import contextlib
@@ -30,12 +30,16 @@ from cfpp_rt.export.graph_builder import OPSET, GraphBuilder, WeightFile, requir
 from cfpp_rt.world.codec import PatchCodec
 
 CODEC_WEIGHTS = "codec.bin"
-_HELD = 2  # frames that a causal convolution of the Wan VAE looks back
-_SMALL = 1024  # bytes of a constant that stays in the graph
+_PAST_FRAMES = 2  # past frames that a causal convolution of the Wan VAE reads
+_SMALL = 1024  # bytes; smaller constants stay in the graph
 
 
 class _Decode(nn.Module):
-    """One latent frame through the decoder. shapes: of the state; before the clip it is zero."""
+    """Decodes one latent frame, with the decoder's state as inputs and outputs.
+
+    first: whether it is the first of the video, which has no state before it.
+    shapes: shapes of the state's tensors.
+    """
 
     def __init__(self, codec: Codec, first: bool, shapes: Sequence[Sequence[int]]):
         super().__init__()
@@ -45,18 +49,18 @@ class _Decode(nn.Module):
     def forward(self, latents: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         decoder = _decoder(self.codec)
         if not self.first:
-            resume(decoder, state)
+            restore(decoder, state)
         pixels = decoder.decode(latents)
-        return (pixels, *held(decoder, self.shapes, pixels))
+        return (pixels, *state_of(decoder, self.shapes, pixels))
 
 
 def _decoder(codec: Codec) -> Any:
-    """What is traced: of the Wan VAE the library's decoder, whose state is a list of tensors."""
+    """Return the decoder to trace: for the Wan VAE the one of diffusers, whose state is a list of tensors."""
     return codec.library_decoder() if isinstance(codec, WanVAE) else codec.decoder()
 
 
-def resume(decoder: Any, state: Sequence[Tensor]) -> None:
-    """Put a decoder where the state was taken."""
+def restore(decoder: Any, state: Sequence[Tensor]) -> None:
+    """Restore the state of a decoder that `state_of` returned."""
     decoder.first = False
     if isinstance(decoder, LibraryDecoder):
         decoder.state = [*state, *[None] * (len(decoder.state) - len(state))]  # unused slots come last
@@ -64,15 +68,15 @@ def resume(decoder: Any, state: Sequence[Tensor]) -> None:
         decoder.state.update(zip(decoder.stateful_layers, state, strict=True))
 
 
-def held(decoder: Any, shapes: Sequence[Sequence[int]], like: Tensor) -> list[Tensor]:
-    """The state of a decoder as tensors of these shapes, what is not there yet as zeros."""
+def state_of(decoder: Any, shapes: Sequence[Sequence[int]], like: Tensor) -> list[Tensor]:
+    """Return a decoder's state as tensors of these shapes on the device of `like`; a missing part is zeros."""
     if isinstance(decoder, TAEHVDecoder):
         return list(decoder.state.values())
     if not isinstance(decoder, LibraryDecoder):
         return []
     made = []
     for entry, shape in zip(decoder.state, shapes, strict=False):
-        if not torch.is_tensor(entry):  # an upsampler over time that has seen the first latent only
+        if not torch.is_tensor(entry):  # a temporal upsampler has no state after the first latent frame
             made.append(torch.zeros(tuple(shape), dtype=decoder.state[0].dtype, device=like.device))
         else:
             made.append(F.pad(entry, (0, 0, 0, 0, shape[2] - entry.shape[2], 0)))
@@ -80,9 +84,9 @@ def held(decoder: Any, shapes: Sequence[Sequence[int]], like: Tensor) -> list[Te
 
 
 def export_decoder(codec: Codec, sizes: Sizes, folder: Path) -> dict[str, GraphSpec]:
-    """Write decode_first.onnx, decode_next.onnx and their weights; returns their declarations, in the card's form.
+    """Write the codec's graphs and their weights to `folder`; return their specs by name.
 
-    Raises InputError for a codec of other latents, MissingExtraError without onnxscript.
+    Raises InputError for a codec with another number of latent channels, MissingExtraError without onnxscript.
     """
     if codec.latent_channels != sizes.model.out_dim:
         raise InputError(f"codec must have {sizes.model.out_dim} latent channels, got {codec.latent_channels}")
@@ -95,9 +99,9 @@ def export_decoder(codec: Codec, sizes: Sizes, folder: Path) -> dict[str, GraphS
             first = name == DECODERS[0]
             inputs = [TensorSpec("latents", tuple(latents.shape), "float32")]
             inputs += [] if first else [TensorSpec(f"state.{i}", tuple(s), dtype) for i, s in enumerate(shapes)]
-            pictures = 1 if first else codec.temporal_factor
+            frames = 1 if first else codec.temporal_factor
             size = (codec.spatial_factor * side for side in sizes.latent_size)
-            outputs = [TensorSpec("pixels", (sizes.batch, pictures, 3, *size), "float32")]
+            outputs = [TensorSpec("pixels", (sizes.batch, frames, 3, *size), "float32")]
             outputs += [TensorSpec(updated(f"state.{i}"), tuple(shape), dtype) for i, shape in enumerate(shapes)]
             specs[name] = GraphSpec(name, tuple(inputs), tuple(outputs))
             if isinstance(codec, PatchCodec):
@@ -106,7 +110,7 @@ def export_decoder(codec: Codec, sizes: Sizes, folder: Path) -> dict[str, GraphS
                 model = _trace(_Decode(codec, first, shapes).eval(), (latents, *([] if first else state)), specs[name])
                 _move_weights(model, weights)
             (folder / f"{name}.onnx").write_bytes(model.SerializeToString(deterministic=True))
-        if isinstance(codec, PatchCodec):  # so that a bundle of the world can begin with a picture
+        if isinstance(codec, PatchCodec):  # so that a bundle of the world can begin with a given frame
             decoder = specs[DECODERS[0]]
             specs[ENCODER] = GraphSpec(ENCODER, decoder.outputs, decoder.inputs)
             model = _patch_graph(codec, specs[ENCODER], weights)
@@ -115,7 +119,7 @@ def export_decoder(codec: Codec, sizes: Sizes, folder: Path) -> dict[str, GraphS
 
 
 def _patch_graph(codec: PatchCodec, spec: GraphSpec, weights: WeightFile) -> Any:
-    """The world's codec, node by node: a latent is a product away from its patch of 8 x 8 RGB pixels."""
+    """Return the world's codec, node by node: one matrix product maps a patch of 8 x 8 RGB pixels to a latent."""
     graph, tile = GraphBuilder(spec, weights), codec.spatial_factor
     latents = spec.outputs[0] if spec.name == ENCODER else spec.inputs[0]
     batch, frames, _, height, width = latents.shape
@@ -138,28 +142,29 @@ def _patch_graph(codec: PatchCodec, spec: GraphSpec, weights: WeightFile) -> Any
 
 
 def _state_shapes(codec: Codec, latents: Tensor) -> tuple[list[list[int]], str]:
-    """Of a decoder that is under way: by the second latent everything is in place."""
+    """Return shapes and dtype of the decoder's state, which is complete after the second latent frame."""
     decoder = _decoder(codec)
     for _ in range(2):
         decoder.decode(latents)
     entries = getattr(decoder, "state", [])
     tensors = [t for t in (entries.values() if isinstance(entries, dict) else entries) if torch.is_tensor(t)]
     if isinstance(decoder, LibraryDecoder):
-        shapes = [[*t.shape[:2], _HELD, *t.shape[3:]] for t in tensors]
+        shapes = [[*t.shape[:2], _PAST_FRAMES, *t.shape[3:]] for t in tensors]
     else:
         shapes = [list(t.shape) for t in tensors]
     return shapes, str(tensors[0].dtype).removeprefix("torch.") if tensors else "float32"
 
 
 def _trace(module: nn.Module, inputs: tuple[Tensor, ...], spec: GraphSpec) -> Any:
+    """Return the ModelProto that torch's exporter makes of a module, without the paths of this machine."""
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("onnxscript", "onnx", "exporting a codec") from error
     log = logging.getLogger("torch.onnx")
     level = log.level
-    log.setLevel(logging.ERROR)  # of absent packages that have nothing to do with it
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # the exporter tells of its progress
+    log.setLevel(logging.ERROR)  # it warns of unrelated packages that are not installed
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # it prints its progress
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             module,
@@ -176,13 +181,13 @@ def _trace(module: nn.Module, inputs: tuple[Tensor, ...], spec: GraphSpec) -> An
     model.ClearField("metadata_props")
     model.producer_name, model.producer_version = "cfpp-rt", ""
     for part in (model.graph, *model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output):
-        part.ClearField("metadata_props")  # stack traces, with the paths of this machine
+        part.ClearField("metadata_props")  # stack traces with paths
         part.ClearField("doc_string")
     return model
 
 
 def _move_weights(model: Any, weights: WeightFile) -> None:
-    """Take the large constants out of a graph into the weight file, equal ones once."""
+    """Move the large constants of a graph to the weight file, equal ones once."""
     onnx = require_onnx()
     for tensor in model.graph.initializer:
         tensor.ClearField("metadata_props")

@@ -1,4 +1,4 @@
-"""`cfpp convert`: any accepted checkpoint to one safetensors file with its config beside it."""
+"""`cfpp convert`: any accepted checkpoint to one safetensors file, with its config in a .json file beside it."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from cfpp_rt.config import ModelConfig
 from cfpp_rt.errors import InputError
-from cfpp_rt.io.checkpoint import write_atomically
+from cfpp_rt.io.atomic import write_atomically
 from cfpp_rt.model.weights import read_weights
 from cfpp_rt.values import DTYPES
 
@@ -22,9 +22,10 @@ def convert(
     config: ModelConfig | None = None,
     key: str | None = None,
 ) -> tuple[int, ModelConfig]:
-    """Write `target` (.safetensors) and its .json config; returns the number of parameters and the config.
+    """Write `target` (.safetensors) and its .json config; return the number of parameters and the config.
 
-    Neither file appears unless both are whole. Arguments and errors as for `read_weights`.
+    dtype: of the written weights.
+    source, config, key: see `read_weights`, also for errors. Neither file appears unless both are complete.
     """
     target = Path(target)
     if target.suffix != ".safetensors":
@@ -38,9 +39,9 @@ def convert(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="a .pt or .safetensors file, or a Wan2.1 or diffusers directory")
-    parser.add_argument("target", help="the .safetensors file to write; its .json config lands beside it")
+    parser.add_argument("target", help="the .safetensors file to write, with its .json config beside it")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the written weights")
-    parser.add_argument("--config", metavar="JSON", help="model sizes, where the checkpoint does not tell them")
+    parser.add_argument("--config", metavar="JSON", help="model sizes, if the checkpoint does not contain them")
     parser.add_argument("--key", help="entry of a .pt container (default: generator_ema, else generator)")
 
 

@@ -1,7 +1,7 @@
-"""A student to an ONNX bundle: graphs, one shared weight file and the card, whole or not at all.
+"""Exports a student to an ONNX bundle: graphs, one shared weight file and the card, complete or not at all.
 
-The graphs are written node by node (`graphs.py`), so no tracer decides what is in them, the same student gives the same
-bytes, and the memory that it takes is that of the model.
+The transformer's graphs are written node by node (`transformer_onnx`). So no tracer decides what they contain, the same
+student gives the same bytes, and the export needs little memory besides the model.
 """
 
 import dataclasses
@@ -16,19 +16,20 @@ from cfpp_rt.config import RolloutConfig
 from cfpp_rt.core.frame_ring import slots_for
 from cfpp_rt.core.schedule import FlowMatchSchedule
 from cfpp_rt.errors import InputError
-from cfpp_rt.export.bundle import LINEAR_DTYPES, WEIGHTS, Card, new_folder, steps_of, write_card
+from cfpp_rt.export.bundle import WEIGHTS, Card, index_steps, require_linear_dtype, write_card
 from cfpp_rt.export.check_onnx import check_graph
 from cfpp_rt.export.codec_onnx import export_decoder
 from cfpp_rt.export.contract import Sizes
 from cfpp_rt.export.graph_builder import OPSET, WeightFile, require_onnx
 from cfpp_rt.export.transformer_onnx import build_graph
+from cfpp_rt.io.atomic import new_folder
 from cfpp_rt.model.transformer import CausalWanTransformer
 from cfpp_rt.runtime.rollout import PREFILL_TIMESTEP
 
 
 def make_card(
     model: CausalWanTransformer,
-    rollout: RolloutConfig,
+    config: RolloutConfig,
     *,
     latent_size: tuple[int, int],
     latent_frames: int | None,
@@ -36,34 +37,31 @@ def make_card(
     linear_dtype: str | None = None,
     about: dict[str, Any] | None = None,
 ) -> Card:
-    """The card of a student before it is exported. Arguments and errors as for `export_onnx`."""
-    if rollout.kv_dtype is not None:
-        raise InputError(f"kv_dtype must be None: graphs keep the cache in the model's dtype, got {rollout.kv_dtype!r}")
-    if linear_dtype not in (None, *LINEAR_DTYPES):
-        raise InputError(f"linear_dtype must be None or {', '.join(LINEAR_DTYPES)}, got {linear_dtype!r}")
-    block = rollout.frames_per_block
-    if rollout.window is not None and (rollout.window - rollout.sinks) % block:
+    """Return the card of a student before its export. Arguments and errors: see `export_onnx`."""
+    if config.kv_dtype is not None:
+        raise InputError(f"kv_dtype must be None: graphs keep the cache in the model's dtype, got {config.kv_dtype!r}")
+    require_linear_dtype(linear_dtype)
+    n = config.frames_per_block
+    if config.window is not None and (config.window - config.sinks) % n:
         raise InputError(
-            f"window must be the sinks and whole blocks of {block} frames, so that a full ring is what is seen,"
-            f" got window={rollout.window} and sinks={rollout.sinks}"
+            f"window must be the sinks and whole blocks of {n} frames, so that a full ring is what is seen,"
+            f" got window={config.window} and sinks={config.sinks}"
         )
-    if latent_frames is not None and (latent_frames < 1 or latent_frames % block):
-        raise InputError(
-            f"latent_frames must be a multiple >= {block} of frames_per_block={block}, got {latent_frames}"
-        )
-    if rollout.window is not None:
-        latent_frames = None  # the ring is of the window's size, whatever the length of the video
-    sinks, ring = slots_for(rollout.replace(refresh="separate"), latent_frames)  # no graph needs the spare slot
-    schedule = FlowMatchSchedule(rollout.shift)
-    lists = [schedule.warp(steps) for steps in (rollout.steps, rollout.first_steps or rollout.steps)]
-    context = float(rollout.context_noise)
+    if latent_frames is not None and (latent_frames < 1 or latent_frames % n):
+        raise InputError(f"latent_frames must be a multiple >= {n} of frames_per_block={n}, got {latent_frames}")
+    if config.window is not None:
+        latent_frames = None  # the ring has the size of the window, whatever the length of the video
+    sinks, ring = slots_for(config.replace(refresh="separate"), latent_frames)  # no graph needs the spare slot
+    schedule = FlowMatchSchedule(config.shift)
+    lists = [schedule.warp(steps) for steps in (config.steps, config.first_steps or config.steps)]
+    context = float(config.context_noise)
     known = sorted({context, PREFILL_TIMESTEP, *lists[0].tolist(), *lists[1].tolist()}, reverse=True)
-    steps, first_steps = (steps_of(t.tolist(), schedule.sigma(t).tolist(), known) for t in lists)
+    steps, first_steps = (index_steps(t.tolist(), schedule.sigma(t).tolist(), known) for t in lists)
     dtype = str(model.dtype).removeprefix("torch.")
     return Card(
-        sizes=Sizes(model.config, batch, latent_size, block, sinks, ring, len(known), dtype),
-        rollout=rollout,
-        frames=latent_frames,
+        sizes=Sizes(model.config, batch, latent_size, n, sinks, ring, len(known), dtype),
+        config=config,
+        latent_frames=latent_frames,
         timesteps=tuple(known),
         steps=steps,
         first_steps=first_steps,
@@ -78,7 +76,7 @@ def make_card(
 
 def export_onnx(
     model: CausalWanTransformer,
-    rollout: RolloutConfig,
+    config: RolloutConfig,
     folder: str | Path,
     *,
     latent_size: tuple[int, int],
@@ -88,12 +86,14 @@ def export_onnx(
     codec: Codec | None = None,
     about: dict[str, Any] | None = None,
 ) -> Card:
-    """Write a bundle of the network's graphs in the model's dtype to a new folder; returns its card.
+    """Write a bundle of the model's graphs, in the model's dtype, to a new folder; return its card.
 
-    latent_size: (h, w). latent_frames: length of a video without a window, which the cache must hold; not used with
-    one. batch: rows made together. linear_dtype: "float8_e4m3" for the linear layers of the blocks in 8 bits. codec:
-    its streaming decoder becomes part of the bundle, in its own dtype. about: what the card is to say of the student
-    besides.
+    latent_size: (h, w).
+    latent_frames: latent frames of the longest video, for which the cache has room. Not used with a window.
+    batch: videos made together.
+    linear_dtype: "float8_e4m3" for the linear layers of the blocks in 8 bits; None = the model's dtype.
+    codec: its streaming decoder becomes part of the bundle, in its own dtype.
+    about: further entries of the card about the student.
 
     Raises InputError for a folder that exists, settings that the graphs do not cover and a full disk, and
     MissingExtraError without the onnx package.
@@ -102,7 +102,7 @@ def export_onnx(
     about = {**(about or {}), "versions": {"cfpp_rt": version("cfpp-rt"), "onnx": onnx.__version__, "opset": OPSET}}
     card = make_card(
         model,
-        rollout,
+        config,
         latent_size=latent_size,
         latent_frames=latent_frames,
         batch=batch,

@@ -1,4 +1,4 @@
-"""A graph in standard ONNX operators, node by node, with its weights in a file that several graphs share."""
+"""Builds ONNX graphs of standard operators node by node, with weights in a file that several graphs share."""
 
 import importlib
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from cfpp_rt.export.contract import GraphSpec, TensorSpec
 from cfpp_rt.values import DTYPES, KV_DTYPES
 
 OPSET, IR_VERSION = 24, 12  # the first opset with TensorScatter
-_PAGE = 4096  # weights of a page or more begin on a page, so that they can be mapped instead of read
+_PAGE = 4096  # weights of a page or more begin on a page boundary, so that they can be mapped instead of read
 
 
 def require_onnx() -> Any:
-    """The onnx package. Raises MissingExtraError where it is absent."""
+    """Return the onnx package. Raises MissingExtraError where it is absent."""
     try:
         return importlib.import_module("onnx")
     except ImportError as error:
@@ -26,17 +26,20 @@ def require_onnx() -> Any:
 
 
 def onnx_type(dtype: str) -> int:
-    """The ONNX element type of a contract's dtype."""
+    """Return the ONNX element type of a contract's dtype."""
     name = {"float32": "FLOAT", "float8_e4m3": "FLOAT8E4M3FN"}.get(dtype, dtype.upper())
     return int(require_onnx().TensorProto.DataType.Value(name))
 
 
 class WeightFile:
-    """Raw little-endian tensors, one after the other, each under a name; a name is written once."""
+    """A file of raw little-endian tensors, one after the other. Each has a name, and a name is written once.
+
+    dtype: that of tensors which are added without one.
+    """
 
     def __init__(self, path: Path, dtype: str):
         self.dtype, self.path = dtype, path
-        self.placed: dict[str, tuple[int, int, list[int], str]] = {}  # name to offset, bytes, shape, dtype
+        self.placed: dict[str, tuple[int, int, list[int], str]] = {}  # name -> offset, bytes, shape, dtype
         self._file = path.open("wb")
 
     def __enter__(self) -> "WeightFile":
@@ -48,7 +51,7 @@ class WeightFile:
         self._file.close()
 
     def add(self, name: str, tensor: Tensor, dtype: str | None = None) -> None:
-        """Write `tensor` in `dtype` (default: that of the file), unless the name is there already."""
+        """Write `tensor` in `dtype` (default: that of the file), unless the name has been written already."""
         if name in self.placed:
             return
         dtype = dtype or self.dtype
@@ -57,7 +60,7 @@ class WeightFile:
         self.placed[name] = (self._append(data), len(data), list(tensor.shape), dtype)
 
     def add_bytes(self, name: str, data: bytes) -> int:
-        """Write `data` as it is, unless the name is there already; returns where it lies."""
+        """Write bytes, unless the name has been written already; return their offset."""
         if name not in self.placed:
             self.placed[name] = (self._append(data), len(data), [], "")
         return self.placed[name][0]
@@ -73,7 +76,7 @@ class WeightFile:
 
 
 class GraphBuilder:
-    """Collects the nodes of one graph. Values are known by their names; `scope` is what new names begin with."""
+    """Collects the nodes of one graph. A value is identified by its name; generated names begin with `scope`."""
 
     def __init__(self, spec: GraphSpec, weights: WeightFile):
         self.onnx = require_onnx()
@@ -82,20 +85,21 @@ class GraphBuilder:
         self._initializers: dict[str, Any] = {}
 
     def op(self, kind: str, *inputs: str, name: str | None = None, **attributes: Any) -> str:
-        """Append a node of one output; returns the output's name. An empty input name is an input left out."""
+        """Append a node with one output; return the output's name. An empty input name leaves that input out."""
         return self.ops(kind, *inputs, names=[name or f"{self.scope}.{kind}_{len(self._nodes)}"], **attributes)[0]
 
     def ops(self, kind: str, *inputs: str, names: Sequence[str], **attributes: Any) -> list[str]:
-        """Append a node with an output for each of `names`."""
+        """Append a node with an output for each of `names`; return the names."""
         self._nodes.append(self.onnx.helper.make_node(kind, inputs, names, name=names[0], **attributes))
         return list(names)
 
     def split(self, value: str, parts: int, axis: int) -> list[str]:
+        """Append a node that splits a value into equal parts; return their names."""
         names = [f"{self.scope}.Split_{len(self._nodes)}.{part}" for part in range(parts)]
         return self.ops("Split", value, names=names, axis=axis, num_outputs=parts)
 
     def cast(self, value: str, dtype: str, name: str | None = None) -> str:
-        """Convert from what the network computes in, or between it and float32; nothing where it is the same."""
+        """Convert between float32 and the dtype of the weights; no node where they are the same."""
         if dtype == self.weights.dtype == "float32":
             return self.op("Identity", value, name=name) if name else value
         return self.op("Cast", value, name=name, to=onnx_type(dtype))
@@ -107,7 +111,7 @@ class GraphBuilder:
         return self.op("Expand", value, self.integers(shape))
 
     def integers(self, values: Sequence[int]) -> str:
-        """A constant int64 vector, one for all nodes that need these values."""
+        """Return a constant int64 vector, shared by all nodes that need these values."""
         name = "int64." + "_".join(map(str, values))
         if name not in self._initializers:
             tensor = self.onnx.helper.make_tensor(name, onnx_type("int64"), [len(values)], list(values))
@@ -115,12 +119,12 @@ class GraphBuilder:
         return name
 
     def weight(self, name: str, tensor: Tensor, dtype: str | None = None) -> str:
-        """A constant kept in the weight file."""
+        """Write a constant to the weight file, unless it is there already, and return its name."""
         self.weights.add(name, tensor, dtype)
-        return self.kept(name)
+        return self.stored(name)
 
-    def kept(self, name: str) -> str:
-        """A constant that is in the weight file already."""
+    def stored(self, name: str) -> str:
+        """Declare a constant of the weight file in this graph and return its name."""
         if name not in self._initializers:
             offset, length, shape, dtype = self.weights.placed[name]
             made = self.onnx.TensorProto(name=name, data_type=onnx_type(dtype), dims=shape)
@@ -131,7 +135,7 @@ class GraphBuilder:
         return name
 
     def model(self) -> Any:
-        """The finished ModelProto, with inputs and outputs as the contract declares them."""
+        """Return the finished ModelProto, with inputs and outputs as the contract declares them."""
         helper = self.onnx.helper
 
         def infos(tensors: Sequence[TensorSpec]) -> list[Any]:

@@ -1,33 +1,31 @@
-"""The passes of the contract in PyTorch, on the same inputs as the graphs: what the verifier compares them with."""
+"""The graphs of the contract computed in PyTorch, on the same inputs: the oracle of the parity gate."""
 
-from typing import Any
+import copy
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from cfpp_rt.cache import CacheShape, KVCache
-from cfpp_rt.core.camera import Projections
 from cfpp_rt.core.frame_ring import FrameRing
 from cfpp_rt.export.bundle import Card
 from cfpp_rt.export.contract import GraphSpec, caches_of_layer, text_names, updated
+from cfpp_rt.export.runner import Array
 from cfpp_rt.model.attention import AttentionMetadata, CameraMetadata
+from cfpp_rt.model.projections import Projections
 from cfpp_rt.model.transformer import CausalWanTransformer, LayerText, TimeEmbedding
 from cfpp_rt.ops.token_ranges import TokenRanges
 
-Array = NDArray[Any]
-
 
 def fixed_inputs(card: Card, spec: GraphSpec, seed: int = 0) -> dict[str, Array]:
-    """Inputs of a graph that exercise it: normal numbers, the last slot written, and less than everything seen."""
-    random, sizes = np.random.default_rng(seed), card.sizes
+    """Return inputs that exercise a graph: normal numbers, a write to the last slot, a mask that hides some slots."""
+    random, sizes, n = np.random.default_rng(seed), card.sizes, card.sizes.frames_per_block
     inputs: dict[str, Array] = {}
     for tensor in spec.inputs:
         if tensor.name == "visible":
             value = np.ones(tensor.shape, bool)
-            value[0, -sizes.block :] = False  # the finished block does not see the noisy one
-            value[1, : sizes.block] = sizes.slots == sizes.block  # which sees all but the oldest
+            value[0, -n:] = False  # the finished block does not see the noisy one
+            value[1, :n] = sizes.slots == n  # the noisy block sees all but the oldest
         elif tensor.name in ("write_index", "valid"):
             value = np.full(tensor.shape, tensor.high, np.int64)
         elif tensor.name == "projections":
@@ -37,7 +35,7 @@ def fixed_inputs(card: Card, spec: GraphSpec, seed: int = 0) -> dict[str, Array]
             value = random.integers(tensor.low, tensor.high + 1, tensor.shape)
         else:
             value = random.standard_normal(tensor.shape, dtype=np.float32)
-            if tensor.name == "modulation":  # the runtime has rows, without the 1, in the dtype of the model
+            if tensor.name == "modulation":  # the model keeps these rows without the 1, in its own dtype
                 value = (0.3 * value).astype(sizes.dtype).astype(np.float32)
                 value[:, :, _factor_rows(sizes.model.num_layers)] += 1
             value = value.astype(tensor.dtype)
@@ -48,7 +46,7 @@ def fixed_inputs(card: Card, spec: GraphSpec, seed: int = 0) -> dict[str, Array]
 def run_in_torch(
     model: CausalWanTransformer, card: Card, spec: GraphSpec, inputs: dict[str, Array]
 ) -> dict[str, Array]:
-    """Every output of the graph, float64 or in the model's dtype, from the runtime's own network."""
+    """Return every output of the graph, in the model's dtype, computed by the runtime's own network."""
     with torch.inference_mode():
         if spec.name == "embed_time":
             made = {"modulation": _modulation(model, card, inputs)}
@@ -61,13 +59,13 @@ def run_in_torch(
 
 
 def _factor_rows(layers: int) -> list[int]:
-    """Rows of `modulation` that hold 1 + scale."""
+    """Return the rows of `modulation` that are 1 + scale."""
     return [row for row in range(6 * layers) if row % 6 in (1, 4)] + [6 * layers + 1]
 
 
 def _modulation(model: CausalWanTransformer, card: Card, inputs: dict[str, Array]) -> Tensor:
     sizes = card.sizes
-    timestep = torch.tensor([card.timesteps[int(inputs["timestep"][0])]] * sizes.block)
+    timestep = torch.tensor([card.timesteps[int(inputs["timestep"][0])]] * sizes.frames_per_block)
     actions = torch.from_numpy(inputs["actions"]) if "actions" in inputs else None
     time = model.embed_time(timestep, actions)
     blocks = time.blocks.expand(-1, sizes.batch, -1, -1, -1).movedim(0, 2).flatten(2, 3)
@@ -77,33 +75,33 @@ def _modulation(model: CausalWanTransformer, card: Card, inputs: dict[str, Array
 
 
 def _pass(model: CausalWanTransformer, card: Card, spec: GraphSpec, inputs: dict[str, Array]) -> dict[str, Tensor]:
-    sizes, layers = card.sizes, model.config.num_layers
+    sizes, layers, n = card.sizes, model.config.num_layers, card.sizes.frames_per_block
     fused = spec.name == "fused"
-    # The noisy block of a fused pass is written too, behind the graph's slots: the runtime's pass knows no other way.
-    slots = sizes.slots + (sizes.block if fused else 0)
+    # The model's forward writes every block. So the noisy block of a fused pass gets slots behind those of the graph.
+    slots = sizes.slots + (n if fused else 0)
     shape = CacheShape.of(model.config, sizes.batch, slots, sizes.tokens, camera=model.config.camera)
-    cache = KVCache(shape, FrameRing(0, slots, sizes.block), model.dtype, "cpu")
+    cache = KVCache(shape, FrameRing(0, slots, n), model.dtype, "cpu")
     length = sizes.slots * sizes.tokens
-    held = {}  # name to the part of the cache that the graph has as well
+    caches = {}  # name -> the slots that the graph has too
     for layer in range(layers):
         parts = [*cache.data[layer], *(() if cache.camera_data is None else cache.camera_data[layer])]
         for name, part in zip(caches_of_layer(model.config, layer), parts, strict=True):
-            held[name] = part[:, :, :length]
-            held[name].copy_(torch.from_numpy(inputs[name]))
+            caches[name] = part[:, :, :length]
+            caches[name].copy_(torch.from_numpy(inputs[name]))
     write = torch.from_numpy(inputs["write_index"]).to(torch.int32)[:, None]
     if fused:
         write = torch.cat([write, torch.full_like(write, length)], dim=1)
-        seen = [[(i * sizes.tokens, (i + 1) * sizes.tokens) for i in np.flatnonzero(row)] for row in inputs["visible"]]
+        visible = [[(i * sizes.tokens, (i + 1) * sizes.tokens) for i in np.flatnonzero(r)] for r in inputs["visible"]]
     else:
-        seen = [[(0, int(inputs["valid"][0]) if "valid" in inputs else length)]]
+        visible = [[(0, int(inputs["valid"][0]) if "valid" in inputs else length)]]
     space = model.rotary_tables(*sizes.latent_size)
-    place = AttentionMetadata(
+    attn = AttentionMetadata(
         write_index=write,
-        ranges=TokenRanges.of(seen, capacity=slots * sizes.tokens, batch=sizes.batch, device="cpu"),
+        ranges=TokenRanges.of(visible, capacity=slots * sizes.tokens, batch=sizes.batch, device="cpu"),
         rope_time=torch.from_numpy(inputs["rope_time"])[None].expand(sizes.batch, -1, -1, -1).contiguous(),
         rope_rows=space.rows,
         rope_columns=space.columns,
-        camera=_cameras(inputs, write // sizes.tokens, sizes.block),
+        camera=_cameras(inputs, write // sizes.tokens, n),
     )
     rows = torch.from_numpy(inputs["modulation"].copy())
     rows[:, :, _factor_rows(layers)] -= 1
@@ -115,19 +113,19 @@ def _pass(model: CausalWanTransformer, card: Card, spec: GraphSpec, inputs: dict
         time,
         _text(model, inputs),
         cache,
-        place,
+        attn,
         num_outputs=0 if spec.name == "refresh" else 1,
     )
     made = {} if velocity is None else {"velocity": velocity}
-    return {**made, **{updated(name): part for name, part in held.items()}}
+    return {**made, **{updated(name): part for name, part in caches.items()}}
 
 
-def _cameras(inputs: dict[str, Array], slots: Tensor, block: int) -> CameraMetadata | None:
-    """slots: first slot of each block of the pass, [B, G]."""
+def _cameras(inputs: dict[str, Array], slots: Tensor, frames_per_block: int) -> CameraMetadata | None:
+    """slots: [B, G]. The first slot of each block of the pass."""
     if "projections" not in inputs:
         return None
     matrices, inverses = torch.from_numpy(inputs["projections"]).unbind(2)
-    of_frames = (slots[0, :, None] + torch.arange(block)).flatten().long()
+    of_frames = (slots[0, :, None] + torch.arange(frames_per_block)).flatten().long()
     return CameraMetadata(Projections(matrices.contiguous(), inverses.contiguous()), of_frames)
 
 
@@ -137,3 +135,32 @@ def _text(model: CausalWanTransformer, inputs: dict[str, Array]) -> list[LayerTe
     names = iter(text_names(model.config.num_layers))
     read = [torch.from_numpy(inputs[name]).to(model.dtype) if name in inputs else None for name in names]
     return [(k, v) if k is not None and v is not None else None for k, v in zip(read[::2], read[1::2], strict=True)]
+
+
+def with_plain_attention(model: CausalWanTransformer) -> CausalWanTransformer:
+    """Return a copy of the model whose attention is plain PyTorch in the model's dtype: the measure of half precision.
+
+    The runtime's attention keeps scores and weights in float32. onnxruntime's on the CPU rounds them to the dtype, as
+    `_attention` does, with the same error; for a student with sharp attention it is several times that of the runtime.
+    """
+    model = copy.deepcopy(model)
+    for block in model.blocks:
+        block.self_attn.attend_to = _attention_to_ranges  # type: ignore[method-assign]
+        if block.cross_attn is not None:
+            block.cross_attn.attend_to = _attention  # type: ignore[method-assign]
+    return model
+
+
+def _attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention of q [B, H, S, D], rounded after every step."""
+    scores = (q @ keys.mT) * q.shape[-1] ** -0.5
+    return scores.softmax(dim=-1) @ values
+
+
+def _attention_to_ranges(q: Tensor, keys: Tensor, values: Tensor, ranges: TokenRanges) -> Tensor:
+    assert ranges.host is not None  # the model is on the CPU
+    groups = []
+    for rows, spans in zip(q.chunk(len(ranges), dim=2), ranges.host, strict=True):
+        visible = [torch.cat([cache[:, :, first:last] for first, last in spans], dim=2) for cache in (keys, values)]
+        groups.append(_attention(rows, *visible))
+    return torch.cat(groups, dim=2).transpose(1, 2).flatten(2)

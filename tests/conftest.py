@@ -2,6 +2,10 @@ import json
 import os
 from pathlib import Path
 
+# OpenMP reads these when torch loads it. The networks of the tests are tiny: more threads would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 from safetensors.torch import load_file

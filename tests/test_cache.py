@@ -20,14 +20,14 @@ SHAPES = st.tuples(st.integers(1, 4), st.integers(0, 3), st.integers(1, 5), st.i
 
 @settings(max_examples=200, deadline=None)
 @given(shape=SHAPES, refresh=st.sampled_from(["fused", "separate", "skip"]))
-def test_ring_equals_a_list_that_forgets_nothing(shape, refresh):
-    """Every block's queries find exactly the frames that a list of all frames ever written would give them."""
+def test_ring_equals_a_list_of_all_frames(shape, refresh):
+    """The queries of every block find exactly the frames that a list of all frames would give."""
     block, sink_blocks, ring_blocks, ragged, blocks = shape
     sinks = sink_blocks * block
     window = sinks + ring_blocks * block + ragged
     rollout = RolloutConfig(frames_per_block=block, window=window, sinks=sinks, refresh=refresh)
     ring = ring_for(rollout, None)
-    slots: list = [None] * ring.capacity  # what the cache memory really holds
+    slots: list = [None] * ring.capacity  # what the memory of the cache stores
     written: list[int] = []
     for start in range(0, blocks * block, block):
         first = ring.write(start)
@@ -36,7 +36,7 @@ def test_ring_equals_a_list_that_forgets_nothing(shape, refresh):
         written += range(start, start + block)
         ends = [start + block]
         if refresh == "fused" and start:
-            ends.append(start)  # the clean queries of the block before, in the same pass
+            ends.append(start)  # the clean queries of the previous block, in the same pass
         for end in ends:
             wanted = {f for f in written if f < end and (f < sinks or f >= end - (window - sinks))}
             runs = ring.runs(ring.visible(end, window))
@@ -57,20 +57,20 @@ def test_without_window_everything_stays_in_order(block, blocks):
 
 
 def test_ring_refuses_gaps_lost_frames_and_ragged_blocks():
-    ring = FrameRing(sinks=0, ring=4, block=2)
+    ring = FrameRing(sinks=0, ring=4, frames_per_block=2)
     with pytest.raises(InputError, match=r"next one \(0\)"):
         ring.write(2)
     for start in (0, 2, 4):
         ring.write(start)
-    assert ring.write(2) == 2, "a held block may be rewritten"
-    with pytest.raises(InputError, match="held block, got 0"):
+    assert ring.write(2) == 2, "a stored block may be rewritten"
+    with pytest.raises(InputError, match="stored block, got 0"):
         ring.write(0)
     with pytest.raises(InputError, match="got 5"):
         ring.write(5)
     with pytest.raises(InputError, match=r"missing \[0, 1\]"):
         ring.visible(4, None)
     with pytest.raises(InputError, match="multiples of the block of 2"):
-        FrameRing(sinks=1, ring=4, block=2)
+        FrameRing(sinks=1, ring=4, frames_per_block=2)
 
 
 def test_a_short_rollout_allocates_no_more_than_its_frames():
@@ -83,7 +83,7 @@ def test_a_short_rollout_allocates_no_more_than_its_frames():
 
 
 def test_cache_views_share_one_allocation():
-    ring = FrameRing(sinks=1, ring=2, block=1)
+    ring = FrameRing(sinks=1, ring=2, frames_per_block=1)
     cache = KVCache(CacheShape(2, 1, 3, 3, 4, 8), ring, torch.float32, "cpu")
     assert cache.keys(1).shape == (1, 3, 12, 8)
     cache.values(1).fill_(7)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from cfpp_rt.core.schedule import FlowMatchSchedule
 from cfpp_rt.distill import masks
 from cfpp_rt.errors import CheckpointError, InputError, OutOfMemoryError
 from cfpp_rt.export.convert import convert
+from cfpp_rt.model.projections import Projections
 from cfpp_rt.model.transformer import add_camera_branch, random_model
 from cfpp_rt.model.weights import build_model, infer_config, load_model
 from cfpp_rt.random_weights import random_pipeline, random_prompt_embeds
@@ -135,7 +137,7 @@ def test_the_last_camera_stands_still(model):
     moved = roll(model, one, TWO_STEPS, 6)
     next(moved)
     moved.set_cameras(path("w*1").at([1]))
-    standing = Cameras.of(torch.cat([still.views[0, :2], path("w*1").views[0, 1:].expand(4, 4, 4)]), (0.6, 0.9))
+    standing = Cameras.of(np.concatenate([still.views[0, :2], *[path("w*1").views[0, 1:]] * 4]), (0.6, 0.9))
     wanted = latents_of(roll(model, standing, TWO_STEPS, 6))[:, 2:]
     torch.testing.assert_close(latents_of(moved), wanted, rtol=0, atol=2e-5)
     assert not torch.allclose(wanted, latents_of(roll(model, one, TWO_STEPS, 6))[:, 2:], atol=1e-3)
@@ -174,9 +176,9 @@ def test_cached_rollout_equals_full_recompute_and_bfloat16_errs_no_more_than_pla
 
 def camera_matrices(cameras):
     """P = K V, the textbook way."""
-    lens = torch.eye(4, dtype=torch.float64).expand(*cameras.views.shape).clone()
-    lens[..., 0, 0], lens[..., 1, 1] = cameras.focal.unbind(-1)
-    return lens @ cameras.views
+    lens = np.tile(np.eye(4), (*cameras.views.shape[:2], 1, 1))
+    lens[..., 0, 0], lens[..., 1, 1] = cameras.focal[..., 0], cameras.focal[..., 1]
+    return torch.from_numpy(lens @ cameras.views)
 
 
 def test_masked_forward_equals_the_plain_model(model, weights, config, vectors):
@@ -204,7 +206,7 @@ def test_masked_forward_equals_the_plain_model(model, weights, config, vectors):
         None,
         tables.sequence(range(6)),
         lambda layer: attend,
-        cameras=cameras.projections(),
+        cameras=Projections.of(cameras),
     )
     assert_close_max(found, wanted, 2e-5, "velocity")
 
@@ -221,7 +223,7 @@ def test_only_the_motion_between_frames_counts(model):
 
 def test_rows_have_cameras_of_their_own(model):
     paths = [path("w*5"), path("l*5", (0.5, 0.5))]
-    both = Cameras(*(torch.cat(parts) for parts in zip(*((p.views, p.focal) for p in paths), strict=True)))
+    both = Cameras(*(np.concatenate(parts) for parts in zip(*((p.views, p.focal) for p in paths), strict=True)))
     embeds = torch.ones(2, model.config.text_len, model.config.text_dim)
     together = latents_of(roll(model, both, TWO_STEPS, 6, batch=2, embeds=embeds))
     for row, alone in enumerate(paths):
@@ -278,7 +280,7 @@ def test_the_second_cache_is_there_with_cameras_only(model, monkeypatch):
     assert seen.cache.nbytes == shape.bytes(torch.float32)
     monkeypatch.setattr("cfpp_rt.cache.available_bytes", lambda device: (256 << 20) + without.cache.nbytes + 1)
     roll(model, None, TWO_STEPS, None)
-    with pytest.raises(OutOfMemoryError, match="KV cache of 8 frames.*a smaller picture or batch"):
+    with pytest.raises(OutOfMemoryError, match="KV cache of 8 frames.*a smaller frame size or batch"):
         roll(model, path("w*1"), TWO_STEPS, None)
 
 
@@ -298,7 +300,7 @@ def test_bad_cameras_are_named(model, cameras, changes, message):
 def test_refused_moves_change_nothing(model):
     cameras = path("w*5")
     rollout = roll(model, cameras, TWO_STEPS, 6)
-    two = Cameras(cameras.views.expand(2, -1, -1, -1), cameras.focal.expand(2, -1, -1))
+    two = cameras.rows(2)
     with pytest.raises(InputError, match="cameras must be of 1 video or of 1, got 2"):
         rollout.set_cameras(two)
     assert torch.equal(latents_of(rollout), latents_of(roll(model, cameras, TWO_STEPS, 6)))
@@ -314,7 +316,7 @@ def test_cameras_for_a_model_without_the_branch_are_refused():
         roll(plain, path("w*5"), TWO_STEPS, 6)
 
 
-def test_the_branch_is_told_by_the_tensors(tmp_path, weights, config):
+def test_the_branch_is_reported_by_the_tensors(tmp_path, weights, config):
     """Public config files do not know of it; what has half of it is refused by name."""
     save_file(weights, tmp_path / "camera.safetensors")
     (tmp_path / "camera.json").write_text(json.dumps(META["config"]))

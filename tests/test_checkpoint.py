@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import save_file
 
 from cfpp_rt.errors import CheckpointError, InputError
-from cfpp_rt.io.checkpoint import read_sharded, read_tensors, require_exact, write_atomically
+from cfpp_rt.io.atomic import write_atomically
+from cfpp_rt.io.checkpoint import read_sharded, read_tensors, require_exact
 
 
 class Malicious:
-    """Unpickled carelessly, it makes a file."""
+    """An object that creates a file when it is unpickled without checks."""
 
     def __init__(self, trace: Path):
         self.trace = trace
@@ -50,7 +51,7 @@ def test_reads_the_old_pickle_format_and_nested_containers(tmp_path, state):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_refuses_a_pickle_that_wants_to_run_code(tmp_path, zipped):
+def test_refuses_a_pickle_that_would_run_code(tmp_path, zipped):
     trace = tmp_path / "trace"
     path = tmp_path / "evil.pt"
     torch.save({"a": Malicious(trace)}, path, _use_new_zipfile_serialization=zipped)
@@ -85,9 +86,9 @@ def test_truncated_files_are_named(tmp_path, state, kind):
         save_file(state, path)
     else:
         torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
-    whole = path.read_bytes()
-    for length in (1, 3, 9, 100, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:length])
+    complete = path.read_bytes()
+    for length in (1, 3, 9, 100, len(complete) // 2, len(complete) - 1):
+        path.write_bytes(complete[:length])
         with pytest.raises(CheckpointError) as error:
             read_tensors(path)
         assert one_line(error).startswith(f"{path}: truncated or not a")

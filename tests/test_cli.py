@@ -67,7 +67,7 @@ def test_every_student(files, tmp_path, student, frames):
     assert len(read_back(tmp_path / "out.mp4")[0]) == frames
 
 
-def test_a_real_photograph_is_the_first_picture(files, tmp_path):
+def test_a_real_photograph_is_the_first_frame(files, tmp_path):
     """Image-to-video: the photograph goes through the encoder, opens the video, and changes what follows."""
     datasets = pytest.importorskip("sklearn.datasets")
     from PIL import Image
@@ -179,7 +179,7 @@ def test_a_stopped_command_leaves_nothing(files, tmp_path, signal_name):
     assert "Traceback" not in stderr and not list(tmp_path.iterdir())
 
 
-def test_png_pictures(files, tmp_path):
+def test_png_frames(files, tmp_path):
     assert main(command(files, tmp_path / "pictures", "--quiet", frames=5)) == 0
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 5
 
@@ -219,7 +219,7 @@ def fault(capsys, arguments):
         (["--output", ""], "--output must name a file"),
         (["--output", "film.avi"], "the suffix must be one of"),
         (["--output", "x" * 300 + ".mp4"], "cannot be written"),
-        (["--image", ""], "no such file|not a picture"),
+        (["--image", ""], "no such file|not an image"),
         (["--student", "chunkwise-4step", "--image", "x.jpg"], "--image is one latent frame, student chunkwise-4step"),
         (["--sinks", "3"], "sinks need a window"),
         (["--kv-dtype", "int8"], "--kv-dtype.*invalid choice: 'int8'"),
@@ -327,4 +327,4 @@ def test_a_missing_extra_is_named_with_its_command(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "pip install 'cfpp-rt[wan]'" in done.stderr
+    assert "pip install 'cfpp-rt[video]'" in done.stderr

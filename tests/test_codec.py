@@ -60,7 +60,7 @@ def test_encode_agrees_with_the_reference(codec, vectors, pixels):
 
 
 @pytest.mark.parametrize("sizes", [[1, 1, 1, 1], [1, 3], [2, 2]])
-def test_streaming_decode_is_the_whole_clip(codec, vectors, sizes):
+def test_streaming_decode_equals_decoding_the_clip_at_once(codec, vectors, sizes):
     decoder = codec.decoder()
     parts = [decoder.decode(latent) for latent in vectors["vae.latent"].split(sizes, dim=1)]
     assert [part.shape[1] for part in parts] == [4 * sizes[0] - 3] + [4 * size for size in sizes[1:]]
@@ -70,7 +70,7 @@ def test_streaming_decode_is_the_whole_clip(codec, vectors, sizes):
 
 
 @pytest.mark.parametrize("sizes", [[1, 4, 4, 4], [5, 8]])
-def test_streaming_encode_is_the_whole_clip(codec, vectors, pixels, sizes):
+def test_streaming_encode_equals_encoding_the_clip_at_once(codec, vectors, pixels, sizes):
     encoder = codec.encoder()
     streamed = torch.cat([encoder.encode(part) for part in pixels.split(sizes, dim=1)], dim=1)
     assert difference(streamed, vectors["vae.encoded"]) < 1e-4
@@ -151,7 +151,7 @@ def test_wrong_inputs(codec, vectors, pixels):
             codec.encode(bad)
     encoder = codec.encoder()
     encoder.encode(pixels[:, :1])
-    with pytest.raises(InputError, match=r"must have 4 \* k pictures, got 1"):
+    with pytest.raises(InputError, match=r"must have 4 \* k frames, got 1"):
         encoder.encode(pixels[:, :1])
 
 

@@ -12,7 +12,7 @@ from cfpp_rt.config import PRESETS, ModelConfig, RolloutConfig
 from cfpp_rt.core.camera import Cameras, parse_trajectory
 from cfpp_rt.errors import InputError, NonFiniteError, OutOfMemoryError
 from cfpp_rt.model.transformer import random_model
-from cfpp_rt.ops._library import kernels
+from cfpp_rt.ops._library import compiled_module
 from cfpp_rt.random_weights import random_pipeline
 from cfpp_rt.runtime.cuda_graphs import CudaGraphCache
 from cfpp_rt.runtime.rollout import Rollout
@@ -28,7 +28,7 @@ SETTINGS = {
     "float8": RING.replace(kv_dtype="float8_e4m3"),
 }
 
-needs_kernels = pytest.mark.skipif(kernels("cpu") is None, reason="the reference asks the host for ranges")
+needs_kernels = pytest.mark.skipif(compiled_module("cpu") is None, reason="the reference asks the host for ranges")
 pytestmark = needs_kernels
 
 
@@ -245,8 +245,8 @@ def test_memory_that_runs_out_on_the_way(small, monkeypatch, graphed):
     assert torch.equal(play(start(small, RING, graphs), small), play(start(small, RING), small))
 
 
-def test_where_there_are_no_graphs_the_reason_is_told(small, monkeypatch):
-    assert start(small, RING).why_no_cuda_graphs == "none were asked for"
+def test_where_there_are_no_graphs_the_reason_is_reported(small, monkeypatch):
+    assert start(small, RING).why_no_cuda_graphs == "none were requested"
     why = "CUDA graphs need a CUDA GPU, the model is on cpu"
     with pytest.warns(RuntimeWarning, match=f"rollout without CUDA graphs: {why}"):
         assert start(small, RING, CudaGraphCache(small)).why_no_cuda_graphs == why
@@ -271,7 +271,7 @@ def test_a_stream_takes_the_graphs_of_its_pipeline():
     assert torch.equal(graphed, pipeline.generate(prompt_embeds=prompt, cuda_graphs=False, **options).pixels)
 
 
-def test_a_stream_looks_for_nan_when_pictures_are_on_the_host():
+def test_a_stream_looks_for_nan_when_frames_are_on_the_host():
     """No pass waits for the answer; it still names frame, step and layer, and no picture of the block is given out."""
     pipeline = random_pipeline(RING, dtype=torch.float32, device=torch.device("cpu"))
     pipeline.cuda_graphs = graphs_of(pipeline.model)

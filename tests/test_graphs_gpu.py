@@ -56,7 +56,7 @@ def test_cuda_graphs_with_cameras(monkeypatch, heads):
     assert torch.equal(*made)
 
 
-def test_blocks_decoded_beside_the_next_are_the_same_pictures(on_gpu):
+def test_blocks_decoded_beside_the_next_are_the_same_frames(on_gpu):
     torch.manual_seed(0)
     pipeline = Pipeline(on_gpu, TAEHV().to("cuda", torch.bfloat16), None, RolloutConfig(steps=(1000, 500), window=4))
     made = [

@@ -1,6 +1,7 @@
 """The rules of the tree, kept by a test: who may import whom, one op one room, no torch in csrc, no long files."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ PACKAGES = {"cfpp_rt": ROOT / "cfpp_rt", "cfpp_rt.export": ROOT / "export", "cfp
 # A module may import from its own layer and from the layers above it in this list.
 LAYERS = [
     {"errors", "config", "values"},
-    {"core", "device", "io"},
+    {"core", "device", "io", "options"},
     {"reference"},
     {"ops"},
     {"cache", "codec", "text"},
@@ -28,6 +29,15 @@ LAYERS = [
 ]
 # Memory-bound ops: their CUDA kernels are written in Triton, and one benchmark times them all.
 POINTWISE = {"adaln_modulate", "gated_residual", "denoise_update"}
+
+# Names that the vocabulary of CONTRIBUTING.md has replaced: whole identifiers, and words that identifiers are made of.
+RETIRED = {
+    *("Conditioning", "StreamBatch", "Graphs", "GraphedPasses", "CachePass", "CameraPass", "MaskedCamera", "TimeRows"),
+    *("Engine", "EngineRollout", "EngineStream", "EngineDecoder", "EngineCameras", "EngineFilm", "TensorRTEngine"),
+    *("STUDENTS", "load_student", "switch_prompt", "why_not_graphs", "Draws", "encode_text", "student_name"),
+    *("most_keys", "sees", "upshot", "in_turns", "give_back"),
+}
+RETIRED_WORDS = {"picture", "pictures", "film", "films", "lend", "lent", "roof", "contender", "told", "asked", "draws"}
 
 
 def modules():
@@ -69,7 +79,7 @@ def test_one_op_one_room():
         if not folder.is_dir() or folder.name == "common":
             continue
         op = folder.name
-        wanted = [folder / f"{op}{end}" for end in (".h", "_cpu.cpp", "_binding.cpp")]
+        wanted = [folder / f"{op}{end}" for end in (".h", "_cpu.cpp", "_binding.h")]
         wanted += [ROOT / "cfpp_rt" / room / f"{op}.py" for room in ("ops", "reference")]
         bench = "pointwise" if op in POINTWISE else op
         wanted += [ROOT / "tests" / "ops" / f"test_{op}.py", ROOT / "bench" / "ops" / f"{bench}.py"]
@@ -83,6 +93,48 @@ def test_an_op_of_triton_alone_has_its_room_too():
         wanted = [ROOT / "cfpp_rt" / "ops" / op, ROOT / "cfpp_rt" / "reference" / op]
         wanted.append(ROOT / "tests" / "ops" / f"test_{op}")
         assert not [str(path.relative_to(ROOT)) for path in wanted if not path.exists()]
+
+
+def identifiers(path):
+    """Identifiers of a Python file: names, attributes, arguments, definitions, keywords."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        for field in ("id", "attr", "arg", "name"):
+            if isinstance(value := getattr(node, field, None), str):
+                yield value
+
+
+@pytest.mark.parametrize("folder", ["cfpp_rt", "export", "bench", "tests"])
+def test_retired_names_stay_retired(folder):
+    """One name per concept: see the vocabulary in CONTRIBUTING.md."""
+    found = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for name in identifiers(path):
+            words = re.split(r"[_.]+|(?<=[a-z])(?=[A-Z])", name)
+            if name in RETIRED or RETIRED_WORDS & {word.lower() for word in words}:
+                found.add(f"{path.relative_to(ROOT)}: {name}")
+    assert not sorted(found)
+
+
+@pytest.mark.parametrize("folder", ["cfpp_rt", "export", "bench"])
+def test_docstrings_begin_with_what_the_thing_is_or_does(folder):
+    riddles = re.compile(r"(Of|Those|As|All that|To the|Nobody|Who|What|Whether|Where)\b(?!.*\?$)", re.MULTILINE)
+    found = []
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                text = ast.get_docstring(node) or ""
+                if riddles.match(text):
+                    found.append(f"{path.relative_to(ROOT)}: {text.splitlines()[0]}")
+    assert not found
+
+
+def test_public_names_have_types():
+    """`__init__.pyi` lists what `__init__.py` gives, from the same modules."""
+    import cfpp_rt
+
+    stub = (ROOT / "cfpp_rt" / "__init__.pyi").read_text()
+    listed = re.findall(r"^from cfpp_rt\.(\S+) import (\w+) as \2$", stub, re.MULTILINE)
+    assert {name: module for module, name in listed} == cfpp_rt._PUBLIC
 
 
 def test_csrc_is_free_of_torch():

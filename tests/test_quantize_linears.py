@@ -1,4 +1,4 @@
-"""Products in 8 bits: how far from the published latents, that they are what they say, and where they are refused."""
+"""Products in 8 bits: distance from the published latents, exactness of codes and scales, and refusals."""
 
 import copy
 
@@ -36,7 +36,7 @@ def linear(inputs: int, outputs: int, dtype: torch.dtype) -> nn.Linear:
 
 @pytest.mark.parametrize("dtype,least,most", KINDS)
 def test_latents_stay_near_the_published_ones(model, vectors, meta, dtype, least, most):
-    """Not nearer either, or the option would not be at work."""
+    """Not too close either, or the option would have no effect."""
     changed = quantized(model, dtype)
     for name in ROLLOUTS:
         wanted = vectors[f"{name}.latents"]
@@ -45,7 +45,7 @@ def test_latents_stay_near_the_published_ones(model, vectors, meta, dtype, least
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3", pytest.param("int8", marks=needs_vnni)])
-def test_fused_refresh_still_is_nearly_the_separate_one(model, vectors, meta, dtype):
+def test_fused_refresh_is_close_to_separate_refresh(model, vectors, meta, dtype):
     """A token's codes do not depend on its neighbours, but sums in another order move single codes, and later frames
     attend to what comes of it: measured 1.2 % in float8, half of what the codes cost.
     """
@@ -59,8 +59,8 @@ def test_fused_refresh_still_is_nearly_the_separate_one(model, vectors, meta, dt
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gelu", [False, True])
-def test_float8_product_is_that_of_its_codes(dtype, gelu):
-    """Against float64: codes and scales taken out of the layer, its input quantised by hand."""
+def test_float8_product_equals_the_product_of_its_codes(dtype, gelu):
+    """Against float64, with codes and scales of the layer and an input quantised by hand."""
     layer = linear(40, 24, dtype)
     ours = Float8Linear(layer, gelu=gelu, emulated=True)
     x = torch.randn(2, 9, 40, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -74,7 +74,7 @@ def test_float8_product_is_that_of_its_codes(dtype, gelu):
 
 @needs_vnni
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_int8_product_is_that_of_its_codes(dtype):
+def test_int8_product_equals_the_product_of_its_codes(dtype):
     layer = linear(40, 24, dtype)
     ours = Int8Linear(layer)
     x = torch.randn(2, 9, 40, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -87,7 +87,7 @@ def test_int8_product_is_that_of_its_codes(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_int8_codes_are_the_rows_to_eight_bits(dtype):
-    """Of every magnitude, and where rounding the scale makes it too small: no code leaves -127..127."""
+    """Rows of every magnitude, also where rounding makes the scale too small: no code leaves -127..127."""
     generator = torch.Generator().manual_seed(0)
     rows = (torch.randn(700, 400, generator=generator) * 10.0 ** torch.linspace(-20, 20, 700)[:, None]).to(dtype)
     before = rows.clone()
@@ -100,7 +100,7 @@ def test_int8_codes_are_the_rows_to_eight_bits(dtype):
 
 
 @needs_vnni
-def test_int8_lets_zeros_and_nan_through():
+def test_int8_keeps_zeros_and_nan():
     layer = Int8Linear(linear(40, 24, torch.float32))
     x = torch.randn(1, 3, 40)
     x[0, 0], x[0, 1, 5] = 0.0, float("nan")
@@ -109,7 +109,7 @@ def test_int8_lets_zeros_and_nan_through():
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3", pytest.param("int8", marks=needs_vnni)])
-def test_a_model_whose_gelu_is_fused_gives_the_same(model, vectors, meta, dtype):
+def test_a_model_with_fused_gelu_gives_the_same(model, vectors, meta, dtype):
     name = "framewise_1step"
     settings = settings_of(meta[name], meta["shift"], "fused")
     plain = run(quantized(model, dtype), settings, vectors, name)
@@ -125,7 +125,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("dtype,options,message", REFUSED.values(), ids=REFUSED.keys())
-def test_what_cannot_be_is_refused_and_changes_nothing(model, dtype, options, message):
+def test_unsupported_models_are_refused_and_unchanged(model, dtype, options, message):
     changed = copy.deepcopy(model)
     with pytest.raises(InputError, match=message):
         quantize_linears(changed, dtype, **options)
@@ -144,13 +144,13 @@ def test_int8_is_refused_in_half(model):
         quantize_linears(copy.deepcopy(model).half(), "int8")
 
 
-def test_float8_products_take_whole_sixteens():
+def test_float8_products_need_multiples_of_16():
     with pytest.raises(InputError, match=r"multiples of 16, got \[24, 40\]"):
         Float8Linear(linear(40, 24, torch.bfloat16))
 
 
 @pytest.mark.gpu
-def test_the_gpus_product_is_the_emulated_one():
+def test_the_product_on_a_gpu_equals_the_emulated_one():
     """The same codes (on the GPU made by Triton), sums in another order and, in the GPU's, of fewer bits."""
     layer = linear(256, 512, torch.bfloat16).cuda()
     x = torch.randn(2, 60, 256, device="cuda", dtype=torch.bfloat16)
@@ -171,7 +171,7 @@ def test_latents_of_the_gpu_are_near_the_emulated_ones(weights, config, vectors,
 
 @pytest.mark.gpu
 def test_float8_passes_run_as_cuda_graphs(weights, config, vectors, meta):
-    """Near, not equal: graphs take this project's attention kernel, whatever runs otherwise."""
+    """Close, not equal: CUDA graphs always use the attention kernel of this project."""
     name = "framewise_2step_window"
     model = quantize_linears(build_model(weights, config, dtype=torch.bfloat16, device="cuda"), "float8_e4m3")
     noise, made = vectors[f"{name}.noise"], []

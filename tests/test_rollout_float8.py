@@ -53,7 +53,7 @@ def test_a_rollout_repeats_itself_and_poison_never_shows(model, vectors, meta):
             renoise=list(vectors[f"{name}.renoise"]),
         )
         rollout.cache.data.view(torch.uint8).fill_(poison)
-        for tensor in rollout.cache.layers[0]._wide:
+        for tensor in rollout.cache.layers[0]._dequantized:
             tensor.fill_(float("nan") if poison else 0.0)
         return torch.cat([block.values for block in rollout], dim=1)
 
@@ -81,14 +81,16 @@ def test_a_row_does_not_depend_on_its_batch(model, vectors, meta):
 def test_memory_is_half_and_one_layer(model, vectors, meta):
     shape = CacheShape(layers=30, batch=1, heads=12, capacity=21, tokens_per_frame=4, head_dim=128)
     cache = KVCache(shape, FrameRing(0, 21, 1), torch.bfloat16, "cpu", torch.float8_e4m3fn)
-    assert cache.layers[0]._wide[0].data_ptr() == cache.layers[29]._wide[0].data_ptr(), "one room for all layers"
+    assert cache.layers[0]._dequantized[0].data_ptr() == cache.layers[29]._dequantized[0].data_ptr(), (
+        "one room for all layers"
+    )
     assert cache.nbytes == shape.bytes(torch.bfloat16, torch.float8_e4m3fn)
     assert shape.bytes(torch.bfloat16, torch.float8_e4m3fn) / shape.bytes(torch.bfloat16) == 0.5 + 1 / 30
     with pytest.raises(InputError, match="kv_dtype must be None or torch.float8_e4m3fn, got torch.float8_e5m2"):
         KVCache(shape, FrameRing(0, 21, 1), torch.bfloat16, "cpu", torch.float8_e5m2)
 
 
-def test_a_cache_that_does_not_fit_is_told_with_its_own_size(model, vectors, monkeypatch):
+def test_a_cache_that_does_not_fit_is_reported_with_its_own_size(model, vectors, monkeypatch):
     """Of 50 frames of 2 x 2 x 24 x 256 numbers: 4 bytes each, or 1 and a layer of 2 in 4 more, 3."""
     monkeypatch.setattr("cfpp_rt.cache.available_bytes", lambda device: (256 << 20) + 10 * 4 * 24 * 256 * 4)
     for kv_dtype, fits in ((None, 9), ("float8_e4m3", 12)):

@@ -1,4 +1,4 @@
-"""The noise table against the published numbers, and what a table must satisfy for any shift."""
+"""The noise table against the published numbers, and properties of the table for any shift."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfpp_rt.config import PRESETS, RolloutConfig, rollout_preset
-from cfpp_rt.core.schedule import FlowMatchSchedule, add_noise, to_clean
+from cfpp_rt.core.schedule import FlowMatchSchedule, add_noise
 from cfpp_rt.errors import InputError
 
 
@@ -23,7 +23,7 @@ def test_warped_steps_equal_the_reference(vectors, meta, name, steps):
     torch.testing.assert_close(warped, vectors[f"scheduler.warped_{name}"], rtol=1e-5, atol=0)
 
 
-def test_sigma_is_looked_up_not_divided():
+def test_sigma_is_taken_from_the_table_not_divided():
     assert FlowMatchSchedule(5.0).sigma(0).item() == pytest.approx(0.00498008, abs=1e-7)
     assert FlowMatchSchedule(5.0).sigma(torch.tensor([1000.0, 937.5])).tolist() == pytest.approx([1.0, 0.9375])
 
@@ -41,13 +41,13 @@ def test_table_descends_and_warp_is_an_entry(shift, step):
 def test_noising_and_cleaning_are_inverse():
     clean, noise = torch.randn(2, 1, 3, 4, 4), torch.randn(2, 1, 3, 4, 4)
     noisy = add_noise(clean, noise, 0.8)
-    torch.testing.assert_close(to_clean(noisy, noise - clean, 0.8), clean, atol=1e-6, rtol=0)
+    torch.testing.assert_close(noisy - 0.8 * (noise - clean), clean, atol=1e-6, rtol=0)
 
 
-def test_students():
+def test_presets():
     assert rollout_preset("framewise-2step").steps == (1000, 500)
     assert all(("chunkwise" in name) == (config.frames_per_block > 1) for name, config in PRESETS.items())
-    with pytest.raises(InputError, match="student must be one of framewise-2step, .*got 'framewise'"):
+    with pytest.raises(InputError, match="preset must be one of framewise-2step, .*got 'framewise'"):
         rollout_preset("framewise")
 
 

@@ -1,4 +1,4 @@
-"""The optional steps of cfpp_rt.speed: the fused model computes what the plain one does."""
+"""The optimisations of cfpp_rt.speed: the fused model computes the same as the plain one."""
 
 import copy
 
@@ -43,7 +43,7 @@ def test_a_model_in_training_is_refused(model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_gelu_is_the_tanh_form_on_the_cpu(config, dtype):
-    """Names stay, and against float64 it errs no more than twice as much as the product and then GELU.
+    """Names stay, and the error against float64 is at most twice that of the product followed by GELU.
 
     floor: two roundings of a float32 near 2, since another order of summation is as good.
     """

@@ -40,15 +40,15 @@ def test_agrees_with_the_public_implementation(codec, vectors):
 
 
 @pytest.mark.parametrize("sizes", [[1, 1, 1], [2, 1], [1, 2]])
-def test_streaming_is_the_whole_clip(codec, vectors, sizes):
+def test_streaming_equals_the_clip_at_once(codec, vectors, sizes):
     decoded = in_parts(codec.decoder().decode, vectors["latents"], sizes)
     assert difference(decoded, vectors["frames"]) < 1e-5
-    pictures = [4 * n for n in sizes]
-    pictures[0] -= 3
-    assert difference(in_parts(codec.encoder().encode, vectors["pixels"], pictures), vectors["encoded"]) < 1e-5
+    frames = [4 * n for n in sizes]
+    frames[0] -= 3
+    assert difference(in_parts(codec.encoder().encode, vectors["pixels"], frames), vectors["encoded"]) < 1e-5
 
 
-def test_the_past_is_seen_and_clips_are_apart(codec, vectors):
+def test_the_past_matters_and_clips_are_independent(codec, vectors):
     latents = vectors["latents"]
     first, second = codec.decoder(), codec.decoder()
     first.decode(latents[:, :1])
@@ -65,7 +65,7 @@ def test_rows_are_independent(codec, vectors):
 
 
 def test_names_and_shapes_of_the_public_file():
-    """Those of `taew2_1.pth`: 23 layers of a decoder, 18 of an encoder."""
+    """The names and shapes of `taew2_1.pth`: 23 layers of a decoder, 18 of an encoder."""
     with torch.device("meta"):
         names = {n.removeprefix("networks."): tuple(t.shape) for n, t in TAEHV().state_dict().items()}
     wanted = {"decoder.1.weight": (256, 16, 3, 3), "decoder.1.bias": (256,)}
@@ -113,7 +113,7 @@ def test_wrong_files_and_inputs(state, codec, vectors):
         TAEHV.from_state_dict(patched, "taew2_2.pth")
     with pytest.raises(InputError, match=r"latents must be float \[B, n, 16, h, w\]"):
         codec.decode(vectors["latents"].transpose(1, 2))
-    with pytest.raises(InputError, match=r"1 \+ 4 \* k pictures, got 4"):
+    with pytest.raises(InputError, match=r"1 \+ 4 \* k frames, got 4"):
         codec.encode(vectors["pixels"][:, :4])
     decoder = codec.decoder()
     decoder.decode(vectors["latents"])

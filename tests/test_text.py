@@ -14,7 +14,7 @@ pytest.importorskip("ftfy")
 tokenizers = pytest.importorskip("tokenizers")
 
 DATA = Path(__file__).parent / "data"
-WORDS = ["a", "cat", "and", "dog", "run", "over", "the", "green", "hill", "at", "night"]
+VOCABULARY = ["a", "cat", "and", "dog", "run", "over", "the", "green", "hill", "at", "night"]
 PAD, EOS, UNKNOWN = 0, 1, 2
 TEXT_LEN = 16
 
@@ -31,7 +31,7 @@ def vectors():
 
 
 def save_tokenizer(folder):
-    vocabulary = {"<pad>": PAD, "</s>": EOS, "<unk>": UNKNOWN, **{word: 3 + n for n, word in enumerate(WORDS)}}
+    vocabulary = {"<pad>": PAD, "</s>": EOS, "<unk>": UNKNOWN, **{word: 3 + n for n, word in enumerate(VOCABULARY)}}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "removed")
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
@@ -62,20 +62,20 @@ def difference(a, b) -> float:
 
 
 def test_encode_ids_agrees_with_the_reference(encoder, vectors):
-    embeds = encoder.encode_ids(vectors["t5.ids"], vectors["t5.mask"])
-    assert difference(embeds, vectors["t5.embeds"]) < 1e-4
+    prompt_embeds = encoder.encode_ids(vectors["t5.ids"], vectors["t5.mask"])
+    assert difference(prompt_embeds, vectors["t5.embeds"]) < 1e-4
 
 
-def test_prompts_to_conditioning(encoder):
-    embeds = encoder(["a  cat\n and dog ", "the unknownword"])
+def test_prompts_to_embeddings(encoder):
+    prompt_embeds = encoder(["a  cat\n and dog ", "the unknownword"])
     ids = torch.tensor([[3, 4, 5, 6, EOS], [9, UNKNOWN, EOS, PAD, PAD]])
     ids = torch.nn.functional.pad(ids, (0, TEXT_LEN - 5))
     mask = torch.zeros_like(ids)
     mask[0, :5] = mask[1, :3] = 1
     full_length = encoder.encode_ids(ids, mask) * mask[..., None]
-    assert difference(embeds, full_length) < 1e-5
-    assert embeds.shape == (2, TEXT_LEN, 64)
-    assert not embeds[0, 5:].any() and not embeds[1, 3:].any() and embeds[1, 2].any()
+    assert difference(prompt_embeds, full_length) < 1e-5
+    assert prompt_embeds.shape == (2, TEXT_LEN, 64)
+    assert not prompt_embeds[0, 5:].any() and not prompt_embeds[1, 3:].any() and prompt_embeds[1, 2].any()
 
 
 def test_a_prompt_does_not_depend_on_its_neighbours(encoder):
@@ -84,10 +84,10 @@ def test_a_prompt_does_not_depend_on_its_neighbours(encoder):
     assert together[2, 0].any() and not together[2, 1:].any()
 
 
-def test_long_prompts_are_cut_and_keep_the_end_token(encoder):
-    embeds = encoder([" ".join(["cat"] * 50)])
+def test_long_prompts_are_truncated_and_keep_the_end_token(encoder):
+    prompt_embeds = encoder([" ".join(["cat"] * 50)])
     ids = torch.tensor([[4] * (TEXT_LEN - 1) + [EOS]])
-    assert difference(embeds, encoder.encode_ids(ids, torch.ones_like(ids))) < 1e-5
+    assert difference(prompt_embeds, encoder.encode_ids(ids, torch.ones_like(ids))) < 1e-5
 
 
 def test_diffusers_layout(tmp_path, encoder):
@@ -151,7 +151,7 @@ def test_missing_extra(monkeypatch, original):
 
 
 @pytest.mark.parametrize("offloads", [False, True])
-def test_the_encoder_makes_room_between_prompts(encoder, model, monkeypatch, offloads: bool):
+def test_the_encoder_moves_to_the_host_between_prompts(encoder, model, monkeypatch, offloads: bool):
     moves = []
     monkeypatch.setattr(TextEncoder, "to", lambda self, device: moves.append(str(device)))
     pipeline = Pipeline(model, NoDecoder(4), encoder, offload_text=offloads)

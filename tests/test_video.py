@@ -14,7 +14,7 @@ Image = pytest.importorskip("PIL.Image")
 
 
 def gradient(count=9, height=48, width=64, batch=1):
-    """Smooth moving pictures uint8 [batch, count, height, width, 3], which a codec keeps closely."""
+    """Smooth moving frames uint8 [batch, count, height, width, 3], which a codec keeps closely."""
     t, y, x = torch.meshgrid(*(torch.linspace(0, 1, n) for n in (count, height, width)), indexing="ij")
     pixels = torch.stack([x, y, (t + x) / 2], dim=-1) * 255
     return torch.stack([pixels.to(torch.uint8).roll(row, 0) for row in range(batch)])
@@ -39,29 +39,29 @@ def test_video_file(tmp_path, suffix, height, width):
         assert stream.average_rate == 12.5 and stream.pix_fmt == "yuv420p"
         decoded = [frame.to_ndarray(format="rgb24", src_colorspace="ITU709") for frame in container.decode(stream)]
     assert len(decoded) == 9
-    for picture, wanted in zip(decoded, pixels[1].numpy(), strict=True):
-        assert picture.shape == (48, 64, 3)
-        assert np.abs(picture[:height, :width].astype(int) - wanted).mean() < 4
+    for frame, wanted in zip(decoded, pixels[1].numpy(), strict=True):
+        assert frame.shape == (48, 64, 3)
+        assert np.abs(frame[:height, :width].astype(int) - wanted).mean() < 4
 
 
 def test_unfinished_video_leaves_the_old_file(tmp_path):
     path = tmp_path / "clip.mp4"
     path.write_bytes(b"old")
-    for pictures in (0, 9):
+    for num_frames in (0, 9):
         with pytest.raises(RuntimeError), open_writer(path) as writer:
-            if pictures:
-                writer.write(Frames(gradient(pictures), 0))
+            if num_frames:
+                writer.write(Frames(gradient(num_frames), 0))
             raise RuntimeError
         assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["clip.mp4"]
-    with pytest.raises(InputError, match="no pictures were written"):
+    with pytest.raises(InputError, match="no frames were written"):
         open_writer(path).close()
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["clip.mp4"]
 
 
 def test_png_folder(tmp_path):
     pixels = gradient()
-    write_in_parts(open_writer(tmp_path / "out" / "pictures"), pixels)
-    files = sorted((tmp_path / "out" / "pictures").iterdir())
+    write_in_parts(open_writer(tmp_path / "out" / "frames"), pixels)
+    files = sorted((tmp_path / "out" / "frames").iterdir())
     assert [file.name for file in files] == [f"{n:06d}.png" for n in range(9)]
     for file, wanted in zip(files, pixels[0].numpy(), strict=True):
         assert np.array_equal(np.array(Image.open(file)), wanted)
@@ -93,7 +93,7 @@ def test_the_format_decides(tmp_path):
 
 def test_unwritable_output_is_known_at_once(tmp_path):
     (tmp_path / "file").write_text("")
-    for path in ("no/such/folder/clip.mp4", "file/clip.mp4", "no/such/clip.rgb", "file/pictures"):
+    for path in ("no/such/folder/clip.mp4", "file/clip.mp4", "no/such/clip.rgb", "file/frames"):
         with pytest.raises(InputError, match="written"):
             open_writer(tmp_path / path)
     (tmp_path / "folder.mp4").mkdir()
@@ -123,11 +123,11 @@ def test_wrong_frames(tmp_path):
 
 
 def test_read_image(tmp_path):
-    picture = gradient(1)[0, 0].numpy()
-    Image.fromarray(picture).save(tmp_path / "a.png")
+    image = gradient(1)[0, 0].numpy()
+    Image.fromarray(image).save(tmp_path / "a.png")
     pixels = read_image(tmp_path / "a.png", 48, 64)
     assert pixels.shape == (1, 1, 3, 48, 64) and pixels.dtype == torch.float32
-    wanted = torch.from_numpy(picture).permute(2, 0, 1) / 255 * 2 - 1
+    wanted = torch.from_numpy(image).permute(2, 0, 1) / 255 * 2 - 1
     assert torch.allclose(pixels[0, 0], wanted, atol=1e-6)
     assert read_image(tmp_path / "a.png", 16, 80).shape == (1, 1, 3, 16, 80)
     Image.new("RGBA", (8, 8), (255, 0, 0, 255)).save(tmp_path / "b.png")
@@ -135,25 +135,25 @@ def test_read_image(tmp_path):
 
 
 def test_read_image_turned_by_its_tag(tmp_path):
-    picture = gradient(1, height=32, width=16)[0, 0].numpy()
+    image = gradient(1, height=32, width=16)[0, 0].numpy()
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by 90 degrees clockwise
-    Image.fromarray(picture).save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(image).save(tmp_path / "a.png", exif=exif)
     shown = (read_image(tmp_path / "a.png", 16, 32)[0, 0].permute(1, 2, 0) + 1) * 127.5
-    assert np.array_equal(shown.round().numpy().astype(np.uint8), np.rot90(picture, -1))
+    assert np.array_equal(shown.round().numpy().astype(np.uint8), np.rot90(image, -1))
 
 
 def test_unreadable_images(tmp_path):
-    Image.fromarray(gradient(1)[0, 0].numpy()).save(tmp_path / "whole.png")
-    whole = (tmp_path / "whole.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.png").write_text("no picture")
+    Image.fromarray(gradient(1)[0, 0].numpy()).save(tmp_path / "complete.png")
+    complete = (tmp_path / "complete.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(complete[: len(complete) // 2])
+    (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty.png").write_text("")
     for name in ("missing.png", "text.png", "empty.png", "cut.png"):
         with pytest.raises(InputError, match=f"{name}: "):
             read_image(tmp_path / name, 16, 16)
     with pytest.raises(InputError, match="height and width"):
-        read_image(tmp_path / "whole.png", 0, 16)
+        read_image(tmp_path / "complete.png", 0, 16)
 
 
 def test_read_video(tmp_path):
@@ -163,10 +163,10 @@ def test_read_video(tmp_path):
     assert read.shape == (1, 9, 3, 48, 64) and read.dtype == torch.float32
     wanted = pixels.movedim(-1, 2) / 127.5 - 1
     assert (read - wanted).abs().mean() < 0.05
-    assert torch.equal(read_video(tmp_path / "a.mp4", 48, 64, frames=5), read[:, -5:])
-    assert read_video(tmp_path / "a.mp4", 16, 24, frames=1).shape == (1, 1, 3, 16, 24)
-    with pytest.raises(InputError, match="at least 10 pictures, has 9"):
-        read_video(tmp_path / "a.mp4", 48, 64, frames=10)
+    assert torch.equal(read_video(tmp_path / "a.mp4", 48, 64, num_frames=5), read[:, -5:])
+    assert read_video(tmp_path / "a.mp4", 16, 24, num_frames=1).shape == (1, 1, 3, 16, 24)
+    with pytest.raises(InputError, match="at least 10 frames, has 9"):
+        read_video(tmp_path / "a.mp4", 48, 64, num_frames=10)
     (tmp_path / "text.mp4").write_text("no video")
     for name in ("text.mp4", "missing.mp4"):
         with pytest.raises(InputError, match=f"{name}: "):

@@ -1,4 +1,4 @@
-"""The streaming decoder of the Wan VAE against diffusers' own: the bits on the CPU, the error elsewhere."""
+"""The streaming decoder of the Wan VAE against that of diffusers: equal bits on the CPU, the error elsewhere."""
 
 import importlib.util
 import warnings
@@ -16,8 +16,8 @@ pytest.importorskip("diffusers")
 from diffusers import AutoencoderKLWan
 
 from cfpp_rt.codec.wan import WanVAE
-from cfpp_rt.codec.wan_decoder import ClipNetwork, ClipNetworks
-from cfpp_rt.codec.wan_layers import Layers, Layout, Size
+from cfpp_rt.codec.wan_decoder import ClipNetwork, ClipNetworkPool
+from cfpp_rt.codec.wan_layers import LayerFactory, Layout, Size
 from cfpp_rt.random_weights import random_vae
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def make_latents(batch: int, frames: int, height: int = 3, width: int = 5, *, se
 
 
 def in_parts(decoder: StreamingDecoder, latents: Tensor) -> Tensor:
-    """Latent by latent. (A pointwise convolution sees all latents of a call at once: other calls, other bits.)"""
+    """Decode latent by latent. (A pointwise convolution processes all latents of a call: other calls, other bits.)"""
     return torch.cat([decoder.decode(latent) for latent in latents.split(1, dim=1)], dim=1)
 
 
@@ -40,7 +40,7 @@ def library(codec: WanVAE, latents: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("batch", "sizes"), [(1, [1, 1, 2]), (2, [2, 1])])
-def test_the_bits_are_the_librarys(dtype: torch.dtype, batch: int, sizes: list[int]):
+def test_the_bits_are_those_of_diffusers(dtype: torch.dtype, batch: int, sizes: list[int]):
     codec = random_vae(1, dtype, CPU, base_dim=8)
     latents = make_latents(batch, sum(sizes))
     theirs, ours = codec.library_decoder(), codec.decoder()
@@ -49,8 +49,8 @@ def test_the_bits_are_the_librarys(dtype: torch.dtype, batch: int, sizes: list[i
         assert made.dtype == torch.float32 and torch.equal(made, wanted)
 
 
-def test_the_bits_are_the_librarys_where_convolutions_take_other_kernels():
-    """Wider and larger: there padding by the convolution would change bits."""
+def test_the_bits_are_those_of_diffusers_where_convolutions_take_other_kernels():
+    """Wider and larger, where padding by the convolution would change bits."""
     codec = random_vae(2, torch.bfloat16, CPU, base_dim=32)
     latents = make_latents(1, 2, 4, 8)
     assert torch.equal(in_parts(codec.decoder(), latents), library(codec, latents))
@@ -73,7 +73,7 @@ def test_other_configs_of_the_same_shape(config: dict):
     assert torch.equal(in_parts(codec.decoder(), latents), library(codec, latents))
 
 
-def test_clips_take_turns():
+def test_clips_can_be_interleaved():
     codec = random_vae(1, torch.float32, CPU, base_dim=8)
     clips = [make_latents(1, 3, 2, 3, seed=seed) for seed in range(2)]
     decoders = [codec.decoder() for _ in clips]
@@ -82,29 +82,31 @@ def test_clips_take_turns():
         assert torch.equal(torch.cat(made, dim=1), library(codec, clip))
 
 
-def test_memory_passes_from_clip_to_clip():
+def test_memory_is_reused_by_later_clips():
     codec = random_vae(1, torch.float32, CPU, base_dim=8)
     latents = make_latents(1, 2, 2, 3)
     wanted = library(codec, latents)
     first, second = codec.decoder(), codec.decoder()
     first.decode(make_latents(1, 3, 2, 3, seed=1))
     second.decode(latents[:, :1])
-    networks = list(codec.networks._networks)
+    networks = list(codec.networks.networks)
     assert len(networks) == 2
     del first
     with torch.inference_mode():
         for conv in networks[0]._layers.causal:
-            conv.slot(conv.buffer.shape[2] - 2).fill_(float("nan"))  # what the clip before left behind must not be read
+            conv.input_view(conv.buffer.shape[2] - 2).fill_(
+                float("nan")
+            )  # what the clip before left behind must not be read
     third = codec.decoder()
     assert torch.equal(in_parts(third, latents), wanted) and third._network is networks[0]
     assert torch.equal(second.decode(latents[:, 1:]), wanted[:, 1:])
     del third
     other = codec.decoder()
     other.decode(make_latents(1, 1, 3, 3))
-    assert codec.networks._networks == [networks[1], other._network]  # another size: what is free goes first
+    assert codec.networks.networks == [networks[1], other._network]  # another size: what is free goes first
     del second, other
     codec.release()
-    assert codec.networks._networks == []
+    assert codec.networks.networks == []
 
 
 def test_a_clip_keeps_its_size():
@@ -115,16 +117,16 @@ def test_a_clip_keeps_its_size():
 
 
 def test_the_memory_of_a_clip_at_480x832():
-    """What `WanVAE.decoder` says of the published network in half precision."""
+    """The figure in the docstring of `WanVAE.decoder`, for the published network in half precision."""
     with torch.device("meta"):
         vae = torch.nn.ModuleList([AutoencoderKLWan()]).to(torch.bfloat16)[0]
-        networks = ClipNetworks(vae)
-        network = ClipNetwork(vae.decoder, networks._kernels, (1, 60, 104), CHANNELS_LAST)
+        networks = ClipNetworkPool(vae)
+        network = ClipNetwork(vae.decoder, networks._conv_weights, (1, 60, 104), CHANNELS_LAST)
     assert network.num_bytes == pytest.approx(5.3e9, rel=0.01)
 
 
 def test_works_across_inference_mode():
-    """Memory made in inference mode serves a clip outside it, and the pictures are ordinary tensors."""
+    """Memory made in inference mode serves a clip outside it, and the pixels are ordinary tensors."""
     codec = random_vae(1, torch.float32, CPU, base_dim=8)
     latents = make_latents(1, 2, 2, 3)
     with torch.inference_mode():
@@ -162,21 +164,21 @@ def test_the_kernel_of_cuda_writes_where_the_convolutions_read(monkeypatch):
 
 def test_channels_last_buffers_are_what_the_kernels_need():
     codec = random_vae(1, torch.float32, CPU, base_dim=8)
-    networks = ClipNetworks(codec.vae)
-    layers = Layers(networks._kernels, CHANNELS_LAST)
+    networks = ClipNetworkPool(codec.vae)
+    layers = LayerFactory(networks._conv_weights, CHANNELS_LAST)
     conv = layers.causal_conv(codec.vae.decoder.conv_in, Size(2, 1, 4, 6))
     assert conv.buffer.is_contiguous(memory_format=torch.channels_last_3d)
-    assert conv.slot(1)[:1].is_contiguous(memory_format=torch.channels_last_3d)
+    assert conv.input_view(1)[:1].is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def with_capture(codec: WanVAE, capture: Capture) -> WanVAE:
     made = WanVAE(codec.vae)
-    made._networks = ClipNetworks(codec.vae, lambda device: capture)
+    made._networks = ClipNetworkPool(codec.vae, lambda device: capture)
     return made
 
 
-def test_what_capture_leaves_behind_is_not_read():
-    """Capture runs the network over the very buffers that the clip will use."""
+def test_data_left_by_capture_is_not_read():
+    """Capture runs the network on the buffers that the clip will use."""
 
     def capture(run):
         for _ in range(3):
@@ -189,7 +191,7 @@ def test_what_capture_leaves_behind_is_not_read():
     assert torch.equal(in_parts(decoder, latents), library(codec, latents)) and decoder._network.captured
 
 
-def test_a_capture_that_fails_is_told_once_and_decoding_goes_on():
+def test_a_capture_that_fails_warns_once_and_decoding_goes_on():
     def capture(run):
         run()
         raise RuntimeError("operation not permitted\nmore")
@@ -227,9 +229,9 @@ def test_on_a_gpu_it_is_as_good_as_the_library(dtype: torch.dtype, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_graphs_replay_the_same_bits_and_clips_take_turns():
+def test_on_a_gpu_cuda_graphs_give_the_same_bits_for_interleaved_clips():
     codec = random_vae(1, torch.bfloat16, torch.device("cuda"), base_dim=32)
-    eager = WanVAE(codec.vae, graphs=False)
+    eager = WanVAE(codec.vae, cuda_graphs=False)
     clips = [make_latents(1, 4, seed=seed) for seed in range(2)]
     wanted = [in_parts(eager.decoder(), clip) for clip in clips]
     for _ in range(2):  # the second time with the memory and the graphs of the first
@@ -239,4 +241,4 @@ def test_on_a_gpu_graphs_replay_the_same_bits_and_clips_take_turns():
             assert torch.equal(torch.cat(made, dim=1), clip)
         assert all(decoder._network.captured for decoder in decoders)
         del decoders
-    assert len(codec.networks._networks) == 2
+    assert len(codec.networks.networks) == 2

@@ -1,1 +1,1 @@
-"""Benchmarks of exported bundles and engines."""
+"""Benchmarks of exported ONNX bundles and TensorRT engines."""

@@ -1,14 +1,13 @@
-"""What does an engine of the published size cost to build, ahead of time, on a machine without a GPU?
+"""Measure what building TensorRT engines of the published size costs, ahead of time, on a machine without a GPU.
 
-Exports a student of random weights (the default: Wan2.1-1.3B, 480x832, 21 frames of cache), then builds one engine of
-every graph for one architecture, each in a process of its own: seconds, largest resident memory, size. The network of
-every graph is proven to be what its contract says before it is built. The engines are not kept.
+Exports a student with random weights (default: Wan2.1-1.3B, 480x832, a cache of 21 latent frames), then builds one
+engine per graph for one architecture, each in a process of its own, and prints seconds, peak resident memory and size.
+The network of every graph is checked against its contract before it is built. The engines are deleted.
 
     python -m cfpp_rt.bench.export.engine_build [--target sm89] [--dtype bfloat16] [--linear-dtype float8_e4m3]
         [--model wan-1.3b] [--json PATH]
 """
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -17,29 +16,34 @@ import torch
 
 from cfpp_rt.bench import harness
 from cfpp_rt.config import MODELS, rollout_preset
-from cfpp_rt.export.bundle import LINEAR_DTYPES
+from cfpp_rt.export.bundle import BUNDLE_LINEAR_DTYPES
 from cfpp_rt.export.export_bundle import export_onnx
+from cfpp_rt.export.trt.build import build_engine
 from cfpp_rt.export.trt.build_worker import Job
-from cfpp_rt.export.trt.builder_process import build_engine
 from cfpp_rt.export.trt.library import load_library
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.random_weights import SMALL
 from cfpp_rt.values import DTYPES
 
-SIZES = {"small": (SMALL, (8, 12)), "wan-1.3b": (MODELS["wan-1.3b"], (60, 104))}
-FRAMES = 21
+SIZES = {"small": (SMALL, (8, 12)), "wan-1.3b": (MODELS["wan-1.3b"], harness.LATENT_480P)}
+LATENT_FRAMES = 21  # of the cache
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", default="sm89", help="architecture")
+    parser = harness.parser(__doc__, json=True)
+    parser.add_argument("--target", default="sm89", help="GPU architecture to build for (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--linear-dtype", choices=LINEAR_DTYPES, help="linear layers of the blocks in 8 bits")
+    parser.add_argument(
+        "--linear-dtype", choices=BUNDLE_LINEAR_DTYPES, help="8-bit dtype of the linear layers (default: none)"
+    )
     parser.add_argument("--model", choices=SIZES, default="wan-1.3b")
     parser.add_argument("--graphs", nargs="+", help="names of the graphs to build (default: all)")
-    parser.add_argument("--folder", help="where the graphs and engines lie while this runs (default: the system's)")
-    parser.add_argument("--time-limit", type=float, default=3600, help="seconds for one engine")
-    parser.add_argument("--json", metavar="PATH", help="append the rows as JSON lines")
+    parser.add_argument(
+        "--folder", help="parent of the temporary folder for graphs and engines (default: the system's)"
+    )
+    parser.add_argument(
+        "--time-limit", type=float, default=3600, help="seconds allowed for one engine (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     library = load_library("tensorrt-rtx")
     library.require_target(arguments.target)
@@ -50,7 +54,7 @@ def main() -> None:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         begin = time.perf_counter()
         graphs = Path(folder, "graphs")
-        options = {"latent_size": latent_size, "frames": FRAMES, "linear_dtype": arguments.linear_dtype}
+        options = {"latent_size": latent_size, "latent_frames": LATENT_FRAMES, "linear_dtype": arguments.linear_dtype}
         card = export_onnx(model, rollout_preset("framewise-2step"), graphs, **options)
         export_s = time.perf_counter() - begin
         del model  # the builder needs the memory
@@ -67,7 +71,7 @@ def main() -> None:
                 "model": arguments.model,
                 "parameters": parameters,
                 "latent_size": list(latent_size),
-                "frames": FRAMES,
+                "frames": LATENT_FRAMES,
                 "dtype": arguments.dtype,
                 "linear_dtype": arguments.linear_dtype,
                 "graph": name,

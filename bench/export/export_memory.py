@@ -1,13 +1,12 @@
-"""How long does it take to export a student to ONNX, and how much memory?
+"""Measure the time and peak memory of exporting a student to ONNX.
 
-Random weights of the model's shape; the whole of `cfpp export onnx` is timed: graphs, weights, the checker, sha256.
-Peak memory is that of the process, the model's weights included.
+The weights are random and have the model's shapes. All of `cfpp export onnx` is timed: graphs, weights, the checker and
+sha256. Peak memory is that of the process, with the model's weights.
 
     python -m cfpp_rt.bench.export.export_memory [--model wan-1.3b] [--dtype bfloat16] [--linear-dtype float8_e4m3]
         [--frames 21]
 """
 
-import argparse
 import resource
 import tempfile
 import time
@@ -17,26 +16,26 @@ import torch
 
 from cfpp_rt.bench import harness
 from cfpp_rt.config import MODELS, rollout_preset
-from cfpp_rt.export.bundle import LINEAR_DTYPES, open_bundle
+from cfpp_rt.export.bundle import BUNDLE_LINEAR_DTYPES, open_bundle
 from cfpp_rt.export.export_bundle import export_onnx
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.values import DTYPES
 
-LATENT = (60, 104)  # 480x832
-
 
 def peak_mib() -> float:
+    """Return the largest resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, json=True)
     parser.add_argument("--model", choices=MODELS, default="wan-1.3b")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--linear-dtype", choices=LINEAR_DTYPES, help="linear layers of the blocks in 8 bits")
-    parser.add_argument("--frames", type=int, default=21, help="latent frames of the cache")
-    parser.add_argument("--folder", help="where the bundle is made and removed again (default: the system's)")
-    parser.add_argument("--json", metavar="PATH", help="append the row as a JSON line")
+    parser.add_argument(
+        "--linear-dtype", choices=BUNDLE_LINEAR_DTYPES, help="8-bit dtype of the linear layers (default: none)"
+    )
+    parser.add_argument("--frames", type=int, default=21, help="latent frames of the cache (default: %(default)s)")
+    parser.add_argument("--folder", help="parent of the temporary folder for the bundle (default: the system's)")
     arguments = parser.parse_args()
     model = random_model(MODELS[arguments.model], seed=0, dtype=DTYPES[arguments.dtype])
     before = peak_mib()
@@ -47,7 +46,7 @@ def main() -> None:
             model,
             rollout_preset("framewise-2step"),
             bundle,
-            latent_size=LATENT,
+            latent_size=harness.LATENT_480P,
             latent_frames=arguments.frames,
             linear_dtype=arguments.linear_dtype,
         )

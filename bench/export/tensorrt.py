@@ -1,12 +1,12 @@
-"""What does a latent frame of an engine bundle cost on this GPU, and what does it take until the first one?
+"""Time loading a bundle of TensorRT engines and every latent frame of its rollout on this GPU.
 
-Opens the bundle, rolls out with random text (or the first action) to the end of the window, or of the cache where there
-is none, and times every latent frame from the host: noise, copies and steps included, codec and text encoder not.
+Rolls the bundle out with random text embeddings (or the first action) to the end of the window, or of the cache if
+there is no window. The host times every block: noise, copies and sampling steps are included, codec and text encoder
+are not.
 
     python -m cfpp_rt.bench.export.tensorrt BUNDLE [--library auto] [--refresh fused] [--json PATH]
 """
 
-import argparse
 import time
 
 import numpy as np
@@ -16,26 +16,30 @@ from cfpp_rt.bench import harness
 from cfpp_rt.export.bundle_rollout import BundleRollout
 from cfpp_rt.export.trt.tensorrt_runner import TensorRTRunner
 
-STEADY = 50
+STEADY = 50  # blocks timed at the full length of a window
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", help="folder that cfpp export tensorrt made")
-    parser.add_argument("--library", default="auto", help="tensorrt, tensorrt-rtx (default: the first installed)")
+    parser = harness.parser(__doc__, json=True)
+    parser.add_argument("bundle", help="folder written by cfpp export tensorrt")
+    parser.add_argument(
+        "--library", default="auto", help="tensorrt, tensorrt-rtx or auto: the first installed (default: auto)"
+    )
     parser.add_argument("--refresh", choices=("fused", "separate"), help="default: the student's own")
-    parser.add_argument("--json", metavar="PATH", help="append the rows as JSON lines")
     arguments = parser.parse_args(argv)
 
     begin = time.perf_counter()
-    engine = TensorRTRunner(arguments.bundle, library=arguments.library)
+    runner = TensorRTRunner(arguments.bundle, library=arguments.library)
     load_s = time.perf_counter() - begin
-    sizes = engine.card.sizes
+    sizes = runner.card.sizes
     text = (sizes.batch, sizes.model.text_len, sizes.model.text_dim)
-    embeds = np.random.default_rng(0).standard_normal(text, np.float32) if sizes.model.text_len else None
-    # Without a window the video ends where the cache does; with one, `STEADY` blocks more are timed at its full length.
-    blocks = sizes.slots // sizes.block + (0 if engine.card.frames is not None else STEADY)
-    rollout = BundleRollout(engine, embeds, latent_frames=blocks * sizes.block, refresh=arguments.refresh)
+    prompt_embeds = np.random.default_rng(0).standard_normal(text, np.float32) if sizes.model.text_len else None
+    # Without a window the video ends with the cache; with one, `STEADY` more blocks are timed at its full length.
+    blocks = sizes.slots // sizes.frames_per_block
+    blocks += 0 if runner.card.latent_frames is not None else STEADY
+    rollout = BundleRollout(
+        runner, prompt_embeds, latent_frames=blocks * sizes.frames_per_block, refresh=arguments.refresh
+    )
     rows = []
     for block in range(blocks):
         begin = time.perf_counter()
@@ -45,11 +49,11 @@ def main(argv: list[str] | None = None) -> None:
                 "bench": "tensorrt",
                 "graph_sizes": [sizes.batch, *sizes.latent_size],
                 "dtype": sizes.dtype,
-                "steps": len(engine.card.steps if block else engine.card.first_steps),
+                "steps": len(runner.card.steps if block else runner.card.first_steps),
                 "refresh": rollout.config.refresh,
-                "frames_per_block": sizes.block,
+                "frames_per_block": sizes.frames_per_block,
                 "block": block,
-                "visible_frames": min((block + 1) * sizes.block, sizes.slots),
+                "visible_frames": min((block + 1) * sizes.frames_per_block, sizes.slots),
                 "load_s": load_s,
                 "block_ms": 1000 * (time.perf_counter() - begin),
             }

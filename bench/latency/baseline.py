@@ -1,10 +1,10 @@
-"""The baseline of `cfpp bench`: the published loop in plain PyTorch, with the weights of a model of ours.
+"""The baseline of `cfpp bench`: the published loop in plain PyTorch, on the weights of a loaded model.
 
-Shaped as the published code: every denoising step and every clean pass is a forward of its own, time is embedded in
-each of them, diffusers decodes, and where the window has moved on the cache is shifted. No op of this project and no
-graph; attention is `scaled_dot_product_attention`. Cross-attention's keys and values are made once, as there. What the
-published code does in float64 (rotary angles) and reads back from the device is left out, in its favour. It makes the
-latents of `Rollout`.
+It has the structure of the published code: every denoising step and every clean pass is a forward of its own, time is
+embedded in each of them, diffusers decodes, and the cache is shifted when the window moves on. It uses no op of this
+project and no CUDA graph; attention is `scaled_dot_product_attention`. As in the published code, cross-attention's keys
+and values are computed once. Its float64 arithmetic (rotary angles) and its reads from the device are left out, in its
+favour. It generates the same latents as `Rollout`.
 """
 
 from collections.abc import Callable, Iterator
@@ -42,10 +42,15 @@ def layer(
     rope: Tensor,
     eps: float,
 ) -> Tensor:
-    """One block: tokens x [B, S, dim] to tokens, their keys and values written to cache tokens `start` and on.
+    """Apply one transformer block to tokens and write their keys and values into the cache.
 
-    w: by the block's parameter names. rows: [B or 1, F, 6, dim]. text: keys and values [B, H, text_len, D]. keys,
-    values: [B, H, capacity, D], seen up to the last token written. rope: [S, D / 2, 2].
+    w: parameters by their names in the block.
+    x: tokens [B, S, dim].
+    rows: modulation [B or 1, F, 6, dim].
+    text: keys and values [B, H, text_len, D] of the prompt; None without text.
+    keys, values: cache [B, H, capacity, D]; attention reads it up to the last token written.
+    start: cache token that the first token of x is written to.
+    rope: rotation [S, D / 2, 2].
     """
     heads, end = keys.shape[1], start + x.shape[1]
 
@@ -76,7 +81,7 @@ def layer(
 
 
 def _separate(weights: Weights) -> Weights:
-    """The three projections of self-attention by their own names, where `fuse_qkv` has packed them; no copy."""
+    """Return the weights with the projections that `fuse_qkv` has packed under their own names, as views."""
     packed = {name: weights.pop(f"self_attn.qkv.{name}", None) for name in ("weight", "bias")}
     for name, tensor in packed.items():
         if tensor is not None:
@@ -88,8 +93,9 @@ Layer = Callable[..., Tensor]
 
 
 class EagerRollout:
-    """An iterator of finished blocks like `Rollout`, from the same noise for the same seed. run_layer: `layer`, or
-    that compiled.
+    """An iterator of finished blocks like `Rollout`, with the same noise for the same seed.
+
+    run_layer: `layer`, or a compiled version of it.
     """
 
     def __init__(
@@ -123,27 +129,27 @@ class EagerRollout:
         ]
         with torch.inference_mode():
             self._text = model.embed_text(prompt_embeds)
-        self.next_frame = 0
+        self.next_latent_frame = 0
         self._local = 0  # frame slot of the cache that the next block is written to
-        self._waiting: Tensor | None = None  # the newest block, until its clean pass
+        self._pending: Tensor | None = None  # the newest block, until its clean pass
 
     def __iter__(self) -> Iterator[Latents]:
         return self
 
     @torch.inference_mode()
     def refresh(self) -> None:
-        """The clean pass of the newest block, if it waits and another block follows."""
-        if self._waiting is not None and self.next_frame < self.latent_frames:
+        """Run the clean pass of the newest block, if it is pending and another block follows."""
+        if self._pending is not None and self.next_latent_frame < self.latent_frames:
             n = self.config.frames_per_block
-            self._forward(self._waiting, float(self.config.context_noise), self.next_frame - n, self._local - n)
-        self._waiting = None
+            self._forward(self._pending, float(self.config.context_noise), self.next_latent_frame - n, self._local - n)
+        self._pending = None
 
     @torch.inference_mode()
     def __next__(self) -> Latents:
-        if self.next_frame >= self.latent_frames:
+        if self.next_latent_frame >= self.latent_frames:
             raise StopIteration
         self.refresh()
-        config, n, start = self.config, self.config.frames_per_block, self.next_frame
+        config, n, start = self.config, self.config.frames_per_block, self.next_latent_frame
         if self._local + n > self._window:
             self._shift(self._local + n - self._window)
         timesteps = self._schedule.warp(config.first_steps or config.steps if start == 0 else config.steps)
@@ -153,16 +159,16 @@ class EagerRollout:
             velocity = self._forward(x, timestep, start, self._local)
             noise = None if levels[step + 1] is None else self.noise.between_steps(n)
             clean, x = denoise_update(x, velocity, levels[step], noise, levels[step + 1])
-        self.next_frame, self._local = start + n, self._local + n
-        self._waiting = None if config.refresh == "skip" else clean
+        self.next_latent_frame, self._local = start + n, self._local + n
+        self._pending = None if config.refresh == "skip" else clean
         return Latents(clean, start)
 
     def _shift(self, frames: int) -> None:
-        """Drop the oldest frames after the sinks."""
-        kept, gone = self.config.sinks * self._tokens, frames * self._tokens
+        """Drop the oldest frames after the sinks and move the newer ones to their place."""
+        kept, dropped = self.config.sinks * self._tokens, frames * self._tokens
         for pair in self._cache:
             for tensor in pair:
-                tensor[:, :, kept : tensor.shape[2] - gone] = tensor[:, :, kept + gone :].clone()
+                tensor[:, :, kept : tensor.shape[2] - dropped] = tensor[:, :, kept + dropped :].clone()
         self._local -= frames
 
     def _forward(self, latents: Tensor, timestep: float, frame: int, slot: int) -> Tensor:
@@ -173,8 +179,8 @@ class EagerRollout:
         rope = self._tables.sequence(range(frame, frame + n))
         x = model.patchify(latents)
         for index, weights in enumerate(self._weights):
-            place = (*self._cache[index], slot * self._tokens, rope)
-            x = self._layer(weights, x, time.blocks[index], self._text[index], *place, sizes.eps)
+            cache = (*self._cache[index], slot * self._tokens, rope)
+            x = self._layer(weights, x, time.blocks[index], self._text[index], *cache, sizes.eps)
         shift, scale = time.head.unbind(2)
         x = model.head.head(adaln_modulate(x, shift, scale, sizes.eps))
         (height, width), (_, p, q) = self.latent_size, sizes.patch_size
@@ -183,7 +189,7 @@ class EagerRollout:
 
 
 class EagerStream:
-    """What `Stream` is, over an `EagerRollout`: an iterator of `Frames` that notes its times in the same words."""
+    """An iterator of `Frames` like `Stream`, over an `EagerRollout`, with the same `Timings`."""
 
     def __init__(
         self,
@@ -216,7 +222,7 @@ class EagerStream:
         if (
             self._delivered
             and self.rollout.config.refresh != "skip"
-            and self.rollout.next_frame < self.rollout.latent_frames
+            and self.rollout.next_latent_frame < self.rollout.latent_frames
         ):
             with self.timings.stage("refresh"):
                 self.rollout.refresh()

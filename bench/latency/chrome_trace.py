@@ -1,7 +1,7 @@
-"""One request as a Chrome trace, which Perfetto opens: stages, passes and layers as named spans above the ops.
+"""Record one request as a Chrome trace, which Perfetto opens: stages, passes and layers as named spans above the ops.
 
-Recorded by torch's profiler, which on a GPU adds kernels and copies. Stages name themselves while it runs; passes and
-layers are named by hooks that exist during the recording only. Profiling costs time: look at proportions, not at sums.
+The trace comes from torch's profiler, which on a GPU adds kernels and copies. Stages have names of their own; passes
+and layers are named by hooks that exist during the recording only. Profiling costs time: read proportions, not sums.
 """
 
 import itertools
@@ -13,28 +13,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from cfpp_rt.bench.latency.workload import Subject
+from cfpp_rt.bench.latency.workload import Workload
 from cfpp_rt.errors import InputError
-from cfpp_rt.io.checkpoint import write_atomically
+from cfpp_rt.io.atomic import write_atomically
 
 
-def record(subject: Subject, path: str | Path) -> int:
-    """Write the trace of one request to this runtime, as JSON; returns the number of its events.
+def record(workload: Workload, path: str | Path) -> int:
+    """Write the trace of one request to this runtime as JSON and return the number of its events.
 
-    Passes are run from Python, on CUDA too: a graph has no layers to name.
+    Passes run from Python on CUDA as well, because a CUDA graph has no layers that could be named.
     """
     path = Path(path)
     if path.suffix != ".json":
         raise InputError(f"--trace must end in .json, got {path.name}")
-    blocks = subject.latents() // subject.rollout.frames_per_block
+    blocks = workload.latent_frames() // workload.config.frames_per_block
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if subject.device.type == "cuda":
+    if workload.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with write_atomically(path) as temporary:
-        for _ in itertools.islice(subject.stream("ungraphed"), 3):  # what is made once is not to be seen
+        for _ in itertools.islice(
+            workload.stream("ungraphed"), 3
+        ):  # warm-up: work that is done once stays out of the trace
             pass
-        with _named(subject.pipeline.model), torch.profiler.profile(activities=activities) as profile:
-            for _ in itertools.islice(subject.stream("ungraphed"), blocks):
+        with _named(workload.pipeline.model), torch.profiler.profile(activities=activities) as profile:
+            for _ in itertools.islice(workload.stream("ungraphed"), blocks):
                 pass
         profile.export_chrome_trace(str(temporary))
     return len(profile.events() or [])
@@ -42,7 +44,7 @@ def record(subject: Subject, path: str | Path) -> int:
 
 @contextmanager
 def _named(model: Any) -> Iterator[None]:
-    """Spans "pass" and "layer 0", "layer 1", ... round the forwards of a model and its blocks."""
+    """Record spans "pass" and "layer 0", "layer 1", ... around the forwards of a model and of its blocks."""
     hooks = []
     for name, module in [("pass", model), *((f"layer {i}", block) for i, block in enumerate(model.blocks))]:
         hooks += _span_hooks(name, module)

@@ -1,11 +1,10 @@
-"""A process of its own for `cold_start_s` and `peak_memory_mib`: one request to one contender, from nothing.
+"""Measure `cold_start_s` and `peak_memory_mib`: one request to one backend in a fresh process.
 
-Prints one line when the first pictures are there and one JSON line, with the peak memory, when all are.
+The process prints one line when its first frames are in host memory, and one JSON line with the peak memory at the end.
 
-    python -m cfpp_rt.bench.latency.cold_start CONTENDER --random-weights [arguments of cfpp bench]
+    python -m cfpp_rt.bench.latency.cold_start BACKEND --random-weights [arguments of cfpp bench]
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -13,15 +12,18 @@ import time
 
 from cfpp_rt.errors import InputError
 
-_FIRST = "first pictures"
+_FIRST = "first frames"
 
 
-def measure(contender: str, words: list[str]) -> dict[str, float]:
-    """cold_start_s: from the start of a fresh process to its first pictures; peak_memory_mib: of the whole request.
+def measure(backend: str, command_line: list[str]) -> dict[str, float]:
+    """Run one request in a fresh process and return its metrics.
 
-    words: of the command line, as for `workload.add_arguments`. Raises InputError where the process fails.
+    cold_start_s: seconds from the start of the process to its first frames.
+    peak_memory_mib: largest memory of the process over the request.
+
+    command_line: options of `workload.add_arguments`. Raises InputError if the process fails.
     """
-    command = [sys.executable, "-m", "cfpp_rt.bench.latency.cold_start", contender, *words]
+    command = [sys.executable, "-m", "cfpp_rt.bench.latency.cold_start", backend, *command_line]
     begin = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
@@ -29,20 +31,21 @@ def measure(contender: str, words: list[str]) -> dict[str, float]:
         elapsed = time.perf_counter() - begin
         rest, errors = process.communicate()
     if process.returncode or line.strip() != _FIRST:
-        last = (errors.strip().splitlines() or ["it said nothing"])[-1]
-        raise InputError(f"cold start of {contender}: the process ended with {process.returncode}: {last}")
+        last = (errors.strip().splitlines() or ["it printed nothing"])[-1]
+        raise InputError(f"cold start of {backend}: the process ended with {process.returncode}: {last}")
     return {"cold_start_s": elapsed, "peak_memory_mib": json.loads(rest)["peak_memory_mib"]}
 
 
 def main() -> None:
+    from cfpp_rt.bench import harness
     from cfpp_rt.bench.latency import workload
     from cfpp_rt.device.timing import peak_memory_mib
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("contender", choices=workload.CONTENDERS)
+    parser = harness.parser(__doc__)
+    parser.add_argument("backend", choices=workload.BACKENDS)
     workload.add_arguments(parser)
     arguments = parser.parse_args()
-    stream = workload.build(arguments).stream(arguments.contender)
+    stream = workload.build(arguments).stream(arguments.backend)
     next(stream)
     print(_FIRST, flush=True)
     for _ in stream:

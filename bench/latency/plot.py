@@ -1,26 +1,26 @@
-"""Plots of what `cfpp bench --json` wrote: time per picture of each contender, and latency against visible frames.
+"""Plot results of `cfpp bench --json`: time per frame of each backend, and latency against visible frames.
 
     python -m cfpp_rt.bench.latency.plot bench/results/<machine>/latency.jsonl docs/latency [--model world]
 
-writes docs/latency.png and docs/latency.svg. Of rows of the same measurement the last counts.
+writes docs/latency.png and docs/latency.svg. Of several rows of the same measurement the last one counts.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cfpp_rt.bench import harness
 from cfpp_rt.bench.latency.compare import Row, read_rows
 from cfpp_rt.errors import InputError, MissingExtraError
-from cfpp_rt.io.checkpoint import write_atomically
+from cfpp_rt.io.atomic import write_atomically
 
 COLOURS = {"ours": "#1f4e79", "eager": "#c0762e", "compiled": "#7a9a52"}
 
 
 def choose(rows: Sequence[Row], model: str | None) -> tuple[dict[str, Row], dict[str, list[Row]]]:
-    """The newest run of a model: a latency row per contender, and its window-fill rows by visible frames.
+    """Return the newest run of a model: by backend its latency row, and its window-fill rows by visible frames.
 
-    Raises InputError where there is none.
+    Raises InputError if there is none.
     """
     latency = [row for row in rows if row.get("bench") == "latency" and model in (None, row["model"])]
     if not latency:
@@ -30,14 +30,14 @@ def choose(rows: Sequence[Row], model: str | None) -> tuple[dict[str, Row], dict
     bars = {row["contender"]: row for row in run if row["bench"] == "latency"}
     curves: dict[str, list[Row]] = {name: [] for name in bars}
     for row in run:
-        usual = row.get("block_steps") == len(newest["steps"])  # a first block of more steps is another measurement
+        usual = row.get("block_steps") == len(newest["steps"])  # a first block with more steps is another measurement
         if row["bench"] == "window_fill" and usual:
             curves[row["contender"]].append(row)
     return bars, {name: sorted(curve, key=lambda row: row["visible_frames"]) for name, curve in curves.items()}
 
 
 def draw(bars: dict[str, Row], curves: dict[str, list[Row]], target: Path) -> list[Path]:
-    """Write target.png and target.svg."""
+    """Write target.png and target.svg and return their paths."""
     try:
         import matplotlib
     except ImportError as error:
@@ -48,21 +48,21 @@ def draw(bars: dict[str, Row], curves: dict[str, list[Row]], target: Path) -> li
     plt.rcParams |= {"font.size": 9, "svg.hashsalt": "cfpp", "axes.titlesize": 10, "axes.titlelocation": "left"}
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
     names = list(bars)
-    for place, name in enumerate(names):
+    for position, name in enumerate(names):
         row = bars[name]
         median = row["frame_ms_p50"]
-        left.barh(place, median, height=0.6, color=COLOURS[name])
-        left.hlines(place, median, row["frame_ms_p90"], color="#333333", linewidth=1)
-        left.text(row["frame_ms_p90"], place, f"  {median:.3g} ms", va="center")
-    left.set(yticks=range(len(names)), yticklabels=names, xlabel="ms per picture: median, line to the 90th percentile")
+        left.barh(position, median, height=0.6, color=COLOURS[name])
+        left.hlines(position, median, row["frame_ms_p90"], color="#333333", linewidth=1)
+        left.text(row["frame_ms_p90"], position, f"  {median:.3g} ms", va="center")
+    left.set(yticks=range(len(names)), yticklabels=names, xlabel="ms per frame: median, line to the 90th percentile")
     left.set(title="Steady state", xlim=(0, 1.3 * max(row["frame_ms_p90"] for row in bars.values())))
     left.invert_yaxis()
     left.tick_params(axis="y", length=0)
     for name, curve in curves.items():
-        seen, ms = ([row[key] for row in curve] for key in ("visible_frames", "block_ms"))
-        right.plot(seen, ms, "o-", color=COLOURS[name], markersize=3.5, label=name)
+        visible, ms = ([row[key] for row in curve] for key in ("visible_frames", "block_ms"))
+        right.plot(visible, ms, "o-", color=COLOURS[name], markersize=3.5, label=name)
     ticks = sorted({row["visible_frames"] for curve in curves.values() for row in curve})
-    right.set(xlabel="latent frames seen", ylabel="ms of one block's passes", title="While the window fills")
+    right.set(xlabel="visible latent frames", ylabel="ms of one block's passes", title="While the window fills")
     right.set(ylim=(0, 1.25 * max((row["block_ms"] for curve in curves.values() for row in curve), default=1.0)))
     right.set_xticks(ticks if len(ticks) <= 12 else ticks[:: len(ticks) // 7])
     right.legend(frameon=False, loc="lower right")
@@ -88,10 +88,10 @@ def _caption(row: Row) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", help="a file that cfpp bench --json wrote")
-    parser.add_argument("target", help="path of the plots without suffix")
-    parser.add_argument("--model", help="whose newest run is drawn (default: the newest of all)")
+    parser = harness.parser(__doc__)
+    parser.add_argument("results", help="file written by cfpp bench --json")
+    parser.add_argument("target", help="path of the plots, without suffix")
+    parser.add_argument("--model", help="model whose newest run is drawn (default: the newest run of all)")
     arguments = parser.parse_args()
     bars, curves = choose(read_rows(arguments.results), arguments.model)
     for path in draw(bars, curves, Path(arguments.target)):

@@ -1,18 +1,15 @@
-"""What do streams cost each other: latency and pictures per second against the number of streams in one pass?
+"""Measure how latency and throughput of a `RolloutBatch` change with the number of streams in one pass.
 
-For 1, 2, ... streams of a student with random weights, each at a position of its own, with full windows: the time of a
-step, which makes the next block of every stream, and the blocks per second of all. `turns` is the same number of
-rollouts that are advanced one after the other, step by step in turns with the batch. Latents only, no decoding. The
-world's blocks are pictures; Wan's are 4.
+For 1, 2, ... streams of a student with random weights, each at its own position and with a full window: the time of a
+step, which generates the next block of every stream, and the blocks per second of all streams. For comparison ("apart")
+the same number of rollouts is advanced one after the other, interleaved with the steps of the batch. Latents only: no
+codec runs. A block of the world is one frame of pixels, a block of Wan is 4.
 
     python -m cfpp_rt.bench.model.batch [--model wan-1.3b] [--device cuda] [--streams 1 2 4 8] [--json PATH]
 """
 
-import argparse
 import dataclasses
 import statistics
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -29,10 +26,10 @@ from cfpp_rt.runtime.rollout_batch import RolloutBatch
 from cfpp_rt.speed import fuse_gelu, fuse_qkv, has_fused_gelu
 from cfpp_rt.values import DTYPES
 
-LATENTS = {"world": (6, 6), "small": (8, 12)}  # else 480x832
+LATENT_SIZES = {"world": (6, 6), "small": (8, 12)}  # all others: 480x832
 
 
-def settings(model: str, window: int | None) -> RolloutConfig:
+def rollout_config(model: str, window: int | None) -> RolloutConfig:
     if model == "world":
         return WORLD_ROLLOUT if window is None else WORLD_ROLLOUT.replace(window=window)
     return dataclasses.replace(rollout_preset("framewise-2step"), window=window or 6, sinks=1)
@@ -43,36 +40,26 @@ def advance(rollouts: list[Rollout]) -> None:
         next(rollout)
 
 
-def milliseconds(call: Callable[[], object], device: torch.device) -> float:
-    harness.synchronize(device)
-    begin = time.perf_counter()
-    call()
-    harness.synchronize(device)
-    return 1000 * (time.perf_counter() - begin)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, device=True, json=True)
     parser.add_argument("--model", choices=SIZES, default="world")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="(default: bfloat16 on CUDA, else float32)")
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
-    parser.add_argument("--window", type=int, help="latent frames (default: 6, of the world 3)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the model (default: bfloat16 on CUDA, else float32)")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8], help="batch sizes to time")
+    parser.add_argument("--window", type=int, help="latent frames visible to attention (default: 6; world 3)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps (default: 20)")
-    parser.add_argument("--json", metavar="PATH", help="append the rows as JSON lines")
     arguments = parser.parse_args()
-    device, config = torch.device(arguments.device), settings(arguments.model, arguments.window)
+    device, config = torch.device(arguments.device), rollout_config(arguments.model, arguments.window)
     if device.type == "cpu" and arguments.model == "world":
-        torch.set_num_threads(1)  # as `cfpp bench --model world`
+        torch.set_num_threads(1)  # like `cfpp bench --model world`
     dtype = DTYPES[arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
-    sizes, latent_size = SIZES[arguments.model], LATENTS.get(arguments.model, (60, 104))
+    sizes, latent_size = SIZES[arguments.model], LATENT_SIZES.get(arguments.model, harness.LATENT_480P)
     model = fuse_qkv(random_model(sizes, seed=0, dtype=dtype, device=str(device)))
     if has_fused_gelu(device, dtype):
         fuse_gelu(model)
-    # One stream after the other joins, so all are at positions of their own; then the windows are filled.
+    # Streams are added one step apart, so that each has its own position; then the windows are filled.
     before = max(arguments.streams) + (config.window or 0) + 2
     rows: list[dict[str, Any]] = []
-    print(f"{'streams':>8} {'step ms':>9} {'p90':>9} {'blocks/s':>9} {'turns ms':>9} {'blocks/s':>9}   cache MiB")
+    print(f"{'streams':>8} {'step ms':>9} {'p90':>9} {'blocks/s':>9} {'apart ms':>9} {'blocks/s':>9}   cache MiB")
     for streams in arguments.streams:
         batch = RolloutBatch(model, config, latent_size=latent_size, latent_frames=None, rows=streams)
         apart = []
@@ -84,23 +71,23 @@ def main() -> None:
         for _ in range(before):
             batch.step()
             advance(apart)
-        together, turns = [], []
+        together, one_by_one = [], []
         for _ in range(arguments.steps):
-            together.append(milliseconds(batch.step, device))
-            turns.append(milliseconds(partial(advance, apart), device))
-        step, one_by_one = harness.Times.of(together), statistics.median(turns)
+            together.append(harness.time_synchronized(batch.step, device))
+            one_by_one.append(harness.time_synchronized(partial(advance, apart), device))
+        step, apart_ms = harness.Times.of(together), statistics.median(one_by_one)
         rows.append(
             {
                 "bench": "batch",
                 "model": arguments.model,
-                "dtype": str(dtype).removeprefix("torch."),
+                "dtype": harness.dtype_name(dtype),
                 "window": config.window,
                 "streams": streams,
                 "step_ms": step.median_ms,
                 "step_ms_p90": step.p90_ms,
                 "blocks_per_s": 1000 * streams / step.median_ms,
-                "turns_ms": one_by_one,
-                "turns_blocks_per_s": 1000 * streams / one_by_one,
+                "turns_ms": apart_ms,
+                "turns_blocks_per_s": 1000 * streams / apart_ms,
                 "cache_mib": batch.cache.nbytes / 2**20,
                 "peak_memory_mib": peak_memory_mib(device),
             }

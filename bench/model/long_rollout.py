@@ -1,14 +1,13 @@
-"""Do time per frame and memory stay flat in a long rollout?
+"""Check that time per frame and memory stay constant in a long rollout.
 
 Rolls a small network out over 2,000 latent frames with a window of 6 frames and 1 sink, 2 steps and the fused refresh.
-The last 100 frames are compared with the first 100 after the window has filled. A busy machine drifts within a
-minute, so those first 100 are made once more, by a fresh rollout whose frames take turns with the last 100 of the long
-one: that ratio is the one to trust. `--plot` draws time and memory.
+The last 100 frames are compared with the first 100 after the window has filled. Since the speed of a busy machine
+drifts within a minute, those first 100 are generated once more by a fresh rollout, interleaved with the last 100 of the
+long one: that ratio is the reliable one. `--plot` draws time and memory.
 
     python -m cfpp_rt.bench.model.long_rollout [--frames 2000] [--device cpu] [--json PATH] [--plot PNG]
 """
 
-import argparse
 import statistics
 import time
 
@@ -24,8 +23,8 @@ from cfpp_rt.values import Latents
 WINDOW, SINKS, STEADY, SPAN = 6, 1, 20, 100
 
 
-def held_memory_mib(device: torch.device) -> float:
-    """Memory held now: the allocator's on a GPU, the process's resident set elsewhere."""
+def memory_mib(device: torch.device) -> float:
+    """Return the memory in use: of the allocator on a GPU, the resident set of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 2**20
     import psutil
@@ -34,7 +33,7 @@ def held_memory_mib(device: torch.device) -> float:
 
 
 def timed_frame(rollout: Rollout) -> tuple[float, Latents]:
-    """Milliseconds of one frame, the device's queue included, and the frame."""
+    """Return the ms of one frame, the device's queue included, and the frame."""
     begin = time.perf_counter()
     block = next(rollout)
     harness.synchronize(block.values.device)
@@ -42,6 +41,7 @@ def timed_frame(rollout: Rollout) -> tuple[float, Latents]:
 
 
 def plot(times: list[float], memory: list[float], path: str) -> None:
+    """Write a figure of the ms and the MiB of every latent frame as PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -64,11 +64,9 @@ def plot(times: list[float], memory: list[float], path: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--frames", type=int, default=2000)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", metavar="PATH", help="append the rows as JSON lines")
-    parser.add_argument("--plot", metavar="PNG", help="draw time and memory against frames")
+    parser = harness.parser(__doc__, device=True, json=True)
+    parser.add_argument("--frames", type=int, default=2000, help="latent frames (default: %(default)s)")
+    parser.add_argument("--plot", metavar="PNG", help="write a figure of time and memory against frames")
     arguments = parser.parse_args()
     if arguments.frames < STEADY + 2 * SPAN:
         parser.error(f"--frames must be at least {STEADY + 2 * SPAN}, got {arguments.frames}")
@@ -90,7 +88,7 @@ def main() -> None:
         elapsed, block = timed_frame(rollout)
         finite = finite and bool(block.values.isfinite().all())
         times.append(elapsed)
-        memory.append(held_memory_mib(device))
+        memory.append(memory_mib(device))
         if frame >= arguments.frames - SPAN:
             paired.append(timed_frame(fresh)[0])
 
@@ -108,10 +106,10 @@ def main() -> None:
         "memory_at_end_mib": memory[-1],
         "all_finite": finite,
     }
-    print(f"frames {STEADY}..{STEADY + SPAN - 1}: median {row['first_steady_100_ms']:.2f} ms when they were made")
+    print(f"frames {STEADY}..{STEADY + SPAN - 1}: median {row['first_steady_100_ms']:.2f} ms in the long rollout")
     print(f"last {SPAN} frames: median {row['last_100_ms']:.2f} ms")
-    print(f"frames {STEADY}..{STEADY + SPAN - 1} again, in turns with the last: {row['first_again_100_ms']:.2f} ms")
-    print(f"last / first in turns: {row['last_over_first_again']:.3f}")
+    print(f"frames {STEADY}..{STEADY + SPAN - 1} again, interleaved with the last: {row['first_again_100_ms']:.2f} ms")
+    print(f"last / first, interleaved: {row['last_over_first_again']:.3f}")
     print(f"memory: {memory[STEADY]:.0f} MiB when the window is full, {memory[-1]:.0f} MiB at the end")
     print(f"every value finite: {finite}")
     harness.record([row], arguments.json, device)

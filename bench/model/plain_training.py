@@ -1,8 +1,10 @@
-"""Stage 1 as a plain PyTorch loop: dense masked attention, layers as they stand in the textbook, no op of ours.
+"""Stage 1 of the training as a plain PyTorch loop: dense masked attention, textbook layers, no op of this project.
 
 `bench.model.train` compares the trainer with it. It takes the weights of the same network by name and computes the same
-loss; it shares no arithmetic with `cfpp_rt`.
+loss, but shares no arithmetic with `cfpp_rt`.
 """
+
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +12,26 @@ from torch import Tensor
 
 from cfpp_rt.config import ModelConfig
 
-Weights = dict[str, Tensor]
+Weights = Mapping[str, Tensor]
 
 
 def teacher_forced(
-    w: Weights, config: ModelConfig, clean: Tensor, noisy: Tensor, timesteps: Tensor, embeds: Tensor, mask: Tensor
+    w: Weights,
+    config: ModelConfig,
+    clean: Tensor,
+    noisy: Tensor,
+    timesteps: Tensor,
+    prompt_embeds: Tensor,
+    mask: Tensor,
 ) -> Tensor:
-    """Velocity [B, F, C, h, w] of the noisy frames. timesteps: [B, F]. mask: bool [2S, 2S], `token_mask`."""
+    """Return the velocity [B, F, C, h, w] of the noisy latent frames, which attend to the clean ones (teacher forcing).
+
+    w: parameters by their names in the network.
+    clean, noisy: latents [B, F, C, h, w].
+    timesteps: [B, F], of the noisy frames.
+    prompt_embeds: [B, text_len, text_dim].
+    mask: bool [2S, 2S], see `token_mask`.
+    """
     both = torch.cat([clean, noisy], dim=1)
     levels = torch.cat([torch.zeros_like(timesteps), timesteps], dim=1)
     frames, (height, width) = clean.shape[1], clean.shape[-2:]
@@ -30,11 +45,11 @@ def teacher_forced(
     modulation = _linear(w, F.silu(e), "time_projection.1").unflatten(2, (6, -1))
     text = None
     if config.text_len:
-        text = F.gelu(_linear(w, embeds, "text_embedding.0"), approximate="tanh")
+        text = F.gelu(_linear(w, prompt_embeds, "text_embedding.0"), approximate="tanh")
         text = _linear(w, text, "text_embedding.2")
-    turn = _turns(config.head_dim, frames, rows, columns)
+    rotations = _rotations(config.head_dim, frames, rows, columns)
     for layer in range(config.num_layers):
-        x = _block(w, config, f"blocks.{layer}", x, modulation, text, turn, mask)
+        x = _block(w, config, f"blocks.{layer}", x, modulation, text, rotations, mask)
     shift, scale = (w["head.modulation"] + e[:, :, None]).unbind(2)
     x = _modulate(x, shift, scale, config.eps)[:, x.shape[1] // 2 :]
     x = _linear(w, x, "head.head")
@@ -44,7 +59,7 @@ def teacher_forced(
 
 
 def token_mask(visible: Tensor, tokens: int) -> Tensor:
-    """A mask of frames, bool [N, N], as one of tokens."""
+    """Expand a mask over frames, bool [N, N], to one over tokens, bool [N * tokens, N * tokens]."""
     return visible.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
 
 
@@ -58,14 +73,14 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
 
 
-def _turns(head_dim: int, frames: int, rows: int, columns: int) -> Tensor:
-    """Rotations complex64 [2 * frames * rows * columns, head_dim / 2]: the two halves stand at the same places."""
+def _rotations(head_dim: int, frames: int, rows: int, columns: int) -> Tensor:
+    """Return rotations, complex64 [2 * frames * rows * columns, head_dim / 2]; both halves have the same positions."""
     pairs = head_dim // 2
     third = pairs // 3
-    place = torch.meshgrid(torch.arange(frames), torch.arange(rows), torch.arange(columns), indexing="ij")
+    positions = torch.meshgrid(torch.arange(frames), torch.arange(rows), torch.arange(columns), indexing="ij")
     parts = [
         axis.reshape(-1, 1) * 10000.0 ** (-torch.arange(n, dtype=torch.float64) / n)
-        for axis, n in zip(place, (pairs - 2 * third, third, third), strict=True)
+        for axis, n in zip(positions, (pairs - 2 * third, third, third), strict=True)
     ]
     angles = torch.cat(parts, dim=1).repeat(2, 1)
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
@@ -78,7 +93,7 @@ def _block(
     x: Tensor,
     modulation: Tensor,
     text: Tensor | None,
-    turn: Tensor,
+    rotations: Tensor,
     mask: Tensor,
 ) -> Tensor:
     rows = (w[f"{name}.modulation"] + modulation).unbind(2)
@@ -94,7 +109,7 @@ def _block(
 
     def rotated(t: Tensor) -> Tensor:
         pairs = torch.view_as_complex(heads(t).unflatten(3, (-1, 2)).contiguous())
-        return torch.view_as_real(pairs * turn).flatten(3)
+        return torch.view_as_real(pairs * rotations).flatten(3)
 
     y = _modulate(x, rows[0], rows[1], config.eps)
     q, k = (rotated(project(y, "self_attn", part)) for part in "qk")

@@ -1,15 +1,14 @@
-"""How much of a small student's frame is its matrix products and its attention, and how much everything else?
+"""Split the time of a small student's frame: matrix products and attention, and everything else.
 
-A steady frame of the built-in world (two passes, fused refresh, window of 3, batch 1, float32) against the same calls
-of `F.linear` and `block_attention` alone, on the very tensors of that frame, in turns. What lies between is norms,
-GELU, cache writes, noise, checks, and Python. On a busy machine the lowest tenth tells more than the median. `host` is
-a frame of a network of one token and 16 channels: next to no arithmetic, the same calls. `eager` is a frame of the
-baseline of `cfpp bench`.
+A steady frame of the built-in world (two passes, fused refresh, window of 3, batch 1, float32) is timed interleaved
+with its calls of `F.linear` and `block_attention` alone, on the very tensors of that frame. The difference is norms,
+GELU, cache writes, noise, checks and Python. On a busy machine the lowest decile is more reliable than the median.
+`host` is a frame of a network with one token and 16 channels: the same calls with next to no arithmetic. `eager` is a
+frame of the baseline of `cfpp bench`.
 
     python -m cfpp_rt.bench.model.small_pass [--threads 1 2] [--json PATH]
 """
 
-import argparse
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -29,7 +28,7 @@ from cfpp_rt.runtime.rollout import Rollout
 from cfpp_rt.speed import fuse_gelu, fuse_qkv
 from cfpp_rt.values import empty_prompt_embeds
 
-LATENT = (6, 6)
+LATENT_SIZE = (6, 6)
 EMPTY = dataclasses.replace(WORLD, dim=16, ffn_dim=16, in_dim=1, out_dim=1)
 ROUNDS = 150
 
@@ -42,7 +41,7 @@ def run_all(calls: Calls) -> None:
 
 
 def recorded(rollout: Rollout) -> Calls:
-    """The products and attentions of the rollout's next frame: functions and their arguments."""
+    """Return the matrix products and attentions of the rollout's next frame, as functions and arguments."""
     calls: Calls = []
 
     def recording(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,47 +59,47 @@ def recorded(rollout: Rollout) -> Calls:
     return calls
 
 
-def steady(config: ModelConfig, latent: tuple[int, int], *, gelu: bool) -> Rollout:
-    """A rollout whose window is full, of a model as `load_world_pipeline` makes it; gelu: fused into its product."""
+def steady(config: ModelConfig, latent_size: tuple[int, int], *, gelu: bool) -> Rollout:
+    """Return a rollout with a full window, of a model like that of `load_world_pipeline`; gelu: fuse GELU as well."""
     model = fuse_qkv(random_model(config, seed=0, dtype=torch.float32))
     if gelu:
         fuse_gelu(model)
     text = empty_prompt_embeds(1, config.text_dim)
-    rollout = Rollout(model, text, WORLD_ROLLOUT, latent_size=latent, latent_frames=None)
+    rollout = Rollout(model, text, WORLD_ROLLOUT, latent_size=latent_size, latent_frames=None)
     for _ in range(20):
         next(rollout)
     return rollout
 
 
 def eager_rollout() -> EagerRollout:
+    """Return a rollout of the plain PyTorch baseline of the same size."""
     model = random_model(WORLD, seed=0, dtype=torch.float32)
     text = empty_prompt_embeds(1, WORLD.text_dim)
-    return EagerRollout(model, text, WORLD_ROLLOUT, latent_size=LATENT, latent_frames=ROUNDS + 2)
+    return EagerRollout(model, text, WORLD_ROLLOUT, latent_size=LATENT_SIZE, latent_frames=ROUNDS + 2)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1])
-    parser.add_argument("--json", metavar="PATH", help="append the rows as JSON lines")
+    parser = harness.parser(__doc__, json=True)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="numbers of CPU threads")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     print(f"{'threads':>8} {'':>7}{'frame':>8} {'products, attention':>20} {'ratio':>6} {'host':>6} {'eager':>7}   us")
     for threads in arguments.threads:
         torch.set_num_threads(threads)
-        rollout, empty = steady(WORLD, LATENT, gelu=True), steady(EMPTY, (1, 1), gelu=True)
+        rollout, empty = steady(WORLD, LATENT_SIZE, gelu=True), steady(EMPTY, (1, 1), gelu=True)
         plain = eager_rollout()
-        calls = recorded(steady(WORLD, LATENT, gelu=False))
-        turns = {
+        calls = recorded(steady(WORLD, LATENT_SIZE, gelu=False))
+        measured = {
             "frame": partial(next, rollout),
             "alone": partial(run_all, calls),
             "host": partial(next, empty),
             "eager": partial(next, plain),
         }
         with torch.inference_mode():
-            times = harness.measure_in_turns(turns, torch.device("cpu"), rounds=ROUNDS)
+            times = harness.measure_interleaved(measured, torch.device("cpu"), rounds=ROUNDS)
         row: dict[str, Any] = {"bench": "small_pass", "threads_used": threads}
         for kind in ("median", "p10"):
-            frame, alone, host, eager = (1000 * getattr(times[name], f"{kind}_ms") for name in turns)
+            frame, alone, host, eager = (1000 * getattr(times[name], f"{kind}_ms") for name in measured)
             print(
                 f"{threads:>8} {kind:>7}{frame:>8.0f} {alone:>20.0f} {frame / alone:>6.2f} {host:>6.0f} {eager:>7.0f}"
             )

@@ -1,14 +1,13 @@
-"""How long does a training step take, beside a plain PyTorch loop of the same model?
+"""Time a training step of the trainer, and of a plain PyTorch loop of the same model.
 
-Stage ar, whole steps: batch, loss, backward pass, clipping, AdamW, moving average. `cfpp` is the trainer; `plain` the
-loop of `plain_training`: the same weights, draws and optimiser, attention over a dense mask. Both take turns in one
-run, and their losses must agree before anything is timed. With --dtype bfloat16 the trainer computes in bfloat16 over
-float32 masters and the loop under torch.autocast.
+Complete steps of stage ar: batch, loss, backward pass, clipping, AdamW, moving average. `cfpp` is the trainer; `plain`
+is the loop of `plain_training` with the same weights, random numbers and optimiser, and attention over a dense mask.
+Both are timed interleaved in one run, after a check that their losses agree. With --dtype bfloat16 the trainer computes
+in bfloat16 over float32 master weights, and the loop runs under torch.autocast.
 
     python -m cfpp_rt.bench.model.train [--device cpu] [--dtype float32] [--rounds 10] [--json PATH]
 """
 
-import argparse
 import copy
 import dataclasses
 import tempfile
@@ -37,7 +36,7 @@ from cfpp_rt.values import DTYPES
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model and a clip [batch, frames, 16, height, width]."""
+    """A model and the shape of a clip's latents: [batch, frames, 16, height, width]."""
 
     name: str
     config: ModelConfig
@@ -50,7 +49,7 @@ class Case:
 
 CASES = (
     Case(
-        "world",  # the sizes of configs/world.yaml, without its actions
+        "world",  # sizes of configs/world.yaml, without actions
         ModelConfig(
             dim=128, ffn_dim=512, num_heads=2, num_layers=4, freq_dim=64, text_dim=1, text_len=0, patch_size=(1, 1, 1)
         ),
@@ -61,7 +60,7 @@ CASES = (
         Layout(1, 3),
     ),
     Case(
-        "wan-small",  # Wan's kind of block, small pictures, no window
+        "wan-small",  # blocks like Wan's, small frames, no window
         ModelConfig(dim=384, ffn_dim=2240, num_heads=3, num_layers=2, freq_dim=256, text_dim=256, text_len=128),
         1,
         9,
@@ -80,10 +79,10 @@ def settings() -> StageSettings:
 def trainer(
     case: Case, model: nn.Module, batch: Batch, dtype: torch.dtype, device: torch.device
 ) -> Callable[[], float]:
-    """One step of ours; gives the loss."""
+    """Return a function that runs one step of the trainer and returns its loss."""
     network: Any = copy.deepcopy(model).requires_grad_(True)
     stage = ArDiffusion(Denoiser(network, case.layout), copy.deepcopy(model), schedule=_SCHEDULE)
-    folder = Path(tempfile.gettempdir())  # nothing is saved: only steps are taken
+    folder = Path(tempfile.gettempdir())  # no checkpoint is written: only steps run
     made = Trainer("ar", stage, settings(), lambda position: batch, folder, dtype=dtype, device=device)
 
     def step() -> float:
@@ -96,7 +95,7 @@ def trainer(
 def plain_loop(
     case: Case, model: nn.Module, batch: Batch, dtype: torch.dtype, device: torch.device
 ) -> Callable[[], float]:
-    """One step of the plain loop; gives the loss."""
+    """Return a function that runs one step of the plain loop and returns its loss."""
     network, own = copy.deepcopy(model).requires_grad_(True), settings()
     ema = copy.deepcopy(model)
     weights = dict(network.named_parameters())
@@ -104,39 +103,39 @@ def plain_loop(
     tokens = case.config.tokens_per_frame(case.height, case.width)
     visible = masks.teacher_forcing(case.frames, case.layout.block, case.layout.window)
     mask = token_mask(visible, tokens).to(device)
-    draws = torch.Generator().manual_seed(own.seed)
+    rng = torch.Generator().manual_seed(own.seed)
     sigmas, timesteps = _SCHEDULE.sigmas.to(device), _SCHEDULE.timesteps.to(device)
     level_weights = _SCHEDULE.training_weights().to(device)
 
     def step() -> float:
         clean = batch.latents
         assert isinstance(clean, Tensor)
-        levels = block_indices(TABLE_SIZE, case.batch, case.frames, case.layout.block, draws).to(device)
-        noise = normal_like(clean, draws)
+        levels = block_indices(TABLE_SIZE, case.batch, case.frames, case.layout.block, rng).to(device)
+        noise = normal_like(clean, rng)
         sigma = sigmas[levels][:, :, None, None, None]
         noisy = (1 - sigma) * clean + sigma * noise
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            found = teacher_forced(weights, case.config, clean, noisy, timesteps[levels], batch.condition.prompt_embeds, mask)
-        error = (found.float() - (noise - clean)).square().mean(dim=(2, 3, 4))
+            velocity = teacher_forced(
+                weights, case.config, clean, noisy, timesteps[levels], batch.condition.prompt_embeds, mask
+            )
+        error = (velocity.float() - (noise - clean)).square().mean(dim=(2, 3, 4))
         loss = (error * level_weights[levels]).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(weights.values(), own.clip)
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
-            for kept, now in zip(ema.parameters(), weights.values(), strict=True):
-                kept.lerp_(now, 1 - own.ema)
+            for average, weight in zip(ema.parameters(), weights.values(), strict=True):
+                average.lerp_(weight, 1 - own.ema)
         return loss.item()
 
     return step
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
+    parser = harness.parser(__doc__, device=True, json=True)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--json", metavar="PATH", help="append the rows as JSON lines")
+    parser.add_argument("--rounds", type=int, default=10, help="timed steps of each (default: %(default)s)")
     arguments = parser.parse_args()
     device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
     rows = []
@@ -145,10 +144,10 @@ def main() -> None:
         model = fresh_model(case.config, 0).to(device)
         with torch.no_grad():
             model.head.head.weight.normal_(0, 0.02, generator=torch.Generator(device).manual_seed(0))
-        draws = torch.Generator().manual_seed(1)
-        latents = torch.randn(case.batch, case.frames, 16, case.height, case.width, generator=draws)
-        embeds = torch.randn(case.batch, case.config.text_len, case.config.text_dim, generator=draws)
-        batch = Batch(Condition(embeds), latents).to(device)
+        rng = torch.Generator().manual_seed(1)
+        latents = torch.randn(case.batch, case.frames, 16, case.height, case.width, generator=rng)
+        prompt_embeds = torch.randn(case.batch, case.config.text_len, case.config.text_dim, generator=rng)
+        batch = Batch(Condition(prompt_embeds), latents).to(device)
         calls = {
             "cfpp": trainer(case, model, batch, dtype, device),
             "plain": plain_loop(case, model, batch, dtype, device),
@@ -156,10 +155,10 @@ def main() -> None:
         ours, theirs = (call() for call in calls.values())
         if abs(ours - theirs) > (1e-4 if dtype == torch.float32 else 2e-2) * theirs:
             raise InputError(f"{case.name}: the losses must agree before they are timed, got {ours} and {theirs}")
-        times = harness.measure_in_turns(calls, device, rounds=arguments.rounds)
+        times = harness.measure_interleaved(calls, device, rounds=arguments.rounds)
         ratio = times["plain"].median_ms / times["cfpp"].median_ms
         print(f"{case.name:>10} {times['cfpp'].median_ms:>9.1f} {times['plain'].median_ms:>9.1f} {ratio:>12.2f}")
-        for name, found in times.items():
+        for name, measured in times.items():
             rows.append(
                 {
                     "bench": "train",
@@ -167,7 +166,7 @@ def main() -> None:
                     "loop": name,
                     "dtype": arguments.dtype,
                     "clip": [case.batch, case.frames, 16, case.height, case.width],
-                    **dataclasses.asdict(found),
+                    **dataclasses.asdict(measured),
                     "loss": ours if name == "cfpp" else theirs,
                 }
             )

@@ -1,15 +1,15 @@
-"""How fast is block_attention against torch SDPA (flash and cuDNN), FlashAttention and FlexAttention?
+"""Time block_attention against torch's SDPA (flash and cuDNN), FlashAttention and FlexAttention.
 
-Shapes: queries of one frame (1560 tokens at 480x832, 3600 at 720x1280), of a fused refresh (two frames as two groups,
-each with its own window) and of a chunk of three frames, over 1 to 21 visible frames, at 12 heads of 128 (1.3B) and 40
-(14B); and those of a small world. Contenders run in turns, on a GPU with a cold L2 (in the model a layer's keys come
-from memory). FLOPs: 4 * Sq * keys * H * D, padding not counted. The roof is one large matrix product in the same run.
-A library without ranges is called once per group, its keys already contiguous: no gather is timed.
+Shapes: the queries of one frame (1560 tokens at 480x832, 3600 at 720x1280), of a fused refresh (two frames as two
+groups, each with its own window) and of a chunk of three frames, over 1 to 21 visible frames, with 12 heads of 128
+(1.3B) and 40 (14B); and the shapes of a small world. Backends are timed interleaved; on a GPU with a cold L2, since in
+the model a layer's keys come from memory. FLOPs: 4 * Sq * keys * H * D, padding not counted. The peak is one large
+matrix product in the same run. A library that takes no token ranges is called once per group with contiguous keys: no
+gather is timed.
 
     python -m cfpp_rt.bench.ops.block_attention [--device cpu] [--dtype bfloat16] [--json PATH] [--quick]
 """
 
-import argparse
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -21,8 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cfpp_rt.ops.block_attention  # noqa: F401  registers the op
 from cfpp_rt.bench import harness
-from cfpp_rt.ops.attention_libraries import LIBRARIES, attend_gathered, flash_version
-from cfpp_rt.ops.attention_table import Problem, choose_attention, kernel_takes
+from cfpp_rt.device.peak import peak_matmul_flops
+from cfpp_rt.ops.attention_libraries import LIBRARY_BACKENDS, attend_gathered, flash_module
+from cfpp_rt.ops.attention_table import Problem, choose_attention, kernel_supports
 from cfpp_rt.ops.token_ranges import TokenRanges
 
 FRAME_480, FRAME_720 = 1560, 3600
@@ -33,12 +34,12 @@ class Shape:
     name: str
     queries: int  # per group
     groups: int
-    keys: int  # seen by the last group; the group before it sees one frame less
+    keys: int  # visible to the last group; one frame fewer is visible to the group before it
     heads: int = 12
     head_dim: int = 128
 
     def visible(self) -> list[int]:
-        """Keys that each group sees, from the first on."""
+        """Return the number of visible keys of each group, in order."""
         return [self.keys] if self.groups == 1 else [max(self.keys - self.queries, self.queries), self.keys]
 
     def ranges(self, device: torch.device) -> TokenRanges:
@@ -79,14 +80,14 @@ def _sdpa_by(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor, float], T
     return call
 
 
-def contenders(shape: Shape, dtype: torch.dtype, device: torch.device, flex: bool) -> dict[str, Callable[[], Tensor]]:
+def backends(shape: Shape, dtype: torch.dtype, device: torch.device, flex: bool) -> dict[str, Callable[[], Tensor]]:
     q, keys, values = make_tensors(shape, dtype, device)
     ranges, scale = shape.ranges(device), shape.head_dim**-0.5
-    dense: dict[str, Any] = {"sdpa": LIBRARIES["sdpa"]}
+    dense: dict[str, Any] = {"sdpa": LIBRARY_BACKENDS["sdpa"]}
     if device.type == "cuda":
-        dense = {"sdpa-flash": _sdpa_by(SDPBackend.FLASH_ATTENTION), "sdpa-cudnn": LIBRARIES["cudnn"]}
-        if flash_version():
-            dense[f"flash-attn-{flash_version()}"] = LIBRARIES["flash"]
+        dense = {"sdpa-flash": _sdpa_by(SDPBackend.FLASH_ATTENTION), "sdpa-cudnn": LIBRARY_BACKENDS["cudnn"]}
+        if (flash := flash_module()) is not None:
+            dense[f"flash-attn-{flash[0]}"] = LIBRARY_BACKENDS["flash"]
         if flex:
             from torch.nn.attention.flex_attention import flex_attention
 
@@ -97,7 +98,7 @@ def contenders(shape: Shape, dtype: torch.dtype, device: torch.device, flex: boo
         for name, call in dense.items()
     }
     problem = Problem(device.type, _capability(device), dtype, shape.head_dim, shape.queries, shape.keys)
-    if kernel_takes(problem):
+    if kernel_supports(problem):
         calls["kernel"] = lambda: torch.ops.cfpp_rt.block_attention(q, keys, values, ranges.device, scale)
     return calls
 
@@ -106,11 +107,11 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
-def measure_shape(shape: Shape, dtype: torch.dtype, device: torch.device, roof: float) -> list[dict[str, Any]]:
+def measure_shape(shape: Shape, dtype: torch.dtype, device: torch.device, peak: float) -> list[dict[str, Any]]:
     flex = device.type == "cuda" and shape.name == "frame" and shape.keys in (3 * FRAME_480, 21 * FRAME_480)
-    calls = contenders(shape, dtype, device, flex)
+    calls = backends(shape, dtype, device, flex)
     with torch.inference_mode():
-        times = harness.measure_in_turns(calls, device, rounds=30, cold_cache=device.type == "cuda")
+        times = harness.measure_interleaved(calls, device, rounds=30, cold_cache=device.type == "cuda")
     flops = shape.flops()
     best = min(t.median_ms for name, t in times.items() if name != "kernel")
     problem = Problem(device.type, _capability(device), dtype, shape.head_dim, shape.queries, shape.keys)
@@ -123,15 +124,13 @@ def measure_shape(shape: Shape, dtype: torch.dtype, device: torch.device, roof: 
             "keys": shape.keys,
             "heads": shape.heads,
             "head_dim": shape.head_dim,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": harness.dtype_name(dtype),
             "contender": name,
             "table": choose_attention(problem)[0],
-            "ms": t.median_ms,
-            "p10_ms": t.p10_ms,
-            "p90_ms": t.p90_ms,
+            **t.row(),
             "tflops": flops / t.median_ms / 1e9,
-            "roof_tflops": roof,
-            "percent_of_roof": 100 * flops / t.median_ms / 1e9 / roof,
+            "roof_tflops": peak,
+            "percent_of_roof": 100 * flops / t.median_ms / 1e9 / peak,
             "times_best_library": best / t.median_ms,
         }
         for name, t in times.items()
@@ -139,20 +138,18 @@ def measure_shape(shape: Shape, dtype: torch.dtype, device: torch.device, roof: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
+    parser = harness.parser(__doc__, device=True, json=True)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--quick", action="store_true", help="on the CPU: the smallest shapes only")
-    parser.add_argument("--json", metavar="PATH", help="append the rows as JSON lines")
+    parser.add_argument("--quick", action="store_true", help="on a CPU: measure the smallest shapes only")
     arguments = parser.parse_args()
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
-    roof = harness.matrix_roof(device, dtype)
-    print(f"{arguments.dtype}; one large matrix product reaches {roof:.3g} TFLOP/s")
-    header = f"{'shape':<11}{'Sq':>6}{'keys':>7}{'H':>4}{'D':>5}  {'contender':<14}{'ms':>9}{'p10':>9}{'p90':>9}"
-    print(f"{header}{'TFLOP/s':>9}{'% roof':>8}{'x best library':>16}")
+    peak = peak_matmul_flops(device, dtype) / 1e12
+    print(f"{arguments.dtype}; peak: one large matrix product reaches {peak:.3g} TFLOP/s, of which '% peak' is a share")
+    header = f"{'shape':<11}{'Sq':>6}{'keys':>7}{'H':>4}{'D':>5}  {'backend':<14}{'ms':>9}{'p10':>9}{'p90':>9}"
+    print(f"{header}{'TFLOP/s':>9}{'% peak':>8}{'x best library':>16}")
     rows = []
     for shape in gpu_shapes() if device.type == "cuda" else cpu_shapes(arguments.quick):
-        for row in measure_shape(shape, dtype, device, roof):
+        for row in measure_shape(shape, dtype, device, peak):
             rows.append(row)
             print(
                 f"{shape.name:<11}{shape.queries * shape.groups:>6}{shape.keys:>7}{shape.heads:>4}{shape.head_dim:>5}  "

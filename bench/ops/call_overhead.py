@@ -1,13 +1,12 @@
-"""What does one call of an op cost when there is next to nothing to compute?
+"""Measure the time that the host takes for one call of an op with next to nothing to compute.
 
-Tensors of a few elements, one thread, so the time is that of Python, of the checks and of passing tensors to C++. On a
-GPU calls are launched one after the other without waiting: the figure is then the host's time per call. Beside them,
-x + y of torch and its scaled_dot_product_attention. Best of 7 rounds of 3000 calls.
+With tensors of a few elements and one thread, the time is that of Python, of the checks and of passing tensors to C++.
+On a GPU calls are launched one after the other without waiting, so the figure is the host's time per call there as
+well. For comparison: x + y of torch and its scaled_dot_product_attention. Best of 7 rounds of 3000 calls.
 
     python -m cfpp_rt.bench.ops.call_overhead [--device cpu] [--json PATH]
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +27,7 @@ ROUNDS, CALLS, HEAD_DIM = 7, 3000, 64
 
 
 def calls(device: torch.device) -> dict[str, Callable[[], Any]]:
-    """Name to a call on the smallest tensors of the shapes that the model uses."""
+    """Return one call per op, on the smallest tensors of the shapes that the model uses."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     x, row = (torch.randn(1, 1, HEAD_DIM, device=device, dtype=dtype) for _ in range(2))
     latent, sigma = torch.randn(1, 1, 1, 2, 2, device=device), torch.rand(1, 1, device=device)
@@ -50,8 +49,9 @@ def calls(device: torch.device) -> dict[str, Callable[[], Any]]:
 
 
 def best_us(call: Callable[[], Any], device: torch.device) -> float:
+    """Return the microseconds per call of the fastest round."""
     rounds = []
-    for _ in range(ROUNDS + 1):  # the first warms up
+    for _ in range(ROUNDS + 1):  # the first round warms up
         begin = time.perf_counter()
         for _ in range(CALLS):
             call()
@@ -62,9 +62,7 @@ def best_us(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", metavar="PATH", help="append the rows as JSON lines")
+    parser = harness.parser(__doc__, device=True, json=True)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     torch.set_num_threads(1)

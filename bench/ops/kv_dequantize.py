@@ -1,20 +1,18 @@
-"""What does reading a float8 cache cost: how near does kv_dequantize_ come to the memory roof, and to attention?
+"""Time kv_dequantize_, the reading of a float8 cache: share of the peak bandwidth, and of attention's time.
 
-Cache of 12 heads of 128 at 480x832 (1560 tokens a latent frame), of which 1, 3 or 6 frames are visible. Bytes: per
-number of keys and values 1 read and its size in the model's dtype written. The roof is a copy of a large buffer,
-measured in the same run. Attention is block_attention of one frame's queries over the same tokens, taking turns with
-it; a pass over a float8 cache does both, over an ordinary cache the latter alone.
+The cache has 12 heads of 128 at 480x832 (1560 tokens per latent frame), of which 1, 3 or 6 frames are visible. Bytes:
+for every element of keys and values 1 byte read, and its size in the model's dtype written. The peak is a copy of a
+large buffer in the same run. Attention is block_attention of one frame's queries over the same tokens, timed
+interleaved: a pass over a float8 cache runs both, a pass over an ordinary cache only the latter.
 
     python -m cfpp_rt.bench.ops.kv_dequantize [--device cpu] [--json PATH]
 """
 
-import argparse
 from typing import Any
 
 import torch
 
 from cfpp_rt.bench import harness
-from cfpp_rt.ops import backends
 from cfpp_rt.ops.block_attention import block_attention
 from cfpp_rt.ops.kv_dequantize import kv_dequantize_
 from cfpp_rt.ops.token_ranges import TokenRanges
@@ -23,7 +21,7 @@ TOKENS, HEADS, HEAD_DIM = 1560, 12, 128
 
 
 def measure_frames(frames: int, dtype: torch.dtype, device: torch.device) -> dict[str, harness.Times]:
-    capacity = (frames + 1) * TOKENS  # one slot that nobody sees
+    capacity = (frames + 1) * TOKENS  # one slot that is not visible
     torch.manual_seed(0)
     numbers = torch.randn(2, 1, HEADS, capacity, HEAD_DIM, device=device)
     keys, values = numbers.to(torch.float8_e4m3fn)
@@ -32,7 +30,7 @@ def measure_frames(frames: int, dtype: torch.dtype, device: torch.device) -> dic
     q = torch.randn(1, HEADS, TOKENS, HEAD_DIM, device=device).to(dtype)
     ranges = TokenRanges.of([[(0, frames * TOKENS)]], capacity=capacity, batch=1, device=device)
     with torch.inference_mode():
-        return harness.measure_in_turns(
+        return harness.measure_interleaved(
             {
                 "dequantize": lambda: kv_dequantize_(wide[0], wide[1], keys, values, scales[0], scales[1], ranges),
                 "attention": lambda: block_attention(q, wide[0], wide[1], ranges),
@@ -43,29 +41,27 @@ def measure_frames(frames: int, dtype: torch.dtype, device: torch.device) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", metavar="PATH", help="append the rows as JSON lines")
+    parser = harness.parser(__doc__, device=True, json=True)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    backend, reason = backends()["kv_dequantize_"][device.type]
-    roof = harness.memory_roof(device)
+    backend, peak = harness.op_backend("kv_dequantize_", device)
     rows: list[dict[str, Any]] = []
-    print(f"backend {backend} ({reason}); memory roof {roof:.1f} GB/s")
-    header = f"{'dtype':>9} {'frames':>7} {'ms':>8} {'p10':>8} {'p90':>8} {'GB/s':>7} {'% roof':>7}"
-    print(f"{header} {'attention':>10} {'+ %':>6}")
+    header = f"{'dtype':>9} {'frames':>7} {'ms':>8} {'p10':>8} {'p90':>8} {'GB/s':>7} {'% peak':>7}"
+    print(f"{header} {'attention ms':>12} {'% of it':>7}")
     for dtype in (torch.bfloat16, torch.float32):
         if device.type == "cuda" and dtype == torch.float32:
             continue
         for frames in (1, 3, 6):
             times = measure_frames(frames, dtype, device)
             ours, attention = times["dequantize"], times["attention"]
-            rate = 2 * frames * TOKENS * HEADS * HEAD_DIM * (1 + dtype.itemsize) / ours.median_ms / 1e6
-            more = 100 * ours.median_ms / attention.median_ms
-            name = str(dtype).removeprefix("torch.")
+            num_bytes = 2 * frames * TOKENS * HEADS * HEAD_DIM * (1 + dtype.itemsize)
+            figures = harness.bandwidth_row(ours, num_bytes, peak)
+            share = 100 * ours.median_ms / attention.median_ms
+            name = harness.dtype_name(dtype)
             print(
-                f"{name:>9} {frames:>7} {ours.median_ms:>8.3f} {ours.p10_ms:>8.3f} {ours.p90_ms:>8.3f} {rate:>7.1f} "
-                f"{100 * rate / roof:>7.0f} {attention.median_ms:>10.2f} {more:>6.1f}",
+                f"{name:>9} {frames:>7} {ours.median_ms:>8.3f} {ours.p10_ms:>8.3f} {ours.p90_ms:>8.3f} "
+                f"{figures['gb_per_s']:>7.1f} {figures['percent_of_roof']:>7.0f} "
+                f"{attention.median_ms:>12.2f} {share:>7.1f}",
                 flush=True,
             )
             rows.append(
@@ -74,14 +70,9 @@ def main() -> None:
                     "backend": backend,
                     "dtype": name,
                     "visible_frames": frames,
-                    "ms": ours.median_ms,
-                    "p10_ms": ours.p10_ms,
-                    "p90_ms": ours.p90_ms,
-                    "gb_per_s": rate,
-                    "roof_gb_per_s": roof,
-                    "percent_of_roof": 100 * rate / roof,
+                    **figures,
                     "attention_ms": attention.median_ms,
-                    "percent_of_attention": more,
+                    "percent_of_attention": share,
                 }
             )
     harness.record(rows, arguments.json, device)

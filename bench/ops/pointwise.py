@@ -1,17 +1,18 @@
-"""How near do the pointwise ops come to the memory roof, and how much faster than separate PyTorch layers are they?
+"""Time the pointwise ops: share of the peak bandwidth, and speed-up over separate PyTorch layers.
 
 Shapes of 1, 2 and 3 latent frames at 480x832 (1560 tokens each) at the width of the 1.3B and of the 14B model, and of
-the small world (64 tokens, 192 channels). rms_silu_ is the VAE's, on what one latent frame becomes at the decoder's
-last three levels (CUDA; the CPU has plain PyTorch for it). Bytes: every tensor of tokens, latents or pixels read or
-written once, modulation rows not counted. The roof is a copy of a large buffer, measured in the same run. Plain PyTorch
-is what the model would run without the op: layer_norm and addcmul, or the schedule's two formulas. What makes float8 is
-timed on a GPU only; plain is the formula of its reference there, after the ordinary norm if any. Both take turns, from
-a cold cache: before every call a buffer larger than the last-level cache is overwritten.
+the small world (64 tokens, 192 channels). rms_silu_ is the VAE's, at the sizes that one latent frame has in the last
+three levels of the decoder (on CUDA only: the CPU runs plain PyTorch). Bytes: every tensor of tokens, latents or pixels
+read or written once; modulation rows are not counted. The peak is a copy of a large buffer in the same run.
+
+Plain PyTorch is what the model would run without the op: layer_norm and addcmul, or the schedule's two formulas. The
+ops that write float8 are timed on a GPU only, against the formula of their reference, after the ordinary norm if there
+is one. Both are timed interleaved from a cold cache: before every call a buffer larger than the last-level cache is
+overwritten.
 
     python -m cfpp_rt.bench.ops.pointwise [--device cpu] [--json PATH]
 """
 
-import argparse
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,8 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cfpp_rt.bench import harness
-from cfpp_rt.core.schedule import add_noise, to_clean
-from cfpp_rt.ops import backends
+from cfpp_rt.core.schedule import add_noise
 from cfpp_rt.ops.adaln_modulate import adaln_modulate, adaln_modulate_quantized
 from cfpp_rt.ops.denoise_update import denoise_update
 from cfpp_rt.ops.gated_residual import gated_residual
@@ -34,9 +34,9 @@ from cfpp_rt.reference.quantize_rows import quantize_rows as plain_quantize
 from cfpp_rt.reference.rms_silu import rms_silu_ as plain_rms_silu_
 
 EPS = 1e-6
-FFN = {192: 768, 1536: 8960, 5120: 13824}  # width of the feed-forward, by that of the model
+FFN = {192: 768, 1536: 8960, 5120: 13824}  # width of the model: width of its feed-forward
 SHAPES = ((64, 1, 192), (1560, 1, 1536), (3120, 2, 1536), (4680, 3, 1536), (1560, 1, 5120))  # tokens, frames, channels
-PICTURES = ((1, 384, 2, 120, 208), (1, 192, 4, 240, 416), (1, 96, 4, 480, 832))  # [B, C, T, H, W]
+PIXELS = ((1, 384, 2, 120, 208), (1, 192, 4, 240, 416), (1, 96, 4, 480, 832))  # [B, C, T, H, W]
 LATENTS = ((1, 1, 16, 16, 16), (1, 1, 16, 60, 104), (1, 3, 16, 60, 104))
 
 
@@ -66,7 +66,7 @@ def plain_modulate_quantized(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[T
 
 
 def plain_update(x: Tensor, velocity: Tensor, noise: Tensor) -> Tensor:
-    return add_noise(to_clean(x, velocity, 0.9375), noise, 0.8333)
+    return add_noise(x - 0.9375 * velocity.float(), noise, 0.8333)
 
 
 def token_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
@@ -131,10 +131,10 @@ def latent_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
         )
 
 
-def picture_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+def pixel_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     if device.type != "cuda":
         return
-    for shape in PICTURES:
+    for shape in PIXELS:
         x = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=torch.channels_last_3d)
         gamma, bias = torch.randn(2, shape[1], device=device).to(dtype)
         out, plain_out = torch.empty_like(x), torch.empty_like(x)
@@ -149,31 +149,28 @@ def picture_cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", metavar="PATH", help="append the rows as JSON lines")
+    parser = harness.parser(__doc__, device=True, json=True)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     torch.manual_seed(0)
-    roof = harness.memory_roof(device)
-    backend, reason = backends()["adaln_modulate"][device.type]
-    print(f"backend {backend} ({reason}); memory roof {roof:.1f} GB/s")
+    backend, peak = harness.op_backend("adaln_modulate", device)
     print(
-        f"{'op':>24} {'shape':>12} {'dtype':>8} {'us':>8} {'p10':>8} {'p90':>8} {'GB/s':>7} {'% roof':>6} {'plain':>8}"
+        f"{'op':>24} {'shape':>12} {'dtype':>8} {'us':>8} {'p10':>8} {'p90':>8} {'GB/s':>7} {'% peak':>6} {'plain':>8}"
     )
     rows: list[dict[str, Any]] = []
     for dtype in (torch.bfloat16, torch.float32):
         float8 = float8_cases(dtype, device) if device.type == "cuda" else ()
-        others = latent_cases(dtype, device), picture_cases(dtype, device)
+        others = latent_cases(dtype, device), pixel_cases(dtype, device)
         for case in chain(token_cases(dtype, device), float8, *others):
             with torch.inference_mode():
-                times = harness.measure_in_turns({"ours": case.ours, "plain": case.plain}, device, cold_cache=True)
+                times = harness.measure_interleaved({"ours": case.ours, "plain": case.plain}, device, cold_cache=True)
             ours, plain = times["ours"], times["plain"]
-            rate = case.num_bytes / ours.median_ms / 1e6
-            name, shape = str(dtype).removeprefix("torch."), "x".join(map(str, case.shape[-4:]))
+            figures = harness.bandwidth_row(ours, case.num_bytes, peak)
+            name, shape = harness.dtype_name(dtype), "x".join(map(str, case.shape[-4:]))
             print(
                 f"{case.op:>24} {shape:>12} {name:>8} {1000 * ours.median_ms:>8.1f} {1000 * ours.p10_ms:>8.1f} "
-                f"{1000 * ours.p90_ms:>8.1f} {rate:>7.1f} {100 * rate / roof:>6.0f} {1000 * plain.median_ms:>8.1f}"
+                f"{1000 * ours.p90_ms:>8.1f} {figures['gb_per_s']:>7.1f} {figures['percent_of_roof']:>6.0f} "
+                f"{1000 * plain.median_ms:>8.1f}"
             )
             rows.append(
                 {
@@ -182,12 +179,7 @@ def main() -> None:
                     "backend": backend,
                     "dtype": name,
                     "shape": list(case.shape),
-                    "ms": ours.median_ms,
-                    "p10_ms": ours.p10_ms,
-                    "p90_ms": ours.p90_ms,
-                    "gb_per_s": rate,
-                    "roof_gb_per_s": roof,
-                    "percent_of_roof": 100 * rate / roof,
+                    **figures,
                     "plain_ms": plain.median_ms,
                     "speed_up": plain.median_ms / ours.median_ms,
                 }

@@ -1,1 +1,1 @@
-"""The study of the built-in world: which distillation pipeline makes the best student."""
+"""The study of the built-in world: it compares the distillation pipelines by the students they make."""

@@ -1,4 +1,4 @@
-"""The runs of the world's study: which there are, what each waits for and which commands it is made of."""
+"""The plan of the world's study: its runs, what each of them waits for, and the commands of each."""
 
 import dataclasses
 from pathlib import Path
@@ -6,15 +6,19 @@ from typing import Any
 
 from cfpp_rt.errors import InputError
 
-LAYOUTS = {"frame": (1, 3), "chunk": (3, 6)}  # frames of a block, frames seen: the block and those before it
+LAYOUTS = {"frame": (1, 3), "chunk": (3, 6)}  # (frames per block, window: the block and the frames before it)
 INITS = ("ar", "ode", "cd")
-FEW = ((1000,), (1000, 250), (1000, 750, 500, 250))
-MANY = tuple(round(1000 * (1 - i / 16)) for i in range(16))  # of the multi-step teacher
+FEW_STEPS = ((1000,), (1000, 250), (1000, 750, 500, 250))
+MANY_STEPS = tuple(round(1000 * (1 - i / 16)) for i in range(16))  # of the multi-step teacher
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One process. needs: runs that are to be done before. commands: words, of `cfpp` or of `world_study --do`."""
+    """One process of the study.
+
+    needs: names of the runs that must be done before it begins.
+    commands: arguments of `cfpp`, or of a command of `steps.do`.
+    """
 
     name: str
     needs: tuple[str, ...]
@@ -23,12 +27,17 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What the study is made of. config: a training config with all stages, the world's own feed as its data.
+    """The settings of a study.
 
-    work: folder of data, checkpoints and students. clips, trajectories: how many are stored. seeds: of training;
-    teachers have one. frames, episodes, eval_seeds: of an evaluation. jobs: processes at once. steps: of a stage,
-    instead of the config's. teachers: folder of an earlier study's students, whose teachers and score are taken over
-    instead of trained. only: names of runs, with those that they wait for; none = all.
+    config: training config with all stages and the world's own data source.
+    work: folder for data, checkpoints and students.
+    clips, trajectories: numbers to store.
+    seeds: number of training seeds; teachers have one.
+    frames, episodes, eval_seeds: size of an evaluation.
+    jobs: processes at once.
+    steps: training steps by stage, instead of those of the config.
+    teachers: students of an earlier study; its teachers and score are adopted instead of trained.
+    only: names of runs, which run together with those that they need; empty = all.
     """
 
     config: Path
@@ -53,9 +62,13 @@ class Study:
             raise InputError(f"trajectories must be <= clips={self.clips}, got {self.trajectories}")
 
     def settings_of(self, settings: dict[str, Any], layout: str, seed: int) -> dict[str, Any]:
-        """The config of the runs of one layout and seed, from the study's."""
+        """Return the training config of one layout and seed, derived from that of the study."""
         block, window = LAYOUTS[layout]
-        stored = {"source": "cfpp_rt.distill.data.data_source:open_data_source", "folder": str(self.work / "clips"), "seed": seed}
+        stored = {
+            "source": "cfpp_rt.distill.data.data_source:open_data_source",
+            "folder": str(self.work / "clips"),
+            "seed": seed,
+        }
         stages = {name: {**own, "seed": seed} for name, own in settings["stages"].items()}
         for name, steps in self.steps.items():
             stages[name]["steps"] = steps
@@ -71,41 +84,43 @@ class Study:
         }
 
     def runs(self) -> list[Run]:
-        """In the order in which they are to begin where several can. Raises InputError for a name in `only` of none."""
-        found = {run.name: run for run in self._all_runs()}
-        unknown = [name for name in self.only if name not in found]
+        """Return the runs in order of priority. Raises InputError if a name in `only` is unknown."""
+        known = {run.name: run for run in self._all_runs()}
+        unknown = [name for name in self.only if name not in known]
         if unknown:
-            raise InputError(f"only must name runs of {', '.join(found)}, got {', '.join(unknown)}")
-        wanted, reached = list(self.only or found), set()
+            raise InputError(f"only must name runs of {', '.join(known)}, got {', '.join(unknown)}")
+        wanted, reached = list(self.only or known), set()
         while wanted:
             name = wanted.pop()
             reached.add(name)
-            wanted += [needed for needed in found[name].needs if needed not in reached]
-        return [run for name, run in found.items() if name in reached]
+            wanted += [needed for needed in known[name].needs if needed not in reached]
+        return [run for name, run in known.items() if name in reached]
 
     def _all_runs(self) -> list[Run]:
         clips = ("clips", str(self.config), str(self.clips), str(self.work), str(self.jobs))
-        found = [Run("clips", (), (clips,))]
-        found += [Run(f"{layout}-ar", ("clips",), self._train("ar", layout, 0)) for layout in LAYOUTS]
-        found.append(Run("base", ("clips",), self._train("base", "frame", 0)[:1]))
-        found += [self._trajectories(layout) for layout in LAYOUTS]
+        runs = [Run("clips", (), (clips,))]
+        runs += [Run(f"{layout}-ar", ("clips",), self._train("ar", layout, 0)) for layout in LAYOUTS]
+        runs.append(Run("base", ("clips",), self._train("base", "frame", 0)[:1]))
+        runs += [self._trajectories(layout) for layout in LAYOUTS]
         for seed in range(self.seeds):
-            found += [self._student(init, layout, seed) for init in ("cd", "ode", "ar") for layout in LAYOUTS]
+            runs += [self._student(init, layout, seed) for init in ("cd", "ode", "ar") for layout in LAYOUTS]
         for layout in LAYOUTS:
             name = f"{layout}-ar"
-            # There is one teacher: it is evaluated with as many seeds as there are of a student's training.
-            evaluated = [self._eval(name, steps, max(self.eval_seeds, self.seeds)) for steps in (*FEW, MANY)]
-            found.append(Run(f"{name}-eval", (name,), tuple(evaluated)))
-        return found
+            # A teacher has one training seed, so it is evaluated with as many seeds as a student has training seeds.
+            evaluated = [
+                self._eval(name, steps, max(self.eval_seeds, self.seeds)) for steps in (*FEW_STEPS, MANY_STEPS)
+            ]
+            runs.append(Run(f"{name}-eval", (name,), tuple(evaluated)))
+        return runs
 
     def _trajectories(self, layout: str) -> Run:
         teacher, out = f"{layout}-ar", f"{layout}-trajectories"
-        words = ["distill-data", "trajectories", str(self.work / "clips"), "--config", str(self._config(layout, 0))]
-        words += ["--teacher", str(self._weights(teacher)), "--out", str(self.work / out)]
-        return Run(out, (teacher,), ((*words, "--batch", "64", "--clips", str(self.trajectories)),))
+        command = ["distill-data", "trajectories", str(self.work / "clips"), "--config", str(self._config(layout, 0))]
+        command += ["--teacher", str(self._weights(teacher)), "--out", str(self.work / out)]
+        return Run(out, (teacher,), ((*command, "--batch", "64", "--clips", str(self.trajectories)),))
 
     def _student(self, init: str, layout: str, seed: int) -> Run:
-        """Stages 2 and 3 of one student, and what is measured of it."""
+        """Return the run of stages 2 and 3 of one student and of its evaluations."""
         teacher, begin, done = f"{layout}-ar", f"{layout}-{init}-s{seed}", f"{layout}-{init}+dmd-s{seed}"
         needs = [teacher, "base", *([f"{layout}-trajectories"] if init == "ode" else [])]
         commands: list[tuple[str, ...]] = []
@@ -116,7 +131,9 @@ class Study:
         real = str(self._weights("base"))
         commands += self._train("dmd", layout, seed, "--init", str(self._weights(begin)), "--real", real, name=done)
         students = [done] if init == "ar" else [done, begin]
-        commands += [self._eval(student, steps) for steps in (FEW[1], FEW[2], FEW[0]) for student in students]
+        commands += [
+            self._eval(student, steps) for steps in (FEW_STEPS[1], FEW_STEPS[2], FEW_STEPS[0]) for student in students
+        ]
         return Run(done, tuple(needs), tuple(commands))
 
     def _train(self, stage: str, layout: str, seed: int, *more: str, name: str = "") -> tuple[tuple[str, ...], ...]:
@@ -128,10 +145,10 @@ class Study:
         return train, ("pack", config, out, str(self.work / "students" / name), str(self.work / "codec.safetensors"))
 
     def _eval(self, student: str, steps: tuple[int, ...], seeds: int | None = None) -> tuple[str, ...]:
-        words = ["world-eval", "--student", f"{student}={self.work / 'students' / student}", "--no-pace"]
-        words += ["--steps", ",".join(map(str, steps)), "--frames", str(self.frames), "--device", self.eval_device]
-        words += ["--episodes", str(self.episodes), "--seeds", str(seeds or self.eval_seeds)]
-        return *words, "--json", str(self.work / "rows" / f"{student}.jsonl")
+        command = ["world-eval", "--student", f"{student}={self.work / 'students' / student}", "--no-pace"]
+        command += ["--steps", ",".join(map(str, steps)), "--frames", str(self.frames), "--device", self.eval_device]
+        command += ["--episodes", str(self.episodes), "--seeds", str(seeds or self.eval_seeds)]
+        return *command, "--json", str(self.work / "rows" / f"{student}.jsonl")
 
     @property
     def eval_device(self) -> str:

@@ -1,54 +1,56 @@
-"""The figure of docs/distillation.md: how far the agent drifts, against the number of steps, for every student.
+"""Plot the figure of docs/distillation.md: drift of the agent against the number of steps, for every student.
 
 python -m cfpp_rt.bench.world_study.plot bench/results/amd-epyc-2core/world_study.jsonl docs/world_study
 """
 
-import argparse
-
+from cfpp_rt.bench import harness
 from cfpp_rt.bench.latency.compare import read_rows
 from cfpp_rt.bench.world_study.table import groups, spread
 
-_PANELS = {"error_300_px": "error after 300 frames, pixels", "clean": "share of clean pictures"}
+_PANELS = {"error_300_px": "error after 300 frames, pixels", "clean": "share of clean frames"}
 _LAYOUTS = {"frame": "frame-wise", "chunk": "chunk-wise"}
 _COLOURS = {"ar": "#7f7f7f", "ode": "#c55a11", "cd": "#1f4e79"}
 _STEPS = (1, 2, 4)
 
 
 def draw(path: str, out: str) -> None:
-    """Write out.png and out.svg. Dashed: before dmd; bars: least to greatest over seeds; dotted: the teacher in many
-    steps.
+    """Write out.png and out.svg.
+
+    Dashed: before dmd. Bars: minimum to maximum over seeds. Dotted: the teacher with many steps.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    found = groups(read_rows(path))
+    evaluations = groups(read_rows(path))
     panels = {
         key: label
         for key, label in _PANELS.items()
-        if all(key in r for g in found.values() for rs in g.values() for r in rs)
+        if all(key in r for g in evaluations.values() for rs in g.values() for r in rs)
     }
     figure, axes = plt.subplots(
         len(panels), len(_LAYOUTS), figsize=(9, 3.2 * len(panels)), sharey="row", squeeze=False, constrained_layout=True
     )
     for row, (key, label) in enumerate(panels.items()):
         for axis, (layout, heading) in zip(axes[row], _LAYOUTS.items(), strict=True):
-            students = {student for of, student, _ in found if of == layout}
-            for place, student in enumerate(sorted(students, key=lambda name: (name.count("+"), name))):
-                steps = [n for n in _STEPS if (layout, student, n) in found]
-                means, least, most = zip(*(spread(found[layout, student, n], key) for n in steps), strict=True)
+            students = {student for kind, student, _ in evaluations if kind == layout}
+            for position, student in enumerate(sorted(students, key=lambda name: (name.count("+"), name))):
+                steps = [n for n in _STEPS if (layout, student, n) in evaluations]
+                means, low, high = zip(*(spread(evaluations[layout, student, n], key) for n in steps), strict=True)
                 bars = [
-                    [m - a for m, a in zip(means, least, strict=True)],
-                    [b - m for m, b in zip(means, most, strict=True)],
+                    [m - a for m, a in zip(means, low, strict=True)],
+                    [b - m for m, b in zip(means, high, strict=True)],
                 ]
                 colour, style = _COLOURS[student.split("+")[0]], "-" if "+" in student else "--"
-                at = [n * (1 + 0.03 * (place - len(students) / 2)) for n in steps]  # side by side, not over each other
+                at = [
+                    n * (1 + 0.03 * (position - len(students) / 2)) for n in steps
+                ]  # side by side, so that bars do not overlap
                 name = student.replace("+", ", then ")
                 axis.errorbar(at, means, bars, fmt=f"o{style}", color=colour, label=name, capsize=2, markersize=4)
-            many = [n for of, student, n in found if (of, student) == (layout, "ar") and n not in _STEPS]
+            many = [n for kind, student, n in evaluations if (kind, student) == (layout, "ar") and n not in _STEPS]
             for n in many:
-                mean = spread(found[layout, "ar", n], key)[0]
+                mean = spread(evaluations[layout, "ar", n], key)[0]
                 axis.axhline(mean, color="#7f7f7f", linestyle=":", label=f"ar, {n} steps")
             axis.set(xscale="log", xticks=_STEPS, title=heading if row == 0 else "")
             axis.set_xlabel("sampling steps" if row == len(panels) - 1 else "")
@@ -65,9 +67,9 @@ def draw(path: str, out: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", help="study.jsonl of world_study")
-    parser.add_argument("out", help="where to draw, without suffix")
+    parser = harness.parser(__doc__)
+    parser.add_argument("rows", help="study.jsonl, written by world_study.run")
+    parser.add_argument("out", help="path of the figures, without suffix")
     arguments = parser.parse_args()
     draw(arguments.rows, arguments.out)
 

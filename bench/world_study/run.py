@@ -1,15 +1,15 @@
-"""Which way to a few-step student of the built-in world is worth its cost?
+"""Run the study of the built-in world: which way to a few-step student is worth its cost.
 
-From nothing to the table of docs/distillation.md in one command: clips are stored; a teacher of stage ar is trained for
-frame-wise and one for chunk-wise generation, and a bidirectional score; from each teacher go students of stage ode
-(after its trajectories have been solved and stored), of stage cd, and none; each then goes through stage dmd, with
-several seeds. All play unseen arenas in 1, 2 and 4 steps, before and after dmd (`cfpp_rt.world.evaluate`).
+One command produces the tables of docs/distillation.md from nothing. Clips are stored; a teacher of stage ar is trained
+for frame-wise and one for chunk-wise generation, and a bidirectional score. From each teacher start students of stage
+ode (after its trajectories have been solved and stored), of stage cd, and of neither; each then passes through stage
+dmd, with several seeds. All play unseen arenas in 1, 2 and 4 steps, before and after dmd (`cfpp_rt.world.evaluate`).
 
     python -m cfpp_rt.bench.world_study.run --work outputs/study-work --out outputs/study --jobs 24 --minutes 8
     python -m cfpp_rt.bench.world_study.run --work outputs/smoke-work --out outputs/smoke --smoke
 
---out then holds study.jsonl (every evaluation; what stage 2 cost; speed), students-*.tar (all students, bfloat16) and
-logs.tar. A run that fails takes those with it that wait for it, and no others.
+--out then contains study.jsonl (every evaluation; costs of stage 2; speed), students-*.tar (all students, bfloat16) and
+logs.tar.gz. If a run fails, the runs that need it do not begin; all others do.
 """
 
 import argparse
@@ -27,14 +27,15 @@ from cfpp_rt.bench.world_study import steps
 from cfpp_rt.bench.world_study.plan import Run, Study
 from cfpp_rt.errors import InputError
 
-_RESERVE_S = 25.0  # of the time allowed: for the last figures and the archives
+_RESERVE_S = 25.0  # of the time allowed, for the last rows and the archives
 _SMOKE_STEPS = {"ar": 6, "base": 3, "ode": 3, "cd": 3, "dmd": 3}
 
 
 def conduct(study: Study, seconds: float) -> dict[str, str]:
-    """Run what can be run, at most `jobs` processes at once; what happened to each, by name: "done" if all went well.
+    """Execute the runs of a study, at most `jobs` processes at once; return the outcome of each by name.
 
-    When the time is over, what still runs is ended and nothing else begins. Raises nothing for a run that fails.
+    The outcome of a run that succeeded is "done"; no error is raised for one that failed. When the time is over,
+    running processes are terminated and no other begins.
     """
     began, waiting = time.perf_counter(), list(study.runs())
     running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
@@ -75,29 +76,47 @@ def conduct(study: Study, seconds: float) -> dict[str, str]:
 
 def _start(run: Run, logs: Path) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "cfpp_rt.bench.world_study.steps", run.name, json.dumps(run.commands)]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # there are more processes than cores
+    variables = {"OMP_NUM_THREADS": "1", **os.environ}  # there are more processes than cores
     with (logs / f"{run.name}.log").open("wb") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=variables)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__)
     parser.add_argument("--config", type=Path, default=Path("configs/world-study.yaml"), help="(default: %(default)s)")
-    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="a new folder, for some GB")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="what is kept")
+    parser.add_argument(
+        "--work", type=Path, required=True, metavar="DIR", help="new folder for all intermediate files, some GB"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--jobs", type=int, default=4, help="processes at once (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=600.0, help="at most (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=600.0, help="time limit (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--seeds", type=int, default=3, help="of training (default: %(default)s)")
-    parser.add_argument("--clips", type=int, default=40_000, help="stored, for all stages (default: %(default)s)")
-    parser.add_argument("--trajectories", type=int, default=2048, help="stored, for stage ode (default: %(default)s)")
-    parser.add_argument("--frames", type=int, default=300, help="of an evaluated episode (default: %(default)s)")
-    parser.add_argument("--episodes", type=int, default=48, help="of an evaluation (default: %(default)s)")
-    parser.add_argument("--eval-seeds", type=int, default=1, help="evaluations of a student (default: %(default)s)")
-    parser.add_argument("--steps", action="append", default=[], metavar="STAGE=N", help="instead of the config's")
-    parser.add_argument("--teachers", type=Path, metavar="DIR", help="of an earlier study (its students), taken over")
-    parser.add_argument("--only", nargs="+", default=[], metavar="RUN", help="these, and what they wait for")
-    parser.add_argument("--smoke", action="store_true", help="everything once, with a few steps: does it run?")
+    parser.add_argument("--seeds", type=int, default=3, help="training seeds (default: %(default)s)")
+    parser.add_argument(
+        "--clips", type=int, default=40_000, help="clips to store, for all stages (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--trajectories", type=int, default=2048, help="trajectories to store, for stage ode (default: %(default)s)"
+    )
+    parser.add_argument("--frames", type=int, default=300, help="frames of an episode (default: %(default)s)")
+    parser.add_argument("--episodes", type=int, default=48, help="episodes of an evaluation (default: %(default)s)")
+    parser.add_argument("--eval-seeds", type=int, default=1, help="evaluations per student (default: %(default)s)")
+    parser.add_argument(
+        "--steps",
+        action="append",
+        default=[],
+        metavar="STAGE=N",
+        help="training steps of a stage, instead of the config's",
+    )
+    parser.add_argument(
+        "--teachers", type=Path, metavar="DIR", help="students of an earlier study, whose teachers are adopted"
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="RUN", help="run only these, and the runs that they need"
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="a test of the study itself: run everything once, with a few steps"
+    )
     arguments = parser.parse_args()
     try:
         _study(arguments)
@@ -125,7 +144,7 @@ def _study(arguments: argparse.Namespace) -> None:
         teachers=None if arguments.teachers is None else arguments.teachers.resolve(),
         only=tuple(arguments.only),
     )
-    study.runs()  # raises for a name of none
+    study.runs()  # raises if a name is unknown
     if arguments.smoke:
         few = {"clips": 64, "trajectories": 4, "seeds": 1, "frames": 18, "episodes": 2, "eval_seeds": 2}
         study = Study(**{**vars(study), **few, "steps": {**_SMOKE_STEPS, **study.steps}})
@@ -133,7 +152,7 @@ def _study(arguments: argparse.Namespace) -> None:
     began = time.perf_counter()
     outcomes = conduct(study, 60 * arguments.minutes - _RESERVE_S)
     (study.work / "rows").mkdir(exist_ok=True)
-    steps.keep(study, arguments.out)  # first of all: what follows may fail
+    steps.keep(study, arguments.out)  # first, because the steps that follow may fail
     trained = list(steps.training(study))
     for row in trained:
         print(f"{row['run']:<24}{row['steps']:>7} steps {row['seconds']:>7.0f} s {row['step_ms']:>8.1f} ms per step")
@@ -143,7 +162,7 @@ def _study(arguments: argparse.Namespace) -> None:
     steps.keep_rows(study, arguments.out)
     harness.append(list(steps.paces(study)), own, facts)
     steps.keep_rows(study, arguments.out)
-    lost = [f"{name}: {what}" for name, what in outcomes.items() if what != "done"]
+    lost = [f"{name}: {outcome}" for name, outcome in outcomes.items() if outcome != "done"]
     done = len(outcomes) - len(lost)
     print("\n".join([*lost, f"{done} of {len(outcomes)} runs in {(time.perf_counter() - began) / 60:.1f} minutes"]))
     if lost:

@@ -1,4 +1,4 @@
-"""The parts of `world_study` that do the work: what a process of it does, and what is read off when all are done."""
+"""The commands of the world's study that a process of it runs, and the rows that are read off at the end."""
 
 import csv
 import json
@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from cfpp_rt.bench.world_study.plan import FEW, LAYOUTS, Study
+from cfpp_rt.bench.world_study.plan import FEW_STEPS, LAYOUTS, Study
 from cfpp_rt.errors import InputError
 
 _TAR_BYTES = 15 * 2**20
 
 
 def write_configs(study: Study) -> None:
-    """One training config per layout and seed. Raises InputError for a study's config that lacks something."""
+    """Write one training config per layout and seed. Raises InputError if the study's config lacks a stage."""
     import yaml
 
     from cfpp_rt.distill.settings import STAGES, Settings
@@ -39,7 +39,7 @@ def write_configs(study: Study) -> None:
 
 
 def store_clips(config: str, clips: str, work: str, jobs: str) -> None:
-    """The clips of all stages, and the codec that they went through."""
+    """Store the clips of all stages, and the codec that encoded them."""
     from safetensors.torch import save_file
 
     from cfpp_rt.distill.settings import Settings
@@ -52,12 +52,13 @@ def store_clips(config: str, clips: str, work: str, jobs: str) -> None:
 
 
 def adopt(student: str, work: str, name: str) -> None:
-    """Take over a packed student of an earlier study, as a run and as a student."""
+    """Copy a packed student of an earlier study, as a run and as a student."""
     for folder in ("students", "runs"):
         shutil.copytree(student, Path(work) / folder / name)
 
 
 def pack_student(config: str, run: str, out: str, codec: str) -> None:
+    """Pack the student of a finished run, with the codec, as `load_world_pipeline` reads it."""
     from cfpp_rt.world.codec import PatchCodec
     from cfpp_rt.world.pack import pack
 
@@ -65,30 +66,30 @@ def pack_student(config: str, run: str, out: str, codec: str) -> None:
 
 
 def do(commands: list[list[str]]) -> int:
-    """One command after the other, until one fails; returns its exit code."""
+    """Run commands one after the other until one fails; return its exit code, or 0."""
     from cfpp_rt.cli.main import main
 
-    for name, *words in commands:
+    for name, *arguments in commands:
         began = time.perf_counter()
-        # Rows tell the command that made them: this one, not the whole list.
-        sys.argv, sys.modules["__main__"].__spec__ = ["cfpp", name, *words], None
+        # A row names the command that wrote it: this one, not the process with its list of commands.
+        sys.argv, sys.modules["__main__"].__spec__ = ["cfpp", name, *arguments], None
         torch.set_float32_matmul_precision("highest")  # training lowers it on a GPU
         if name == "clips":
-            store_clips(*words)
+            store_clips(*arguments)
         elif name == "adopt":
-            adopt(*words)
+            adopt(*arguments)
         elif name == "pack":
-            pack_student(*words)
-        elif code := main([name, *words]):
+            pack_student(*arguments)
+        elif code := main([name, *arguments]):
             return code
         print(f"{name} took {time.perf_counter() - began:.1f} s", flush=True)
     return 0
 
 
 def costs(study: Study) -> Iterator[dict[str, Any]]:
-    """What stage 2 takes besides the student's own passes: evaluations of a network, each of one clip, and bytes.
+    """Yield the costs of stage 2 besides the student's own passes: network evaluations of one clip each, and bytes.
 
-    Student's own passes, forward and backward, are batch * steps clips for both.
+    The student's own passes, forward and backward, are batch * steps clips for both variants.
     """
     from cfpp_rt.distill.data.shards import INDEX, ShardFolder
     from cfpp_rt.distill.settings import Settings
@@ -96,13 +97,13 @@ def costs(study: Study) -> Iterator[dict[str, Any]]:
     for layout in LAYOUTS:
         stages = Settings.read(study.work / "configs" / f"{layout}-s0.yaml").stages
         ode, cd = stages["ode"], stages["cd"]
-        found = [("cd", cd, 2 * cd.batch * cd.steps, 0)]  # the teacher's and the target's
+        variants = [("cd", cd, 2 * cd.batch * cd.steps, 0)]  # of the teacher and of the target
         folder = study.work / f"{layout}-trajectories"
         if (folder / INDEX).is_file():
             stored = ShardFolder(folder)
             size = len(stored) * math.prod(stored.columns["trajectory"].shape) * torch.float16.itemsize
-            found.append(("ode", ode, ode.table * len(stored), size))
-        for stage, own, evaluations, size in found:
+            variants.append(("ode", ode, ode.table * len(stored), size))
+        for stage, own, evaluations, size in variants:
             yield {
                 "bench": "world_stage2",
                 "layout": layout,
@@ -114,7 +115,7 @@ def costs(study: Study) -> Iterator[dict[str, Any]]:
 
 
 def training(study: Study) -> Iterator[dict[str, Any]]:
-    """How long each training took, while others shared the device: its first step, which compiles, apart."""
+    """Yield the duration of each training, while others shared the device; step_ms leaves out the first step."""
     for path in sorted(study.work.glob("runs/*/log.csv")):
         with path.open(newline="", encoding="utf-8") as file:
             seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
@@ -129,7 +130,7 @@ def training(study: Study) -> Iterator[dict[str, Any]]:
 
 
 def paces(study: Study, repeats: int = 3) -> Iterator[dict[str, Any]]:
-    """Speed of one player, with nothing else on the device: it does not depend on what a student has learnt."""
+    """Yield the speed of one player alone on the device; it does not depend on the student's weights."""
     from cfpp_rt.world.evaluate import pace
     from cfpp_rt.world.student import load_world_pipeline
 
@@ -138,49 +139,49 @@ def paces(study: Study, repeats: int = 3) -> Iterator[dict[str, Any]]:
         if not (folder / "student.json").is_file():
             continue
         pipeline = load_world_pipeline(folder, device=study.eval_device)
-        for steps in FEW:
-            rollout = pipeline.config.replace(steps=steps)
-            pace(pipeline, rollout, num_frames=rollout.frames_per_block)  # warm-up
+        for steps in FEW_STEPS:
+            config = pipeline.config.replace(steps=steps)
+            pace(pipeline, config, num_frames=config.frames_per_block)  # warm-up
             for seed in range(repeats):
-                figures = pace(pipeline, rollout, num_frames=60, seed=seed)
+                figures = pace(pipeline, config, num_frames=60, seed=seed)
                 yield {"bench": "world_pace", "layout": layout, "steps": list(steps), "seed": seed, **figures}
 
 
 def keep_rows(study: Study, out: Path) -> None:
-    """All rows that there are, as one file."""
+    """Write all rows into one file."""
     rows = "".join(path.read_text(encoding="utf-8") for path in sorted((study.work / "rows").glob("*.jsonl")))
     (out / "study.jsonl").write_text(rows, encoding="utf-8")
 
 
 def keep(study: Study, out: Path) -> None:
-    """The rows, the logs of training, and the students in bfloat16: files of at most 15 MiB or so."""
+    """Write the rows, the training logs, and the students in bfloat16, in files of about 15 MiB at most."""
     out.mkdir(parents=True, exist_ok=True)
     keep_rows(study, out)
     with tarfile.open(out / "logs.tar.gz", "w:gz") as tar:
         for pattern in ("logs/*.log", "runs/*/log.csv", "configs/*.yaml"):
             for path in sorted(study.work.glob(pattern)):
                 tar.add(path, path.relative_to(study.work))
-    parcels: list[list[Path]] = [[]]
+    archives: list[list[Path]] = [[]]
     size = 0
     for folder in [*sorted((study.work / "students").glob("*")), study.work / "runs" / "base"]:
         if (folder / "student.safetensors").is_file():
             small = _halved(folder / "student.safetensors")
             size += small.stat().st_size
             if size > _TAR_BYTES:
-                parcels.append([])
+                archives.append([])
                 size = small.stat().st_size
-            parcels[-1].append(small)
-    for number, parcel in enumerate(parcels):
+            archives[-1].append(small)
+    for number, archive in enumerate(archives):
         with tarfile.open(out / f"students-{number}.tar", "w") as tar:
-            for small in parcel:
+            for small in archive:
                 tar.add(small, f"{small.parent.name}/student.safetensors")
                 tar.add(small.with_name("student.json"), f"{small.parent.name}/student.json")
-            if number == 0 and parcel:
+            if number == 0 and archive:
                 tar.add(study.work / "codec.safetensors", "codec.safetensors")
 
 
 def _halved(path: Path) -> Path:
-    """The same tensors in bfloat16, in a file beside it."""
+    """Write the same tensors in bfloat16 into a file beside `path` and return its path."""
     from safetensors.torch import load_file, save_file
 
     small = path.with_name("student-bfloat16.safetensors")

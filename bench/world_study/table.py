@@ -1,15 +1,15 @@
-"""The tables of docs/distillation.md, in Markdown, from the rows of the world's study.
+"""Print the tables of docs/distillation.md, in Markdown, from the rows of the world's study.
 
 python -m cfpp_rt.bench.world_study.table bench/results/amd-epyc-2core/world_study.jsonl
 """
 
-import argparse
 import re
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from cfpp_rt.bench import harness
 from cfpp_rt.bench.latency.compare import Row, read_rows
 
 COLUMNS = {  # figure, heading, digits
@@ -28,24 +28,27 @@ Key = tuple[str, str, int]  # layout, student without its seed, number of steps
 
 
 def split(name: str) -> tuple[str, str, str]:
-    """`frame-cd+dmd-s1` to its layout, student and seed; a teacher has no seed."""
+    """Split a name such as `frame-cd+dmd-s1` into layout, student and seed; a teacher has no seed."""
     layout, student, seed = re.fullmatch(r"(\w+)-([\w+]+?)(?:-s(\d+))?", name).groups(default="")  # type: ignore[union-attr]
     return layout, student, seed
 
 
 def groups(rows: Sequence[Row]) -> dict[Key, dict[str, list[Row]]]:
-    """Evaluations by student and number of steps, then by training seed."""
-    found: dict[Key, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    """Return the evaluations by layout, student and number of steps, then by training seed."""
+    evaluations: dict[Key, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if row["bench"] == "world_eval":
             layout, student, seed = split(row["student"])
-            found[layout, student, len(row["steps"])][seed].append(row)
-    order = sorted(found, key=lambda key: (list(_LAYOUTS).index(key[0]), _ORDER.index(key[1]), key[2]))
-    return {key: found[key] for key in order}
+            evaluations[layout, student, len(row["steps"])][seed].append(row)
+    order = sorted(evaluations, key=lambda key: (list(_LAYOUTS).index(key[0]), _ORDER.index(key[1]), key[2]))
+    return {key: evaluations[key] for key in order}
 
 
 def spread(by_seed: dict[str, list[Row]], figure: str) -> tuple[float, float, float]:
-    """Mean, least and greatest over training seeds, each the mean of its evaluations; over these where there is one."""
+    """Return mean, minimum and maximum of a metric over training seeds, each the mean of its evaluations.
+
+    With one training seed they are over its evaluations.
+    """
     values = [statistics.mean(row[figure] for row in rows) for rows in by_seed.values()]
     if len(values) == 1:
         values = [row[figure] for rows in by_seed.values() for row in rows]
@@ -53,16 +56,16 @@ def spread(by_seed: dict[str, list[Row]], figure: str) -> tuple[float, float, fl
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One line per student, layout and number of steps: mean, and half the range."""
-    found = groups(rows)
+    """Return one line per student, layout and number of steps: mean, and half the range."""
+    evaluations = groups(rows)
     lines = ["| student | blocks | steps | seeds | " + " | ".join(heading for heading, _ in COLUMNS.values()) + " |"]
     lines.append("| --- " * (4 + len(COLUMNS)) + "|")
-    for (layout, student, steps), by_seed in found.items():
+    for (layout, student, steps), by_seed in evaluations.items():
         cells = [student.replace("+", ", then "), _LAYOUTS[layout], str(steps), str(len(by_seed))]
         for figure, (_, digits) in COLUMNS.items():
             if all(figure in row for rows in by_seed.values() for row in rows):
-                mean, least, most = spread(by_seed, figure)
-                cells.append(f"{mean:.{digits}f} ± {(most - least) / 2:.{digits}f}")
+                mean, low, high = spread(by_seed, figure)
+                cells.append(f"{mean:.{digits}f} ± {(high - low) / 2:.{digits}f}")
             else:
                 cells.append("")
         lines.append("| " + " | ".join(cells) + " |")
@@ -70,8 +73,8 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def costs(rows: Sequence[Row]) -> str:
-    """What stage 2 takes besides the student's own passes."""
-    lines = ["| stage 2 | blocks | clips the student sees | other network evaluations | stored bytes |"]
+    """Return the costs of stage 2 besides the student's own passes."""
+    lines = ["| stage 2 | blocks | clips of the student | other network evaluations | stored bytes |"]
     lines.append("| --- " * 5 + "|")
     for row in rows:
         if row["bench"] == "world_stage2":
@@ -81,21 +84,21 @@ def costs(rows: Sequence[Row]) -> str:
 
 
 def paces(rows: Sequence[Row]) -> str:
-    """Speed of one player alone, medians."""
-    found: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    """Return the speed of one player alone, medians."""
+    speeds: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         if row["bench"] == "world_pace":
-            found[row["layout"], len(row["steps"])].append(dict(row))
-    lines = ["| blocks | steps | first picture, ms | pictures per second |", "| --- " * 4 + "|"]
-    for (layout, steps), measured in found.items():
+            speeds[row["layout"], len(row["steps"])].append(dict(row))
+    lines = ["| blocks | steps | first frame, ms | frames per second |", "| --- " * 4 + "|"]
+    for (layout, steps), measured in speeds.items():
         first, fps = (statistics.median(row[key] for row in measured) for key in ("first_ms", "fps"))
         lines.append(f"| {_LAYOUTS[layout]} | {steps} | {first:.1f} | {fps:.0f} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", help="study.jsonl of world_study")
+    parser = harness.parser(__doc__)
+    parser.add_argument("rows", help="study.jsonl, written by world_study.run")
     rows = read_rows(parser.parse_args().rows)
     print("\n\n".join((table(rows), costs(rows), paces(rows))))
 

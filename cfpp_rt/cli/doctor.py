@@ -10,16 +10,28 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+# Extra in pyproject.toml -> the modules that it brings.
 EXTRAS = {
-    "wan": ("diffusers", "transformers", "sentencepiece", "ftfy", "av", "PIL", "tqdm"),
+    "video": ("av", "PIL", "tqdm"),
+    "wan": ("diffusers", "transformers", "accelerate", "sentencepiece", "ftfy"),
     "train": ("yaml", "tqdm"),
     "lmdb": ("lmdb",),
     "tensorboard": ("tensorboard",),
+    "triton": ("triton",),
+    "flash": ("flash_attn",),
+    "flash3": ("fa3_fwd_interface",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
-    "tensorrt": ("tensorrt_rtx",),
+    "tensorrt": ("tensorrt_rtx", "cuda.bindings"),
+    "tensorrt-gpu": ("tensorrt", "cuda.bindings"),
     "bench": ("matplotlib", "psutil"),
 }
-_DISTRIBUTION = {"PIL": "pillow", "yaml": "pyyaml"}
+# Module -> the distribution on PyPI, where their names differ in more than a dash.
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "cuda.bindings": "cuda-bindings",
+    "fa3_fwd_interface": "fa3-fwd",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from cfpp_rt.ops import backends
+    from cfpp_rt.ops.attention_libraries import flash_module
     from cfpp_rt.ops.block_attention import why_not_kernel
 
     print(f"cfpp-rt  {version('cfpp-rt')}")
@@ -58,25 +71,27 @@ def run(arguments: argparse.Namespace) -> None:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             why_not = why_not_kernel(torch.device("cuda", index), dtype, 128)
             print(f"  cuda:{index:<3} {str(dtype).removeprefix('torch.'):<8} {'yes' if why_not is None else why_not}")
+    flash = flash_module()
+    print(f"FlashAttention\n  {f'version {flash[0]}, module {flash[1]}' if flash else 'none'}")
     print("extras")
     for extra, modules in EXTRAS.items():
-        missing = [name for name in modules if importlib.util.find_spec(name) is None]
+        missing = [name for name in modules if not _installed(name)]
         found = ", ".join(f"{name} {_version(name)}" for name in modules if name not in missing)
-        print(f"  {extra:<11} {found or 'nothing'}")
+        print(f"  {extra:<12} {found or 'nothing'}")
         if missing:
-            print(f"              missing {', '.join(missing)}: pip install 'cfpp-rt[{extra}]'")
+            print(f"               missing {', '.join(missing)}: pip install 'cfpp-rt[{extra}]'")
 
 
 def _attention(device: "torch.device", dtype: "torch.dtype") -> tuple[str, str]:
     import torch
 
-    from cfpp_rt.ops._library import choose
+    from cfpp_rt.ops._library import choose_backend
     from cfpp_rt.ops.attention_table import BACKENDS, Problem, choose_attention
 
     forced = os.environ.get("CFPP_BACKEND", "auto")
     if forced in BACKENDS:
         return forced, f"CFPP_BACKEND={forced}"
-    module, reason = choose(device.type)
+    module, reason = choose_backend(device.type)
     if module is None:
         return "reference", reason
     if forced == device.type:
@@ -85,8 +100,15 @@ def _attention(device: "torch.device", dtype: "torch.dtype") -> tuple[str, str]:
     return choose_attention(Problem(device.type, capability, dtype, 128, 1560, 9360))
 
 
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent is missing
+        return False
+
+
 def _version(module: str) -> str:
     try:
-        return version(_DISTRIBUTION.get(module, module))
+        return version(DISTRIBUTIONS.get(module, module))
     except PackageNotFoundError:
         return "?"

@@ -1,4 +1,4 @@
-"""The `cfpp` command: dispatches to the command's own module, imported only when it is asked for."""
+"""The `cfpp` command. It imports the module of a sub-command only when that one is run."""
 
 import argparse
 import importlib
@@ -10,7 +10,7 @@ from typing import NoReturn
 COMMANDS = {
     "generate": ("cfpp_rt.cli.generate", "prompt or image in, video out"),
     "convert": ("cfpp_rt.export.convert", "any public checkpoint to one safetensors file"),
-    "export": ("cfpp_rt.export.command", "a student to ONNX graphs, proven against PyTorch"),
+    "export": ("cfpp_rt.export.commands", "a student to ONNX graphs, proven against PyTorch"),
     "play": ("cfpp_rt.world.play", "the built-in world in a terminal, by arrow keys"),
     "world-eval": ("cfpp_rt.bench.world_eval", "how well a student of the built-in world keeps to its rules"),
     "bench": (
@@ -38,11 +38,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
-    asked = next((word for word in argv if not word.startswith("-")), None)
+    requested = next((word for word in argv if not word.startswith("-")), None)
     for name, (module, summary) in COMMANDS.items():
         description = f"{summary[0].upper()}{summary[1:]}."
         sub = commands.add_parser(name, help=summary, description=description, allow_abbrev=False)
-        if name == asked:
+        if name == requested:
             command = importlib.import_module(module)
             command.add_arguments(sub)
             sub.set_defaults(run=command.run)
@@ -59,9 +59,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit code. What the user can mend is one line on stderr and exit code 2."""
+    """Run a command and return the exit code. An error that the user can mend is one line on stderr and exit code 2."""
+    from cfpp_rt.device.threads import set_wait_policy
     from cfpp_rt.errors import InputError, MissingExtraError, NonFiniteError, OutOfMemoryError
 
+    set_wait_policy()  # before a command imports torch
     argv = sys.argv[1:] if argv is None else argv
     for stop in (signal.SIGTERM, signal.SIGHUP):  # leave through the context managers: no half-written file stays
         signal.signal(stop, _leave)

@@ -1,1 +1,1 @@
-"""Latents to pixels and back: the Wan VAE, and the tiny autoencoder where its quality is enough."""
+"""Codecs between latents and pixels: the Wan VAE, and the tiny autoencoder, which is faster and less accurate."""

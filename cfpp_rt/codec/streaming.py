@@ -1,4 +1,4 @@
-"""Latents to frames while the latents are still being generated."""
+"""Decoding of latents to frames while later latents are still being generated."""
 
 from collections.abc import Iterable, Iterator
 
@@ -12,19 +12,22 @@ from cfpp_rt.values import Frames, Latents
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
-    """Float pixels [B, T, 3, height, width] in [-1, 1] to uint8 [B, T, height, width, 3], on the same device.
+    """Convert float pixels [B, T, 3, height, width] in [-1, 1] to uint8 [B, T, height, width, 3] on the same device.
 
-    Truncated, not rounded: that is what the published code writes to its files.
+    Values are truncated, not rounded, as in the files that the published code writes.
     """
     return (pixels.float() * 0.5 + 0.5).clamp_(0, 1).mul_(255).to(torch.uint8).movedim(2, -1).contiguous()
 
 
 def decode_stream(codec: Codec, latents: Iterable[Latents], prefix: Tensor | None = None) -> Iterator[Frames]:
-    """Decode blocks as they come: one `Frames`, in host memory, for each of `Latents`.
+    """Decode blocks as they arrive and yield one `Frames`, in host memory, per `Latents`.
 
-    codec: `WanVAE` or `TAEHV`. latents: blocks in order and without gaps. prefix: normalised latents [B, m, C, h, w]
-    of the frames before the first block, where that is not frame 0; they fill the decoder's state, and their pictures
-    are not delivered. Raises InputError at a gap.
+    codec: the codec of the latents, such as `WanVAE` or `TAEHV`.
+    latents: blocks in order and without gaps.
+    prefix: normalised latents [B, m, C, h, w] before the first block, if that does not begin at latent frame 0. They
+        fill the state of the decoder, and their frames are not yielded.
+
+    Raises InputError at a gap.
     """
     decoder = codec.decoder()
     expected = 0

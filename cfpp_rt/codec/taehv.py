@@ -1,7 +1,7 @@
 """The tiny autoencoder for Wan2.1 latents (TAEHV by Ollin Boer Bohan, weights `taew2_1.pth`): fast, approximate.
 
-Networks of 2-D convolutions whose only view of the past is the `MemBlock`: it sees the frame before at the same depth.
-Module names and order are those of the weights file. Inside, pixels are in [0, 1].
+Both networks consist of 2-D convolutions. Only the `MemBlock` reads the past: the previous frame at the same depth.
+Module names and their order are those of the weights file. Inside the networks, pixels are in [0, 1].
 """
 
 from pathlib import Path
@@ -15,13 +15,13 @@ from cfpp_rt.errors import CheckpointError, InputError
 from cfpp_rt.io.checkpoint import read_tensors, require_exact
 
 _STAGES = 3
-_DECODER_STRIDES = (1, 2, 2)  # frames made of one, per stage
-_ENCODER_STRIDES = (2, 2, 1)  # frames joined to one, per stage
-_BLOCKS = 3  # MemBlocks of a stage
+_DECODER_STRIDES = (1, 2, 2)  # output frames per input frame, by stage
+_ENCODER_STRIDES = (2, 2, 1)  # input frames per output frame, by stage
+_BLOCKS = 3  # MemBlocks per stage
 
 
 class MemBlock(nn.Module):
-    """Residual block over a frame and the one before: x, past [N, C_in, h, w] -> [N, C_out, h, w]."""
+    """Residual block over a frame x and the previous frame, past: both [N, C_in, h, w] -> [N, C_out, h, w]."""
 
     def __init__(self, width_in: int, width_out: int):
         super().__init__()
@@ -39,7 +39,7 @@ class MemBlock(nn.Module):
 
 
 class TPool(nn.Module):
-    """Joins each `stride` frames to one: [N * stride, C, h, w] -> [N, C, h, w]."""
+    """Temporal pooling of each `stride` frames to one: [N * stride, C, h, w] -> [N, C, h, w]."""
 
     def __init__(self, width: int, stride: int):
         super().__init__()
@@ -51,7 +51,7 @@ class TPool(nn.Module):
 
 
 class TGrow(nn.Module):
-    """Makes `stride` frames of each: [N, C, h, w] -> [N * stride, C, h, w], earlier frames first."""
+    """Temporal upsampling of each frame to `stride` frames, in order: [N, C, h, w] -> [N * stride, C, h, w]."""
 
     def __init__(self, width: int, stride: int):
         super().__init__()
@@ -63,14 +63,14 @@ class TGrow(nn.Module):
 
 
 class SoftClamp(nn.Module):
-    """Keeps latents within (-3, 3), nearly unchanged where they are small."""
+    """Smooth limiter of latents to (-3, 3); small values stay nearly unchanged."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(x / 3) * 3
 
 
 def build_decoder(latent_channels: int, widths: tuple[int, ...]) -> nn.Sequential:
-    """Latents to pixels in about [0, 1]. widths: of the three stages and of the last layer."""
+    """Build the network from latents to pixels in about [0, 1]. widths: channels of the stages and the last layer."""
     layers: list[nn.Module] = [SoftClamp(), nn.Conv2d(latent_channels, widths[0], 3, padding=1), nn.ReLU()]
     for stage, stride in enumerate(_DECODER_STRIDES):
         width = widths[stage]
@@ -81,7 +81,7 @@ def build_decoder(latent_channels: int, widths: tuple[int, ...]) -> nn.Sequentia
 
 
 def build_encoder(latent_channels: int, width: int) -> nn.Sequential:
-    """Pixels in [0, 1] to normalised latents."""
+    """Build the network from pixels in [0, 1] to normalised latents. width: channels of all stages."""
     layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1), nn.ReLU()]
     for stride in _ENCODER_STRIDES:
         layers += [TPool(width, stride), nn.Conv2d(width, width, 3, padding=1, stride=2, bias=False)]
@@ -92,8 +92,9 @@ def build_encoder(latent_channels: int, width: int) -> nn.Sequential:
 class TAEHV(nn.Module):
     """The tiny autoencoder as a `Codec`. Latents in and out are normalised; it applies no statistics to them.
 
-    latent_channels: C. decoder_widths: channels of the decoder's three stages and last layer. encoder_width: channels
-    of the encoder.
+    latent_channels: C.
+    decoder_widths: channels of the three stages and of the last layer of the decoder.
+    encoder_width: channels of the encoder.
     """
 
     temporal_factor = 4
@@ -107,7 +108,7 @@ class TAEHV(nn.Module):
     ):
         super().__init__()
         self.latent_channels = latent_channels
-        # The weights file says `decoder.` and `encoder.`, but those are methods here: hence one level more.
+        # The weights file says `decoder.` and `encoder.`, which are methods here; so the modules are one level deeper.
         self.networks = nn.ModuleDict(
             {
                 "decoder": build_decoder(latent_channels, decoder_widths),
@@ -124,15 +125,15 @@ class TAEHV(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> "TAEHV":
-        """Load `taew2_1.pth` or `taew2_1.safetensors`; widths are taken from the shapes.
+        """Load `taew2_1.pth` or `taew2_1.safetensors`; the shapes determine the widths.
 
-        Raises CheckpointError for a missing or broken file and for the tiny autoencoder of another model.
+        Raises CheckpointError if the file is missing, broken or the tiny autoencoder of another model.
         """
         return cls.from_state_dict(read_tensors(path), path).to(device=device, dtype=dtype)
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor], source: str | Path = "state dict") -> "TAEHV":
-        """Build it from name -> tensor in the names of the weights file. source: what an error names."""
+        """Build the model from a state dict in the names of the weights file. source: the file that an error names."""
         try:
             # After the stem (3 layers) each stage has its MemBlocks, an upsampler, a TGrow and a convolution.
             outputs = [3 + (stage + 1) * (_BLOCKS + 3) - 1 for stage in range(_STAGES)]
@@ -150,47 +151,50 @@ class TAEHV(nn.Module):
         return model.requires_grad_(False)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """A whole clip at once: latents [B, F, C, h, w] to float32 pixels [B, 1 + 4 * (F - 1), 3, 8h, 8w] in [-1, 1].
+        """Decode an entire clip: latents [B, F, C, h, w] to float32 pixels [B, 1 + 4 * (F - 1), 3, 8h, 8w] in [-1, 1].
 
-        All frames pass through each layer together: fast, but memory grows with F. Long clips: `decoder`.
+        All frames pass through each layer together: fast, but memory grows with F. Use `decoder` for long clips.
         """
         return self.decoder().decode(latents)
 
     def decoder(self) -> "TAEHVDecoder":
-        """A decoder at the start of a clip."""
+        """Return a decoder at the start of a clip."""
         return TAEHVDecoder(self)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """A whole clip: pixels [B, 1 + 4 * k, 3, height, width] in [-1, 1] to float32 latents [B, 1 + k, C, h, w]."""
+        """Encode an entire clip: pixels [B, 1 + 4 * k, 3, 8h, 8w] in [-1, 1] to float32 latents [B, 1 + k, C, h, w]."""
         return self.encoder().encode(pixels)
 
     def encoder(self) -> "TAEHVEncoder":
-        """An encoder at the start of a clip."""
+        """Return an encoder at the start of a clip."""
         return TAEHVEncoder(self)
 
     @property
-    def _place(self) -> dict:
+    def _device_and_dtype(self) -> dict:
         weight = next(self.parameters())
         return {"device": weight.device, "dtype": weight.dtype}
 
 
 def _last_rows(tensor: Tensor, wanted: torch.Size | None) -> Tensor:
-    """A TGrow trained for more frames than are asked for: its last rows make the last of them."""
+    """Cut the weight of a TGrow that was trained for more frames to its last rows, which make the last frames."""
     if wanted is None or not torch.is_tensor(tensor) or len(wanted) != 4 or wanted[2:] != (1, 1):
         return tensor
     fits = tensor.ndim == 4 and tensor.shape[1:] == wanted[1:] and tensor.shape[0] > wanted[0]
     return tensor[-wanted[0] :].clone() if fits else tensor
 
 
-class _Pass:
-    """One of the two networks on one clip: holds the last input of each MemBlock; before the clip that is zero."""
+class _StreamingNetwork:
+    """Encoder or decoder network with the state of one clip.
+
+    state: the last input frame of each MemBlock, by the index of its layer; a missing one means zeros.
+    """
 
     def __init__(self, network: nn.Module):
         self._network = network
-        self.last: dict[int, Tensor] = {}
+        self.state: dict[int, Tensor] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[B, n, C, h, w] -> [B, m, C', h', w']; mutates the state."""
+        """Run the network: [B, n, C, h, w] -> [B, m, C', h', w']. Updates the state."""
         batch = x.shape[0]
         x = x.flatten(0, 1)
         for index, layer in enumerate(self._network.children()):
@@ -198,7 +202,7 @@ class _Pass:
                 x = layer(x)
                 continue
             frames = x.unflatten(0, (batch, -1))
-            last = self.last.get(index)
+            last = self.state.get(index)
             if last is None:
                 last = torch.zeros_like(frames[:, :1])
             elif last.shape != frames[:, :1].shape:
@@ -207,38 +211,38 @@ class _Pass:
                     f" got {list(frames[:, :1].shape)}"
                 )
             past = torch.cat((last, frames[:, :-1]), dim=1)
-            self.last[index] = frames[:, -1:].clone()  # a view would keep all the frames alive
+            self.state[index] = frames[:, -1:].clone()  # a view would keep all the frames alive
             x = layer(x, past.flatten(0, 1))
         return x.unflatten(0, (batch, -1))
 
 
 class TAEHVDecoder:
-    """The decoder of one clip. first: nothing has been decoded yet."""
+    """The decoder of one clip. first: True until the first latent has been decoded."""
 
     def __init__(self, codec: TAEHV):
         self._codec = codec
-        self._pass = _Pass(codec.networks["decoder"])
+        self._network = _StreamingNetwork(codec.networks["decoder"])
         self.first = True
 
     @property
     def state(self) -> dict[int, Tensor]:
-        """The last input of each MemBlock, by the index of its layer."""
-        return self._pass.last
+        """The last input frame of each MemBlock, by the index of its layer."""
+        return self._network.state
 
     @property
     def stateful_layers(self) -> list[int]:
-        """Indices that `state` has once something has been decoded."""
+        """The keys that `state` has after the first latent."""
         layers = self._codec.networks["decoder"].children()
         return [index for index, layer in enumerate(layers) if isinstance(layer, MemBlock)]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """The next latents [B, n, C, h, w] to float32 pixels [B, T, 3, 8h, 8w] in [-1, 1].
+        """Decode the next latents [B, n, C, h, w] to float32 pixels [B, T, 3, 8h, 8w] in [-1, 1].
 
-        T = 4 * n, and 3 fewer at the start of the clip, where the network makes pictures from before the first one.
+        T = 4 * n, and 3 fewer at the start of the clip, where the network also makes three frames before the first.
         """
         require_latents(latents, self._codec.latent_channels)
-        pixels = self._pass(latents.to(**self._codec._place))
+        pixels = self._network(latents.to(**self._codec._device_and_dtype))
         if self.first:
             pixels = pixels[:, self._codec.temporal_factor - 1 :]
             self.first = False
@@ -248,27 +252,27 @@ class TAEHVDecoder:
 class TAEHVEncoder:
     """The encoder of one clip.
 
-    The network joins each four pictures to a latent, but a clip begins with a single one. It is repeated three times in
-    front, so that latent and pictures correspond as in the decoder and in the Wan VAE. (The public script repeats the
-    last picture at the end instead: the same for a single picture, and shifted by three pictures for a longer clip.)
+    The network pools each four frames to a latent, but a clip begins with a single one. That frame is repeated three
+    times in front, so that latents and frames correspond as in the decoder and in the Wan VAE. (The public script
+    repeats the last frame at the end instead: the same for a single frame, and shifted by three frames otherwise.)
     """
 
     def __init__(self, codec: TAEHV):
         self._codec = codec
-        self._pass = _Pass(codec.networks["encoder"])
+        self._network = _StreamingNetwork(codec.networks["encoder"])
         self._first = True
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """The next pictures [B, T, 3, height, width] in [-1, 1] to float32 latents [B, n, C, h, w].
+        """Encode the next frames [B, T, 3, height, width] in [-1, 1] to float32 latents [B, n, C, h, w].
 
-        T = 1 + 4 * k at the start of the clip and gives 1 + k latents, T = 4 * k after it and gives k.
+        At the start of the clip T = 1 + 4 * k and n = 1 + k; after it T = 4 * k and n = k.
         """
         codec = self._codec
         require_pixels(pixels, codec.spatial_factor, codec.temporal_factor, first=self._first)
-        pixels = pixels.to(**codec._place) * 0.5 + 0.5
+        pixels = pixels.to(**codec._device_and_dtype) * 0.5 + 0.5
         if self._first:
-            before = pixels[:, :1].expand(-1, codec.temporal_factor - 1, -1, -1, -1)
-            pixels = torch.cat((before, pixels), dim=1)
+            padding = pixels[:, :1].expand(-1, codec.temporal_factor - 1, -1, -1, -1)
+            pixels = torch.cat((padding, pixels), dim=1)
             self._first = False
-        return self._pass(pixels).float()
+        return self._network(pixels).float()

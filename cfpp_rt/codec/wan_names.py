@@ -1,4 +1,4 @@
-"""The names of the Wan2.1 VAE: from those of `Wan2.1_VAE.pth` to those of diffusers, and its sizes from the shapes."""
+"""Conversion of the tensor names of `Wan2.1_VAE.pth` to those of diffusers, and the config inferred from the shapes."""
 
 import re
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cfpp_rt.errors import CheckpointError
 
-# Applied to every name, in order. `decoder.upsamples` is apart: there the position matters.
+# Applied to every name, in order. `decoder.upsamples` is handled by `_decoder_positions`: there the position matters.
 _RENAMES = (
     (r"^conv1\.", "quant_conv."),
     (r"^conv2\.", "post_quant_conv."),
@@ -29,7 +29,7 @@ _RENAMES = (
 
 
 def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict in original names under the names of `AutoencoderKLWan`; unknown names stay as they are."""
+    """Rename a state dict from original names to those of `AutoencoderKLWan`; unknown names stay as they are."""
     positions = _decoder_positions(state)
     renamed = {}
     for name, tensor in state.items():
@@ -43,14 +43,14 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def infer_config(state: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
-    """The config of `AutoencoderKLWan` that fits a state dict in original names.
+    """Return the config of `AutoencoderKLWan` that fits a state dict in original names.
 
-    Raises CheckpointError where the names are not those of a Wan2.1 VAE.
+    source: the file that an error names. Raises CheckpointError if the names are not those of a Wan2.1 VAE.
     """
     try:
         base = state["encoder.conv1.weight"].shape[0]
-        widths: list[int] = []  # of each level of the encoder, finest first
-        blocks: list[int] = []  # residual blocks of each level
+        widths: list[int] = []  # channels of each level of the encoder, finest first
+        blocks: list[int] = []  # number of residual blocks of each level
         temporal: list[bool] = []
         at_level_start = True
         for index in _indices(state, "encoder.downsamples."):
@@ -82,12 +82,12 @@ def infer_config(state: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
 
 
 def _indices(state: Mapping[str, Tensor], prefix: str) -> list[int]:
-    found = {re.match(rf"{re.escape(prefix)}(\d+)\.", name) for name in state}
-    return sorted({int(match[1]) for match in found if match})
+    matches = {re.match(rf"{re.escape(prefix)}(\d+)\.", name) for name in state}
+    return sorted({int(match[1]) for match in matches if match})
 
 
 def _decoder_positions(state: Mapping[str, Tensor]) -> dict[int, str]:
-    """Flat index in `decoder.upsamples` -> place within diffusers' blocks, which end at each upsampler."""
+    """Map the index in `decoder.upsamples` to the position in the blocks of diffusers, which end at each upsampler."""
     positions, level, resnet = {}, 0, 0
     for index in _indices(state, "decoder.upsamples."):
         if f"decoder.upsamples.{index}.resample.1.weight" in state:

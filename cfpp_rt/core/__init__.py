@@ -1,1 +1,1 @@
-"""What every runtime of a student shares: frame ring, random numbers, rotary angles, schedule, cameras."""
+"""Code that every runtime of a student shares: frame ring, random numbers, rotary angles, schedule, cameras."""

@@ -1,6 +1,7 @@
 """Checks of the arguments that every runtime of a student takes alike; needs no torch."""
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,12 @@ def check_latent_frames(latent_frames: int | None, given: int, frames_per_block:
             f"initial_latents must hold a multiple of {n} latent frames and fewer than latent_frames={latent_frames},"
             f" got {given}"
         )
+
+
+def check_latents_shape(name: str, shape: Sequence[int], batch: int, frame_shape: Sequence[int]) -> None:
+    """Raise InputError unless `shape` is (batch, F, *frame_shape). frame_shape: (C, h, w)."""
+    if len(shape) != 5 or shape[0] != batch or tuple(shape[2:]) != tuple(frame_shape):
+        raise InputError(f"{name} must be [B={batch}, F, {', '.join(map(str, frame_shape))}], got {list(shape)}")
 
 
 def check_camera_count(cameras: int, latent_frames: int | None) -> None:

@@ -1,6 +1,7 @@
-"""Which latent frame lies in which slot of a cache: host arithmetic that every runtime of a student shares, torch-free.
+"""The assignment of latent frames to the slots of a KV cache: host arithmetic without torch, shared by all runtimes.
 
-`slot(frame) = frame` for the sinks, `sinks + (frame - sinks) % ring` for all others.
+Sink frames stay in slot `frame`; every other frame is in slot `sinks + (frame - sinks) % ring`. In this module "frame"
+means latent frame.
 """
 
 from cfpp_rt.config import RolloutConfig
@@ -10,53 +11,64 @@ Range = tuple[int, int]
 
 
 class FrameRing:
-    """Which latent frame lies in which slot. Pure host arithmetic: it is what makes every write and read safe.
+    """The frame that each slot stores; refuses every write and read that the cache cannot serve.
 
-    sinks, ring: number of slots that are never reused, and that are reused in turn. block: frames written together;
-    sinks and ring must be multiples of it, so that a write never wraps.
+    sinks: number of slots that are never reused.
+    ring: number of slots that are reused, the oldest frame first.
+    frames_per_block: number of frames that are written together. sinks and ring must be multiples of it, so that a
+        write never wraps around.
+
+    end: number of frames written so far. stored_frames: the frame in each slot, None = empty.
+    Raises InputError if sinks or ring is not a multiple, or ring is smaller than a block.
     """
 
-    def __init__(self, sinks: int, ring: int, block: int):
-        if sinks % block or ring % block or ring < block:
-            raise InputError(f"sinks and ring must be multiples of the block of {block} frames, got {sinks} and {ring}")
-        self.sinks, self.ring, self.block = sinks, ring, block
-        self.end = 0  # frames written so far
-        self.holds: list[int | None] = [None] * (sinks + ring)
+    def __init__(self, sinks: int, ring: int, frames_per_block: int):
+        if sinks % frames_per_block or ring % frames_per_block or ring < frames_per_block:
+            raise InputError(
+                f"sinks and ring must be multiples of the block of {frames_per_block} frames, got {sinks} and {ring}"
+            )
+        self.sinks, self.ring_slots, self.frames_per_block = sinks, ring, frames_per_block
+        self.end = 0
+        self.stored_frames: list[int | None] = [None] * (sinks + ring)
 
     @property
     def capacity(self) -> int:
-        return self.sinks + self.ring
+        """Number of slots."""
+        return self.sinks + self.ring_slots
 
     def slot(self, frame: int) -> int:
-        return frame if frame < self.sinks else self.sinks + (frame - self.sinks) % self.ring
+        """Return the slot of a frame."""
+        return frame if frame < self.sinks else self.sinks + (frame - self.sinks) % self.ring_slots
 
     def write(self, start: int) -> int:
-        """Note that the block starting at frame `start` is written; return its first slot.
+        """Record that the block starting at frame `start` is written and return its first slot.
 
-        Raises InputError unless it is the next block or one that is still held.
+        Raises InputError unless it is the next block or one that is still stored.
         """
         first = self.slot(start) if start >= 0 else 0
-        if start % self.block or not (start == self.end or (0 <= start < self.end and self.holds[first] == start)):
-            raise InputError(f"frame must be the next one ({self.end}) or the start of a held block, got {start}")
-        for offset in range(self.block):
-            self.holds[first + offset] = start + offset
-        self.end = max(self.end, start + self.block)
+        is_next, is_stored = start == self.end, 0 <= start < self.end and self.stored_frames[first] == start
+        if start % self.frames_per_block or not (is_next or is_stored):
+            raise InputError(f"frame must be the next one ({self.end}) or the start of a stored block, got {start}")
+        for offset in range(self.frames_per_block):
+            self.stored_frames[first + offset] = start + offset
+        self.end = max(self.end, start + self.frames_per_block)
         return first
 
     def visible(self, end: int, window: int | None) -> list[int]:
-        """Frames that queries of the block ending before frame `end` see: the sinks and the newest of the window.
+        """Return the frames that queries of the block ending before frame `end` see: sinks and newest frames.
 
-        Raises InputError if one of them is no longer (or not yet) held.
+        window: number of visible frames, the sinks included; None = all frames before `end`.
+        Raises InputError if one of them is no longer, or not yet, stored.
         """
         newest = end if window is None else window - self.sinks
         frames = [*range(min(self.sinks, end)), *range(max(self.sinks, end - newest), end)]
-        lost = [frame for frame in frames if self.holds[self.slot(frame)] != frame]
-        if lost:
-            raise InputError(f"frames seen by the block ending at {end} must be in the cache, missing {lost}")
+        missing = [frame for frame in frames if self.stored_frames[self.slot(frame)] != frame]
+        if missing:
+            raise InputError(f"frames seen by the block ending at {end} must be in the cache, missing {missing}")
         return frames
 
     def runs(self, frames: list[int]) -> list[Range]:
-        """The slots of `frames` as maximal runs [first, last), ascending."""
+        """Return the slots of `frames` as maximal runs [first, last), in ascending order."""
         runs: list[Range] = []
         for slot in sorted(self.slot(frame) for frame in frames):
             if runs and runs[-1][1] == slot:
@@ -69,8 +81,8 @@ class FrameRing:
 def slots_for(config: RolloutConfig, latent_frames: int | None) -> tuple[int, int]:
     """Return sinks and ring of the smallest cache that a rollout of `latent_frames` (None = without end) needs.
 
-    Fused refresh keeps one spare block: while the next block's keys are written, the clean queries of the block
-    before still see the oldest frame of their own window.
+    Fused refresh needs one spare block: while the keys of the next block are written, the clean queries of the previous
+    block still see the oldest frame of their own window. Raises InputError for a rollout without end or window.
     """
     block = config.frames_per_block
     if config.window is None:

@@ -1,1 +1,1 @@
-"""The device: CUDA graph capture, copies that do not wait, timings."""
+"""The device: CUDA graph capture, reuse of device memory, asynchronous copies, CPU threads, timings."""

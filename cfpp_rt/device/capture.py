@@ -1,4 +1,4 @@
-"""Capture of a fixed piece of work as a CUDA graph."""
+"""Capture of fixed work as a CUDA graph."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -7,15 +7,15 @@ from typing import Any
 import torch
 
 Work = Callable[[], Any]
-# Takes work over buffers that never move, and gives back what runs it again: its result lies in the same memory every
-# time, and is overwritten by the next run.
+# Maps work on buffers at fixed addresses to a function that repeats it. The result is in the same memory every time and
+# is overwritten by the next run.
 Capture = Callable[[Work], Work]
 
-_WARM_UPS = 2  # the first run compiles, loads and allocates what must not be done during capture
+_WARM_UPS = 2  # the first run compiles, loads and allocates, which is not allowed during capture
 
 
 class CudaCapture:
-    """Captures on a stream of its own, all in one memory pool: what was captured never runs at the same time."""
+    """Captures CUDA graphs on a separate stream. All share one memory pool, so they must not run at the same time."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -30,12 +30,12 @@ class CudaCapture:
             try:
                 for _ in range(_WARM_UPS):
                     run()
-                # Other threads may go on with what capture forbids, such as allocating.
+                # With "thread_local", other threads may still do what capture forbids, such as allocating.
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 result = run()
                 graph.capture_end()
             except BaseException:
-                self._give_up(graph)
+                self._abort(graph)
                 raise
         current.wait_stream(self._stream)
 
@@ -45,13 +45,15 @@ class CudaCapture:
 
         return replay
 
-    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a capture that failed. Where CUDA has made it invalid, torch ends it but goes on as if it had not: its
-        allocator in the pool, which is told here, its random numbers until another capture ends well.
+    def _abort(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that failed, and repair the state of torch.
+
+        If CUDA has invalidated the capture, torch ends it but leaves its allocator in the pool and its random number
+        generator in capture mode. The pool is released here; the generator recovers at the next capture that succeeds.
         """
         with suppress(RuntimeError):
             graph.capture_end()
-        self._stream.synchronize()  # what warming up still reads and writes is about to be freed
+        self._stream.synchronize()  # memory that the warm-up still uses is about to be freed
         index = torch.cuda.current_device()
         with suppress(RuntimeError):  # the allocator has left the pool already
             torch._C._cuda_endAllocateToPool(index, self._pool)

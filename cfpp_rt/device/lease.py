@@ -59,7 +59,7 @@ class LeasePool(Generic[Resource]):
         return [lease.resource for lease in self._leases]
 
     def release(self) -> None:
-        """Drop the resources that nobody holds, and return their memory to the device."""
+        """Drop the resources without a holder and return their memory to the device."""
         with self._lock:
             count = len(self._leases)
             self._leases = [lease for lease in self._leases if not lease.free]

@@ -1,4 +1,4 @@
-"""Where the time of a stream goes, in the words of the benchmark."""
+"""Timings of a stream, under the metric names that docs/benchmark.md defines."""
 
 import dataclasses
 import time
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-_KEPT = 10_000  # durations of each kind: a stream without end must not grow
+_MAX_KEPT = 10_000  # durations of each kind: a stream without end must not grow
 
 
 def percentile(values: Iterable[float], percent: float) -> float:
-    """Of at least one value, linear between neighbours; percent in 0..100."""
+    """Return a percentile of at least one value, linear between neighbours. percent: 0..100."""
     ordered = sorted(values)
     position = (len(ordered) - 1) * percent / 100
     low = int(position)
@@ -23,26 +23,28 @@ def percentile(values: Iterable[float], percent: float) -> float:
 
 @dataclasses.dataclass
 class Timings:
-    """Times of one stream, filled while it runs; milliseconds unless named otherwise. The newest 10,000 are kept.
+    """Timings of one stream, filled while it runs; in milliseconds unless named otherwise. The newest 10,000 are kept.
 
     stages: durations of each stage, in order: encode_text, encode_image, diffuse (all passes of a block; with the
     fused refresh the clean pass of the block before is inside), refresh (separate mode only), decode.
-    deliveries: (seconds since the stream was asked for, pictures delivered) for each `Frames`.
+    deliveries: (seconds since the stream was requested, frames delivered) for each `Frames`; seconds inside `outside`
+    are not counted. outside_s: those seconds. num_frames: frames delivered so far.
     """
 
     device: torch.device
     started: float = dataclasses.field(default_factory=time.perf_counter)
     stages: dict[str, deque[float]] = dataclasses.field(default_factory=dict)
-    deliveries: deque[tuple[float, int]] = dataclasses.field(default_factory=lambda: deque(maxlen=_KEPT))
+    deliveries: deque[tuple[float, int]] = dataclasses.field(default_factory=lambda: deque(maxlen=_MAX_KEPT))
     first_s: float | None = None
-    pictures: int = 0
+    num_frames: int = 0
+    outside_s: float = 0.0
     _running: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = dataclasses.field(default_factory=list, repr=False)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time what happens inside, the device's queue included; a named range for whoever is tracing.
+        """Time the body, the device's queue included, and mark it as a named range for a profiler.
 
-        On a GPU its events time it, and nothing waits: the stage is in `stages` after the next delivery.
+        On a GPU events time it without waiting: the stage is in `stages` after the next delivery.
         """
         if self.device.type == "cuda":
             stream = torch.cuda.current_stream(self.device)
@@ -56,50 +58,62 @@ class Timings:
             yield
         self._note(name, 1000 * (time.perf_counter() - begin))
 
-    def _note(self, name: str, ms: float) -> None:
-        self.stages.setdefault(name, deque(maxlen=_KEPT)).append(ms)
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Exclude the body, the caller's work on the frames, from the intervals between deliveries."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.outside_s += time.perf_counter() - begin
 
-    def deliver(self, pictures: int) -> None:
-        """Note a delivery: pictures are in host memory. Stages of blocks made ahead may still run: they come later."""
+    def _note(self, name: str, ms: float) -> None:
+        self.stages.setdefault(name, deque(maxlen=_MAX_KEPT)).append(ms)
+
+    def deliver(self, num_frames: int) -> None:
+        """Note that frames are in host memory. Stages of blocks computed ahead may still run and are noted later."""
         running, self._running = self._running, []
         for name, started, ended in running:
             if ended.query():
                 self._note(name, started.elapsed_time(ended))
             else:
                 self._running.append((name, started, ended))
-        now = time.perf_counter() - self.started
-        self.deliveries.append((now, pictures))
+        now = time.perf_counter() - self.started - self.outside_s
+        self.deliveries.append((now, num_frames))
         self.first_s = now if self.first_s is None else self.first_s
-        self.pictures += pictures
+        self.num_frames += num_frames
 
     def frame_ms(self) -> list[float]:
-        """Interval per picture between deliveries in steady state: the first two deliveries are left out."""
+        """Return the intervals per frame between deliveries in steady state: the first two deliveries are left out."""
         kept = list(self.deliveries)
         steady = zip(kept[1:], kept[2:], strict=False)
-        return [1000 * (now - before) / pictures for (before, _), (now, pictures) in steady]
+        return [1000 * (now - before) / num_frames for (before, _), (now, num_frames) in steady]
 
     def summary(self) -> dict[str, float]:
-        """ttff_ms, frame_ms_p50/p90/p99, fps (pictures per second, request to last picture), stage medians."""
+        """Return ttff_ms, frame_ms_p50/p90/p99, fps (frames per second, request to last frame) and stage medians.
+
+        None of them counts time inside `outside`.
+        """
         if self.first_s is None:
             return {}
         out = {"ttff_ms": 1000 * self.first_s}
         intervals = self.frame_ms()
         if intervals:
             out |= {f"frame_ms_p{p}": percentile(intervals, p) for p in (50, 90, 99)}
-        out["fps"] = self.pictures / self.deliveries[-1][0]
+        out["fps"] = self.num_frames / self.deliveries[-1][0]
         out |= {f"{name}_ms": percentile(values, 50) for name, values in self.stages.items()}
         return out
 
 
 def _span(name: str, device: torch.device) -> AbstractContextManager[object]:
-    """A range of torch's profiler while that runs, else of NVIDIA's tools (NVTX) on a GPU, else nothing."""
+    """Return a range of torch's profiler while that runs, else an NVTX range on a GPU, else nothing."""
     if torch.autograd._profiler_enabled():
         return torch.profiler.record_function(name)
     return torch.cuda.nvtx.range(name) if device.type == "cuda" else nullcontext()
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Largest memory held so far: allocated on a GPU, resident set of the process elsewhere."""
+    """Return the peak memory so far in MiB: allocated on a GPU, resident set of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")

@@ -1,14 +1,14 @@
-"""Small tensors from the host to where the model is, without making the host wait for the device's queue."""
+"""Copies of small tensors from the host to the device, without waiting for the queue of the device."""
 
 import torch
 from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor, on `device`; the same tensor where it lies there already.
+    """Return a tensor on `device`; the same tensor if it is there already.
 
-    A plain copy to CUDA waits until everything queued before it is done. One from pinned memory does not, and torch
-    keeps that memory until the copy is.
+    An ordinary copy to CUDA waits until all work queued before it is done. A copy from pinned memory does not wait, and
+    torch keeps that memory until the copy is done.
     """
     if tensor.is_cuda or torch.device(device).type != "cuda":
         return tensor.to(device)

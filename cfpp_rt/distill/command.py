@@ -9,17 +9,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cfpp_rt.device.peak import peak_matmul_flops
+from cfpp_rt.device.threads import largest_product, set_thread_count
 from cfpp_rt.distill.assemble import InitPaths, build_stage, open_data_source
 from cfpp_rt.distill.batch import Batch, DataSource
 from cfpp_rt.distill.checkpoint import checkpoints
-from cfpp_rt.distill.flops import matmul_rate, step_flops
+from cfpp_rt.distill.flops import step_flops
 from cfpp_rt.distill.processes import full_state, process_group, rank
 from cfpp_rt.distill.samples import Samples, open_codec
-from cfpp_rt.distill.settings import STAGES, Settings
+from cfpp_rt.distill.settings import STAGES, Settings, StageSettings
 from cfpp_rt.distill.stage import Stage
 from cfpp_rt.distill.train import StepCost, Trainer
 from cfpp_rt.errors import InputError
-from cfpp_rt.io.checkpoint import write_atomically
+from cfpp_rt.io.atomic import write_atomically
 from cfpp_rt.model.transformer import CausalWanTransformer
 from cfpp_rt.values import DTYPES
 
@@ -59,6 +61,8 @@ def _train(name: str, settings: Settings, folder: Path, arguments: argparse.Name
     data_source = open_data_source(settings, stage_settings)
     first = data_source(0)
     size = latent_size(settings, first)
+    latent_frames = 2 * stage_settings.batch * _clip_frames(stage_settings, first)  # a pass has clean and noisy frames
+    set_thread_count(largest_product(settings.model, latent_frames * settings.model.tokens_per_frame(*size[1:])))
     init_paths = InitPaths(arguments.init, arguments.teacher, arguments.real, arguments.critic)
     stage = build_stage(name, settings, init_paths, size, device)
     trainer = Trainer(
@@ -118,7 +122,7 @@ def _samples(
         return None
     if name == "base":
         raise InputError("stages.base.sample_every must be 0: what it trains sees the future and cannot be rolled out")
-    frames = sample_settings.frames or (stage_settings.frames if batch.latents is None else batch.latents.shape[1])
+    frames = sample_settings.frames or _clip_frames(stage_settings, batch)
     known = frames if batch.condition.actions is None else batch.condition.actions.shape[1]
     if not sample_settings.initial_frames < frames <= known:
         raise InputError(f"samples.frames must be in {sample_settings.initial_frames + 1}..{known}, got {frames}")
@@ -144,15 +148,20 @@ def _samples(
     )
 
 
+def _clip_frames(stage_settings: StageSettings, batch: Batch) -> int:
+    """Return the latent frames of a clip: those of the data, or of the settings where the data are prompts alone."""
+    return stage_settings.frames if batch.latents is None else batch.latents.shape[1]
+
+
 def _step_cost(
     name: str, settings: Settings, batch: Batch, size: tuple[int, int, int], device: torch.device
 ) -> StepCost | None:
     if device.type != "cuda":
         return None
     stage_settings = settings.stages[name]
-    frames = stage_settings.frames if batch.latents is None else batch.latents.shape[1]
+    frames = _clip_frames(stage_settings, batch)
     flops = step_flops(name, settings, stage_settings, frames, settings.model.tokens_per_frame(*size[1:]))
-    return StepCost(flops, matmul_rate(device, DTYPES[settings.dtype]))
+    return StepCost(flops, peak_matmul_flops(device, DTYPES[settings.dtype]))
 
 
 def export(state: dict[str, Tensor], settings: Settings, folder: Path) -> None:

@@ -1,9 +1,7 @@
 """FLOPs of a training step, by formula."""
 
 import math
-import time
 
-import torch
 from torch import Tensor
 
 from cfpp_rt.config import ModelConfig, RolloutConfig
@@ -73,17 +71,3 @@ def _rollout_flops(
 
 def _pairs(visible: Tensor) -> int:
     return int(visible.sum())
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of a large matrix product on a GPU, median of ten: the peak rate that `mfu` refers to."""
-    size = 8192
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    times = []
-    for _ in range(12):
-        torch.cuda.synchronize(device)
-        begin = time.perf_counter()
-        torch.mm(a, b)
-        torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begin)
-    return 2 * size**3 / sorted(times[2:])[5]

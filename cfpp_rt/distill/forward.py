@@ -10,9 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cfpp_rt.core.camera import Cameras, Projections
+from cfpp_rt.core.camera import Cameras
 from cfpp_rt.distill import masks
 from cfpp_rt.errors import InputError
+from cfpp_rt.model.projections import Projections
 from cfpp_rt.model.transformer import CausalWanTransformer
 
 
@@ -44,7 +45,7 @@ class Condition:
         """Return the projections for the camera branch, relative to the first camera; None without cameras."""
         if self.cameras is None:
             return None
-        return self.cameras.rows(len(self.prompt_embeds)).from_first().projections(device)
+        return Projections.of(self.cameras.rows(len(self.prompt_embeds)).from_first(), device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Denoiser:
     def diffusion_forced(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """Return the velocity of noisy frames conditioned on the noisy frames before them: float32 [B, F, C, h, w].
 
-        Only tests and comparisons use it: no stage trains in this way.
+        For tests: no stage trains in this way.
         """
         return self._run(noisy, timesteps, condition, "causal", noisy.shape[1], [*range(noisy.shape[1])])
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cfpp_rt.errors import MissingExtraError
-from cfpp_rt.io.checkpoint import write_atomically
+from cfpp_rt.io.atomic import write_atomically
 
 
 class Log:

@@ -16,7 +16,7 @@ from cfpp_rt.distill.self_rollout import Exits, SelfRollout
 from cfpp_rt.distill.settings import SampleSettings
 from cfpp_rt.distill.stage import clean_latents
 from cfpp_rt.errors import InputError, MissingExtraError
-from cfpp_rt.io.checkpoint import write_atomically
+from cfpp_rt.io.atomic import write_atomically
 from cfpp_rt.model.transformer import CausalWanTransformer
 from cfpp_rt.values import Frames
 
@@ -115,4 +115,4 @@ def _require_av() -> None:
     try:
         import av  # noqa: F401  fail before the training, not at its first sample
     except ImportError as error:
-        raise MissingExtraError("av", "wan", "writing samples as videos") from error
+        raise MissingExtraError("av", "video", "writing samples as videos") from error

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from cfpp_rt.cache import CacheShape, KVCache, LayerCache
 from cfpp_rt.config import RolloutConfig
-from cfpp_rt.core.camera import Projections
 from cfpp_rt.core.frame_ring import FrameRing, slots_for
 from cfpp_rt.core.schedule import FlowMatchSchedule, add_noise
 from cfpp_rt.distill.forward import Condition
@@ -22,6 +21,7 @@ from cfpp_rt.distill.processes import gather, release
 from cfpp_rt.distill.rng import index, normal_like
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.attention import Attend, AttentionMetadata
+from cfpp_rt.model.projections import Projections
 from cfpp_rt.model.transformer import CausalWanTransformer, LayerText
 
 

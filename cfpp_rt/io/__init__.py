@@ -1,1 +1,1 @@
-"""Files: checkpoints, images, videos and contact sheets."""
+"""Files: checkpoints, images, videos and contact sheets, written atomically."""

@@ -1,34 +1,32 @@
-"""Read weights files without ever running what is inside them, and write files whole or not at all."""
+"""Reading of weights files, without ever running code that they contain."""
 
-import contextlib
 import json
-import os
 import pickle
 import re
-import secrets
 import struct
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cfpp_rt.errors import CheckpointError, InputError
+from cfpp_rt.errors import CheckpointError
+from cfpp_rt.io.text import name_list
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
-# A repository cloned without Git LFS holds such a text file in place of the weights.
+# A repository cloned without Git LFS has a text file in place of the weights, which begins like this.
 _LFS_POINTER = b"version https://git-lfs"
 
 
 def read_tensors(path: str | Path) -> dict[str, Any]:
-    """Read a `.safetensors` file or a pickle written by `torch.save` onto the CPU, memory-mapped where it can be.
+    """Read a `.safetensors` file or a pickle written by `torch.save` to the CPU, memory-mapped if possible.
 
-    Pickles are read with `weights_only=True`: one that asks for code is refused before that code runs.
+    Pickles are read with `weights_only=True`: one that would run code is refused before that code runs.
 
-    Returns the top-level mapping as stored: name -> tensor, or for pickles also name -> nested mapping.
-    Raises CheckpointError, one line, for a file that is missing, empty, truncated, unsafe or no checkpoint.
+    Returns the stored mapping of name -> tensor; in pickles a value may also be a nested mapping.
+    Raises CheckpointError, one line, for a file that is missing, empty, truncated, unsafe or not a checkpoint.
     """
     path = Path(path)
     if not path.exists():
@@ -55,7 +53,7 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
 def read_sharded(folder: str | Path, stem: str) -> dict[str, torch.Tensor]:
     """Read `<stem>.safetensors` from a folder, or all the shards that `<stem>.safetensors.index.json` lists.
 
-    Returns name -> tensor over all shards. Raises CheckpointError as `read_tensors`, also for a broken index.
+    Returns name -> tensor of all shards. Raises CheckpointError like `read_tensors`, also for a broken index.
     """
     folder = Path(folder)
     index = folder / f"{stem}.safetensors.index.json"
@@ -73,73 +71,44 @@ def read_sharded(folder: str | Path, stem: str) -> dict[str, torch.Tensor]:
         state.update(read_tensors(folder / shard))
     missing = [name for name in weight_map if name not in state]
     if missing:
-        raise CheckpointError(f"{index}: {_some(missing)} listed but in no shard")
+        raise CheckpointError(f"{index}: {name_list(missing)} listed but in no shard")
     return state
 
 
 def require_exact(state: Mapping[str, Any], expected_shapes: Mapping[str, Sequence[int]], source: str | Path) -> None:
-    """Check that a state dict has exactly the wanted names and shapes.
+    """Check that a state dict has exactly the expected names and shapes, and dense floating-point tensors.
 
-    state: name -> tensor. expected_shapes: name -> shape. source: what the error names, usually the file.
-    Raises CheckpointError listing up to three missing, unexpected and wrong-shape names, with both shapes.
+    state: name -> tensor.
+    expected_shapes: name -> shape.
+    source: the file that the error names.
+
+    Raises CheckpointError listing up to three missing, unexpected and wrong-shape names each, with both shapes.
     """
     wanted = {name: tuple(shape) for name, shape in expected_shapes.items()}
     missing = [name for name in wanted if name not in state]
     unexpected = [name for name in state if name not in wanted]
-    wrong = [
+    wrong_shape = [
         f"{name} must be {list(shape)}, got {list(state[name].shape) if torch.is_tensor(state[name]) else 'no tensor'}"
         for name, shape in wanted.items()
         if name in state and not (torch.is_tensor(state[name]) and tuple(state[name].shape) == shape)
     ]
-    odd = [
+    not_dense_float = [
         f"{name} ({tensor.dtype}, {tensor.layout})"
         for name, tensor in state.items()
         if torch.is_tensor(tensor) and not (tensor.is_floating_point() and tensor.layout == torch.strided)
     ]
     faults = [
-        f"{label}: {_some(names)}"
+        f"{label}: {name_list(names)}"
         for label, names in (
             ("missing", missing),
             ("unexpected", unexpected),
-            ("wrong shape", wrong),
-            ("not a dense float", odd),
+            ("wrong shape", wrong_shape),
+            ("not a dense float", not_dense_float),
         )
         if names
     ]
     if faults:
         raise CheckpointError(f"{source}: {'; '.join(faults)}")
-
-
-@contextlib.contextmanager
-def write_atomically(path: str | Path) -> Iterator[Path]:
-    """Yield an empty temporary file in the folder of `path`, which replaces `path` when the body ends well.
-
-    The temporary name keeps the suffix. A body that raises leaves `path` as it was and no temporary file. A pipe or
-    device is yielded itself: it must not be replaced by a file.
-
-    Raises InputError before the body runs where `path` cannot be written.
-    """
-    target = Path(path)
-    try:
-        special = target.exists() and not target.is_file()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
-    if special:
-        if target.is_dir():
-            raise InputError(f"{target}: is a folder, a file name is needed")
-        yield target
-        return
-    target = target.resolve()  # a link stays, the file that it points to is replaced
-    temporary = target.with_name(f".{target.stem[:100]}.{secrets.token_hex(4)}{target.suffix}")
-    try:
-        temporary.open("xb").close()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -157,9 +126,9 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         start = file.read(4)
     zipped = start == b"PK\x03\x04"
     try:
-        with warnings.catch_warnings():  # of pickle protocols: either it loads or the error below says why not
+        with warnings.catch_warnings():  # about pickle protocols: loading succeeds or raises an error
             warnings.simplefilter("ignore")
-            # Files of torch < 1.6 are no zip archive and cannot be mapped.
+            # Files written by torch < 1.6 are not zip archives and cannot be memory-mapped.
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -180,25 +149,21 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     ) as error:
         raise CheckpointError(f"{path}: truncated or not a torch checkpoint") from error
     if not isinstance(loaded, Mapping):
-        raise CheckpointError(f"{path}: must hold a mapping of names to tensors, got {type(loaded).__name__}")
+        raise CheckpointError(f"{path}: must contain a mapping of names to tensors, got {type(loaded).__name__}")
     return dict(loaded)
 
 
 def _refusal(message: str, is_pickle: bool) -> str:
-    """Why the weights-only reader of torch stopped, without its advice to switch the check off."""
-    wanted = re.search(r"GLOBAL:? (\S+)|(?:BUILD for|instantiate|callable) (\S+)", message)
-    if wanted:
-        return f"refused: it wants to run code ({next(filter(None, wanted.groups())).rstrip('.,')})"
+    """Return why the weights-only reader of torch stopped, without its advice to switch the check off."""
+    code = re.search(r"GLOBAL:? (\S+)|(?:BUILD for|instantiate|callable) (\S+)", message)
+    if code:
+        return f"refused: it wants to run code ({next(filter(None, code.groups())).rstrip('.,')})"
     if is_pickle and re.search(r"[Uu]nsupported|not allowed|can only", message):
         return "refused: a pickle of more than tensors and plain containers, it may want to run code"
     return "truncated or not a torch checkpoint"
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
 def _one_line(error: BaseException) -> str:
+    """Return the message of an error on one line of at most 160 characters, or its type if it has none."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from cfpp_rt.cache import KVCache, LayerCache
 from cfpp_rt.config import ModelConfig
-from cfpp_rt.core.camera import Projections
 from cfpp_rt.device.transfer import to_device
 from cfpp_rt.errors import InputError
+from cfpp_rt.model.projections import Projections
 from cfpp_rt.model.rope import RotaryTables, rotate
 from cfpp_rt.ops.block_attention import block_attention
 from cfpp_rt.ops.kv_update import kv_update_
@@ -37,7 +37,7 @@ class CameraMetadata:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionMetadata:
-    """Where a forward pass writes its keys and values, and which ones its queries attend to.
+    """Positions of a forward pass in the cache: where it writes keys and values, and which ones its queries attend to.
 
     The tokens of a pass are G groups of equal size, one per block. Group g is written to the cache from token
     `write_index[:, g]` on, and its queries attend to the ranges of group g.
@@ -106,10 +106,10 @@ def per_frame(x: Tensor, matrices: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Attention with rotary positions; with cameras, plus attention with projective ones: o(rope) + prope_o(camera).
+    """Attention with rotary positions; with cameras, o(rotary attention) + prope_o(projective attention).
 
-    The camera branch (`cfpp_rt.core.camera`) takes the same queries, keys and values: with P of its own frame, groups
-    of 4 channels become P^T q, P^-1 k and P^-1 v, and what is read is multiplied by P of the query's frame.
+    The camera branch (`cfpp_rt.core.camera`) takes the same queries, keys and values. With P of a token's own frame,
+    groups of 4 channels become P^T q, P^-1 k and P^-1 v, and the result is multiplied by P of the query's frame.
     """
 
     prope_o: nn.Linear | None
@@ -124,11 +124,11 @@ class SelfAttention(nn.Module):
         self.prope_o = nn.Linear(dim, dim) if config.camera else None
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [B, S, dim] of x, before norm and rotation."""
+        """Return queries, keys and values [B, S, dim] of x, before norm and rotation."""
         return self.q(x), self.k(x), self.v(x)
 
     def write(self, x: Tensor, cache: LayerCache, attn: AttentionMetadata) -> Queries:
-        """Write K and V of all tokens of x [B, S, dim] into the cache; returns the queries, for `read`."""
+        """Write keys and values of all tokens of x [B, S, dim] into the cache; return the queries, for `read`."""
         q, k, v = self.project(x)
         if cache.waits_for_scales:
             cache.set_scales(self.norm_k.weight, v)
@@ -152,11 +152,11 @@ class SelfAttention(nn.Module):
         )
         return rotated, camera_q
 
-    def read(self, queries: Queries, cache: LayerCache, attn: AttentionMetadata, groups: int) -> Tensor:
-        """Attention of the last `groups` >= 1 groups of the queries, output projection included: [B, S', dim]."""
+    def read(self, queries: Queries, cache: LayerCache, attn: AttentionMetadata, num_outputs: int) -> Tensor:
+        """Attend with the last `num_outputs` >= 1 groups of the queries, output projection included: [B, S', dim]."""
         q, camera_q = queries
-        dropped = q.shape[2] - q.shape[2] * groups // len(attn.ranges)
-        ranges = attn.ranges.last(groups)
+        dropped = q.shape[2] - q.shape[2] * num_outputs // len(attn.ranges)
+        ranges = attn.ranges.last(num_outputs)
         keys, values = cache.readable(ranges)
         y = self.o(self.attend_to(q[:, :, dropped:], keys, values, ranges))
         if camera_q is None or attn.camera is None or cache.camera is None:
@@ -167,11 +167,14 @@ class SelfAttention(nn.Module):
         return y + self._from_camera(seen, matrices[:, matrices.shape[1] * dropped // q.shape[2] :])
 
     def attend_to(self, q: Tensor, keys: Tensor, values: Tensor, ranges: TokenRanges) -> Tensor:
-        """Queries [B, H, S, D] over what the ranges show of a cache: [B, S, dim]."""
+        """Attend with queries [B, H, S, D] to the ranges of a cache: [B, S, dim]."""
         return block_attention(q, keys, values, ranges)
 
     def forward_sequence(self, x: Tensor, rope: Tensor, attend: Attend, camera: SequenceCamera | None = None) -> Tensor:
-        """The same without a cache, differentiable: x [B, S, dim] to [B, S, dim]. rope: [S, D / 2, 2], as `rotate`."""
+        """Attend over a whole sequence x [B, S, dim] without a cache; differentiable.
+
+        rope: [S, D / 2, 2], see `rotate`.
+        """
         q, k, v = self.project(x)
         q, k = self.norm_q(q), self.norm_k(k)
         heads = q.shape[2] // (2 * rope.shape[1])
@@ -186,14 +189,17 @@ class SelfAttention(nn.Module):
     def _to_camera(
         self, q: Tensor, k: Tensor, v: Tensor, projections: Projections, heads: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """P^T q, P^-1 k, P^-1 v as [B, H, S, D], of normalised q and k and of v [B, S, dim]. Rows times P are P^T q."""
+        """Return P^T q, P^-1 k and P^-1 v as [B, H, S, D]; rows times P are P^T q.
+
+        q, k: normalised, [B, S, dim]. v: [B, S, dim].
+        """
         inverses = projections.inverses.mT
         turned = per_frame(q, projections.matrices), per_frame(k, inverses), per_frame(v, inverses)
         q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in turned)
         return q, k, v
 
     def _from_camera(self, seen: Tensor, matrices: Tensor) -> Tensor:
-        """What was read [B, S, dim], back from its world: P times it, output projection included."""
+        """Return P times the result of projective attention [B, S, dim], output projection included."""
         if self.prope_o is None:
             raise InputError("cameras must not be given to a model without the camera branch")
         return self.prope_o(per_frame(seen, matrices.mT))
@@ -203,7 +209,7 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """Write the branch's K and V into its cache, in place; returns its queries [B, H, S, D]."""
         if cache is None:
-            raise InputError("cache must have room for the camera branch where cameras are given: CacheShape.camera")
+            raise InputError("cache must have memory for the camera branch where cameras are given: CacheShape.camera")
         _, heads, capacity, _ = cache.keys.shape
         q, k, v = self._to_camera(self.norm_q(q), self.norm_k(k), v, camera.projections, heads)
         frames = len(camera.slots)
@@ -215,6 +221,8 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
+    """Attention to the text, whose keys and values are computed once per prompt."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         dim = config.dim
@@ -227,7 +235,7 @@ class CrossAttention(nn.Module):
         return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
     def project_text(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, text_len, D] of projected text [B, text_len, dim]; once per prompt and layer."""
+        """Return keys and values [B, H, text_len, D] of projected text [B, text_len, dim]."""
         return self._heads(self.norm_k(self.k(text))), self._heads(self.v(text))
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -235,5 +243,5 @@ class CrossAttention(nn.Module):
         return self.o(self.attend_to(q, keys, values).transpose(1, 2).flatten(2))
 
     def attend_to(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Queries [B, H, S, D] over keys and values of the text: [B, H, S, D]."""
+        """Attend with queries [B, H, S, D] to keys and values of the text: [B, H, S, D]."""
         return F.scaled_dot_product_attention(q, keys, values)

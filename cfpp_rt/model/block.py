@@ -14,7 +14,7 @@ from cfpp_rt.ops.gated_residual import gated_residual
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * y, with x and y [B, S, dim] and one row of gate per frame, [B, F, dim]."""
+    """Return x + gate * y, with x and y [B, S, dim] and one row of gate per latent frame, [B, F, dim]."""
     frames = gate.shape[1]
     x, y = (tokens.unflatten(1, (frames, -1)) for tokens in (x, y))
     return torch.addcmul(x, y, gate.unsqueeze(2)).flatten(1, 2)
@@ -36,7 +36,7 @@ class TransformerBlock(nn.Module):
             nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
         )
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
-        # Of a pass with a cache. `cfpp_rt.speed` puts forms here whose normalised tokens are what its linears take.
+        # `cfpp_rt.speed` replaces these by versions whose normalised tokens are in the dtype of its linear layers.
         self.modulate: Callable[..., Any] = adaln_modulate
         self.add_and_modulate: Callable[..., Any] = gated_residual
 
@@ -47,23 +47,26 @@ class TransformerBlock(nn.Module):
         text: tuple[Tensor, Tensor] | None,
         cache: LayerCache,
         attn: AttentionMetadata,
-        groups: int,
+        num_outputs: int,
     ) -> Tensor:
-        """Tokens x [B, S, dim] to tokens of their last `groups` groups; keys and values of all are written.
+        """Run the block in a pass with a cache; keys and values of all tokens are written.
 
-        time: [B or 1, F, 6, dim], this block's modulation plus the timestep's: shift, scale, gate for attention, then
-        for the feed-forward. text: keys and values [B, H, text_len, D], None for a model without text. cache: this
-        layer's.
+        x: [B, S, dim].
+        time: [B or 1, F, 6, dim]. Modulation of this block plus that of the timestep: shift, scale and gate for
+            attention, then for the feed-forward.
+        text: keys and values [B, H, text_len, D]; None for a model without text.
+        cache: of this layer.
+        num_outputs: number of last groups (see `AttentionMetadata`) whose tokens are returned.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = time.unbind(2)
         total = len(attn.ranges)
         queries = self.self_attn.write(self.modulate(x, shift1, scale1, self.eps), cache, attn)
-        if groups == 0:
+        if num_outputs == 0:
             return x[:, :0]
-        y = self.self_attn.read(queries, cache, attn, groups)
-        if groups < total:  # the rest was needed for its keys and values only
+        y = self.self_attn.read(queries, cache, attn, num_outputs)
+        if num_outputs < total:  # the rest was needed for its keys and values only
             x = x[:, x.shape[1] - y.shape[1] :]
-            kept = gate1.shape[1] * groups // total
+            kept = gate1.shape[1] * num_outputs // total
             gate1, shift2, scale2, gate2 = (row[:, -kept:] for row in (gate1, shift2, scale2, gate2))
         return self.after_attention(x, y, gate1, shift2, scale2, gate2, text)
 
@@ -76,9 +79,10 @@ class TransformerBlock(nn.Module):
         attend: Attend,
         camera: SequenceCamera | None = None,
     ) -> Tensor:
-        """The same without a cache, differentiable: tokens x [B, S, dim] to tokens.
+        """Run the block over a whole sequence without a cache; differentiable.
 
-        rows: [B or 1, F, 6, dim], the timestep's alone. text: projected text [B, text_len, dim]. rope: [S, D / 2, 2].
+        x: [B, S, dim]. rows: [B or 1, F, 6, dim], modulation of the timestep alone. text: projected text
+        [B, text_len, dim]. rope: [S, D / 2, 2].
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + rows).unbind(2)
         y = self.self_attn.forward_sequence(adaln_modulate(x, shift1, scale1, self.eps), rope, attend, camera)
@@ -95,7 +99,7 @@ class TransformerBlock(nn.Module):
         gate2: Tensor,
         text: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        """The rest of the block, from tokens x and what self-attention made of them, y; rows [B or 1, F, dim]."""
+        """Run the rest of the block on tokens x and the output y of self-attention; rows are [B or 1, F, dim]."""
         if self.cross_attn is None or text is None:
             x, normed = self.add_and_modulate(x, y, gate1, shift2, scale2, self.eps)
         else:

@@ -11,13 +11,16 @@ import torch
 
 from cfpp_rt.core.rope_angles import axis_table, pairs_of
 
-_SPAN = 256  # frames whose time table is made together
+_SPAN = 256  # latent frames whose time table is made together
 _SPANS_KEPT = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class RotaryTables:
-    """Tables of one latent size. rows: float32 [rows, n_row, 2]; columns: float32 [columns, n_col, 2], on `device`."""
+    """Rotary tables of one latent size: (cos, sin) per channel pair, on the device.
+
+    rows: float32 [rows, n_row, 2]. columns: float32 [columns, n_col, 2]. time_pairs: channel pairs of the time axis.
+    """
 
     rows: torch.Tensor
     columns: torch.Tensor
@@ -26,17 +29,18 @@ class RotaryTables:
 
     @classmethod
     def build(cls, head_dim: int, rows: int, columns: int, device: torch.device | str = "cpu") -> "RotaryTables":
+        """Make the tables of a latent of `rows` x `columns` tokens."""
         time_pairs, third = pairs_of(head_dim)
         row_table, column_table = (torch.from_numpy(axis_table(range(size), third)) for size in (rows, columns))
         return cls(row_table.to(device), column_table.to(device), time_pairs)
 
     def time(self, frames: Sequence[int]) -> torch.Tensor:
-        """Table of absolute latent frame indices, float32 [len(frames), n_time, 2]."""
+        """Return the table of absolute latent frame indices, float32 [len(frames), n_time, 2]."""
         spans = [self._span(frame // _SPAN) for frame in frames]
         return torch.stack([span[frame % _SPAN] for frame, span in zip(frames, spans, strict=True)])
 
     def _span(self, index: int) -> torch.Tensor:
-        """Table of a span of frames: made together, since making it for each pass costs more than a small kernel."""
+        """Return the table of a span of frames, made together: per pass it would cost more than a small kernel."""
         if index not in self._spans:
             if len(self._spans) >= _SPANS_KEPT:
                 del self._spans[min(self._spans)]
@@ -45,7 +49,7 @@ class RotaryTables:
         return self._spans[index]
 
     def sequence(self, frames: Sequence[int]) -> torch.Tensor:
-        """(cos, sin) of every token of these frames, frame-major, then row, then column: float32 [S, D / 2, 2]."""
+        """Return (cos, sin) of every token, frame-major, then row, then column: float32 [S, D / 2, 2]."""
         time, rows, columns = self.time(frames), self.rows, self.columns
         grid = (len(time), len(rows), len(columns))
         axes = (time[:, None, None], rows[None, :, None], columns[None, None, :])
@@ -53,7 +57,7 @@ class RotaryTables:
 
 
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Turn the channel pairs of x [..., D] by table, float32 (cos, sin) [..., D / 2, 2]; float32, differentiable."""
+    """Rotate the channel pairs of x [..., D] by table, float32 (cos, sin) [..., D / 2, 2]; float32, differentiable."""
     first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = table.unbind(-1)
     return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2)

@@ -13,21 +13,23 @@ from torch.utils.checkpoint import checkpoint
 
 from cfpp_rt.cache import KVCache
 from cfpp_rt.config import ModelConfig
-from cfpp_rt.core.camera import Projections
 from cfpp_rt.device.transfer import to_device
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.attention import Attend, AttentionMetadata, SequenceCamera
 from cfpp_rt.model.block import TransformerBlock
+from cfpp_rt.model.projections import Projections
 from cfpp_rt.model.rope import RotaryTables
 from cfpp_rt.ops.adaln_modulate import adaln_modulate
 
-LayerText = tuple[Tensor, Tensor] | None  # None: a model without text
+# Cross-attention keys and values of one layer, [B, H, text_len, D] each; None for a model without text.
+LayerText = tuple[Tensor, Tensor] | None
 
 
 @dataclasses.dataclass(frozen=True)
 class TimeEmbedding:
-    """What timesteps and actions turn into, for every layer at once. blocks: [L, B or 1, N, 6, dim]; head: [B or 1, N,
-    2, dim].
+    """Modulation rows of the timesteps and actions of N latent frames, for every layer at once.
+
+    blocks: [L, B or 1, N, 6, dim]. head: [B or 1, N, 2, dim].
     """
 
     blocks: Tensor
@@ -35,7 +37,7 @@ class TimeEmbedding:
 
 
 def sinusoid(timesteps: Tensor, length: int) -> Tensor:
-    """cos then sin of t * 10000^(-i / half); float64 [N] to float64 [N, length]."""
+    """Return cos, then sin of t * 10000^(-i / half) for i in 0..half - 1: float64 [N] to float64 [N, length]."""
     half = length // 2
     exponents = torch.arange(half, dtype=torch.float64, device=timesteps.device) / half
     angles = timesteps.to(torch.float64)[:, None] * torch.exp(-math.log(10000.0) * exponents)
@@ -43,6 +45,8 @@ def sinusoid(timesteps: Tensor, length: int) -> Tensor:
 
 
 class Head(nn.Module):
+    """The output layer: modulation and projection of tokens to patches of the velocity."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.head = nn.Linear(config.dim, math.prod(config.patch_size) * config.out_dim)
@@ -50,10 +54,10 @@ class Head(nn.Module):
 
 
 class CausalWanTransformer(nn.Module):
-    """The network of SPEC: patch embedding, time and text embedding, `num_layers` blocks, head.
+    """The causal Wan2.1 network: patch embedding, time and text embedding, `num_layers` blocks, head.
 
     Latents are [B, F, C, h, w]; h and w must be multiples of the patch. Tokens are frame-major, then row, then column.
-    Text and time are embedded once per prompt and per step list with `embed_text` and `embed_time`; a pass takes the
+    Text and time are embedded once per prompt and per step list with `embed_text` and `embed_time`; `forward` takes the
     results. The constructor leaves the weights unset: `load_model` and `random_model` fill them.
     """
 
@@ -84,9 +88,9 @@ class CausalWanTransformer(nn.Module):
         return self.patch_embedding.weight.device
 
     def embed_text(self, prompt_embeds: Tensor) -> list[LayerText]:
-        """Text embeddings [B, text_len, text_dim] to cross-attention keys and values [B, H, text_len, D] per layer.
+        """Return the cross-attention keys and values of prompt_embeds [B, text_len, text_dim], layer by layer.
 
-        A model without text takes none ([B, 0, text_dim]) and gives None per layer.
+        A model without text takes [B, 0, text_dim] and returns None per layer.
         """
         wanted = (self.config.text_len, self.config.text_dim)
         if prompt_embeds.ndim != 3 or tuple(prompt_embeds.shape[1:]) != wanted:
@@ -98,15 +102,16 @@ class CausalWanTransformer(nn.Module):
         return self.text_embedding(prompt_embeds.to(self.device, self.dtype)) if self.config.text_len else prompt_embeds
 
     def embed_time(self, timesteps: Tensor, actions: Tensor | None = None) -> TimeEmbedding:
-        """Timesteps [N] or [B, N] in 0..1000 (float, not integers: 937.5 is common) to every layer's modulation rows.
+        """Return the modulation rows of every layer.
 
-        actions: int64 [B, N] in 0..num_actions - 1 for a model that knows actions, added to the timestep's embedding.
+        timesteps: float [N] or [B, N] in 0..1000; not integers, 937.5 is common.
+        actions: int64 [B, N] in 0..num_actions - 1, for a model with actions; added to the embedding of the timestep.
         """
         rows, head = self._time_rows(torch.atleast_2d(timesteps), actions)
         return TimeEmbedding(torch.stack([block.modulation + rows for block in self.blocks]), head)
 
     def _time_rows(self, timesteps: Tensor, actions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Rows [B or 1, N, 6, dim], before a block adds its own, and the head's [B or 1, N, 2, dim]."""
+        """Return rows [B or 1, N, 6, dim], to which a block adds its own, and rows of the head [B or 1, N, 2, dim]."""
         wave = sinusoid(to_device(timesteps, self.device).flatten(), self.config.freq_dim).to(self.dtype)
         e = self.time_embedding(wave).unflatten(0, timesteps.shape)
         if self.config.num_actions:
@@ -116,6 +121,7 @@ class CausalWanTransformer(nn.Module):
         return self.time_projection(e).unflatten(2, (6, -1)), self.head.modulation + e[:, :, None]
 
     def rotary_tables(self, latent_height: int, latent_width: int, device: torch.device | None = None) -> RotaryTables:
+        """Return the rotary tables of a latent size. Raises InputError where the patch does not divide it."""
         _, rows, columns = self.config.patch_size
         self.config.tokens_per_frame(latent_height, latent_width)  # raises where the patch does not fit
         size = (latent_height // rows, latent_width // columns)
@@ -131,11 +137,17 @@ class CausalWanTransformer(nn.Module):
         num_outputs: int | None = None,
         probe: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor | None:
-        """One pass: writes keys and values of all frames, returns the velocity of the last `groups` groups of frames.
+        """Run one pass: write keys and values of all latent frames, return the velocity of the last groups.
 
-        latents: [B, F, C, h, w]. time: N = F rows, one per frame. text: from `embed_text`. attn: the pass's place in
-        the cache. groups: None = all; 0 = only the cache is wanted, and the last layer stops at its keys and values.
-        probe: called with (layer, tokens) after every block, for diagnosis. Returns [B, F', out_dim, h, w] or None.
+        latents: [B, F, C, h, w].
+        time: from `embed_time`, one row per latent frame.
+        text: from `embed_text`.
+        cache: written in place.
+        attn: where the cache is written, and what each group attends to.
+        num_outputs: number of last groups whose velocity is returned; None = all; 0 = only the cache is updated, and
+            the last layer stops at its keys and values.
+        probe: called with (layer, tokens) after every layer, for diagnosis.
+        Returns [B, F', out_dim, h, w], or None with num_outputs 0.
         """
         frames, _, height, width = latents.shape[1:]
         total = len(attn.ranges)
@@ -164,12 +176,17 @@ class CausalWanTransformer(nn.Module):
         camera_attend: Callable[[int], Attend] | None = None,
         checkpointing: bool = False,
     ) -> Tensor:
-        """The velocity of a whole sequence of frames without a cache, differentiable: what training runs.
+        """Return the velocity of a whole sequence of latent frames without a cache; differentiable, for training.
 
-        latents: [B, F, C, h, w]. timesteps: float [B, F]. prompt_embeds: [B, text_len, text_dim]. actions: int64 [B, F] or
-        None. rope: float32 [S, D / 2, 2], `RotaryTables.sequence`. attend: the attention of a layer. cameras: of the F
-        frames; None = the camera branch is left out. camera_attend: the attention of its layers, default `attend`.
-        checkpointing: keep only the blocks' inputs for the backward pass and run the blocks again there.
+        latents: [B, F, C, h, w].
+        timesteps: float [B, F].
+        prompt_embeds: [B, text_len, text_dim].
+        actions: int64 [B, F], or None.
+        rope: float32 [S, D / 2, 2], from `RotaryTables.sequence`.
+        attend: returns the attention of a layer.
+        cameras: of the F latent frames; None = without the camera branch.
+        camera_attend: returns the attention of a layer's camera branch; default: `attend`.
+        checkpointing: keep only the blocks' inputs for the backward pass, and run the blocks again there.
         """
         if cameras is not None and not self.config.camera:
             raise InputError("cameras must not be given to a model without the camera branch")
@@ -183,19 +200,16 @@ class CausalWanTransformer(nn.Module):
         for layer, block in enumerate(self.blocks):
             camera = None if cameras is None else SequenceCamera(cameras, (camera_attend or attend)(layer))
             inputs = (x, rows, text, rope, attend(layer), camera)
-            x = (
-                checkpoint(block.forward_sequence, *inputs, use_reentrant=False)
-                if checkpointing
-                else block.forward_sequence(*inputs)
-            )
+            run = block.forward_sequence
+            x = checkpoint(run, *inputs, use_reentrant=False) if checkpointing else run(*inputs)
         return self.unpatchify(x, head, height, width)
 
     def patchify(self, latents: Tensor) -> Tensor:
-        """Latents [B, F, C, h, w] to tokens [B, F * T, dim]."""
+        """Embed latents [B, F, C, h, w] as tokens [B, F * T, dim]."""
         return self.patch_embedding(latents.to(self.dtype).transpose(1, 2)).flatten(2).transpose(1, 2).contiguous()
 
     def unpatchify(self, x: Tensor, rows: Tensor, height: int, width: int) -> Tensor:
-        """The head: tokens [B, F * T, dim] and their frames' rows [B or 1, F, 2, dim] to velocity [B, F, C, h, w]."""
+        """Apply the head: tokens [B, F * T, dim] and rows [B or 1, F, 2, dim] to velocity [B, F, C, h, w]."""
         batch, frames = x.shape[0], rows.shape[1]
         shift, scale = rows.unbind(2)
         x = self.head.head(adaln_modulate(x, shift, scale, self.config.eps))
@@ -205,7 +219,7 @@ class CausalWanTransformer(nn.Module):
 
 
 def add_camera_branch(model: CausalWanTransformer) -> CausalWanTransformer:
-    """Give a model without the camera branch one of zeros, in place: until it is trained nothing changes."""
+    """Add a camera branch of zeros to a model without one, in place: until it is trained, results stay the same."""
     if model.config.camera:
         raise InputError("model must be without the camera branch, got one that has it")
     model.config = dataclasses.replace(model.config, camera=True)
@@ -218,7 +232,7 @@ def add_camera_branch(model: CausalWanTransformer) -> CausalWanTransformer:
 
 
 def random_model(config: ModelConfig, *, seed: int, dtype: torch.dtype, device: str = "cpu") -> CausalWanTransformer:
-    """A model of random weights, for benchmarks and trials without a checkpoint: what it makes is noise."""
+    """Return a model with random weights, for benchmarks and trials without a checkpoint; it generates noise."""
     with torch.device("meta"):
         model = CausalWanTransformer(config).to(dtype)
     model.to_empty(device=device)

@@ -1,4 +1,4 @@
-"""Checkpoints to models: every public layout is a rename of the same names, checked strictly.
+"""Loading of checkpoints: every public layout is mapped to the same tensor names, which are checked strictly.
 
 Accepted: Causal Forcing `.pt` containers (`generator_ema`, `generator`, FSDP and compile prefixes), bare state dicts,
 `.safetensors`, what `cfpp convert` writes (`.safetensors` with its `.json` beside), the Wan2.1 directory
@@ -53,7 +53,7 @@ def _from_diffusers(name: str) -> str:
 
 
 def plain_names(state: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
-    """A state dict under the original names: wrapper prefixes and one leading `model.` removed, diffusers renamed."""
+    """Return a state dict under the original names: prefixes of wrappers removed, names of diffusers mapped."""
     names = {name: _WRAPPERS.sub("", name).removeprefix("model.") for name in state}
     if any(name.startswith("condition_embedder.") for name in names.values()):
         names = {name: _from_diffusers(plain) for name, plain in names.items()}
@@ -64,7 +64,7 @@ def plain_names(state: dict[str, Tensor], source: str | Path) -> dict[str, Tenso
 
 
 def _unpack(content: dict[str, Any], source: Path, key: str | None) -> dict[str, Tensor]:
-    """The flat state dict inside a container; `key` = None prefers generator_ema, then generator, then a bare dict."""
+    """Return the flat state dict of a container. key: None = generator_ema, else generator, else a bare dict."""
     if key is not None and key not in content:
         raise CheckpointError(f"{source}: wanted key {key!r}, found {', '.join(map(str, list(content)[:4]))}")
     found = key or next((name for name in CONTAINER_KEYS if name in content), None)
@@ -77,7 +77,7 @@ def _unpack(content: dict[str, Any], source: Path, key: str | None) -> dict[str,
 
 
 def infer_config(state: dict[str, Tensor], source: str | Path) -> ModelConfig:
-    """Sizes read off the tensors. Head size and text length leave no trace there: 128 and 512, as in all of Wan2.1."""
+    """Infer the sizes from the tensors. Head size 128 and text length 512, as in all of Wan2.1, are assumed."""
     try:
         dim, in_dim, *patch = state["patch_embedding.weight"].shape
         if dim % 128:
@@ -103,11 +103,12 @@ def infer_config(state: dict[str, Tensor], source: str | Path) -> ModelConfig:
 def read_weights(
     path: str | Path, *, config: ModelConfig | None = None, key: str | None = None
 ) -> tuple[dict[str, Tensor], ModelConfig]:
-    """State dict under the original names, memory-mapped and on the CPU, and its config; names and shapes are exact.
+    """Read a state dict under the original names, memory-mapped and on the CPU, and its config; the match is exact.
 
-    path: a file or directory as listed above. config: sizes, where neither a config file nor the tensors tell them;
-    that a model has the camera branch the tensors tell, since public config files do not know of it.
-    key: which entry of a `.pt` container; None = generator_ema if there, else generator, else a bare dict.
+    path: a file or directory as listed above.
+    config: sizes, where neither a config file nor the tensors tell them. Whether there is a camera branch is read off
+        the tensors, since public config files do not know it.
+    key: entry of a `.pt` container; None = generator_ema if there, else generator, else a bare dict.
     Raises CheckpointError naming the file, the key and both shapes.
     """
     path = Path(path)
@@ -135,7 +136,7 @@ def load_model(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
 ) -> CausalWanTransformer:
-    """A model in eval mode with the weights of `path` in `dtype` on `device`; the rest is as for `read_weights`."""
+    """Load a model in eval mode, its weights in `dtype` on `device`. Other arguments and errors: see `read_weights`."""
     state, config = read_weights(path, config=config, key=key)
     return build_model(state, config, dtype=dtype, device=device)
 
@@ -143,7 +144,7 @@ def load_model(
 def build_model(
     state: dict[str, Tensor], config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str
 ) -> CausalWanTransformer:
-    """A model in eval mode from a state dict of exactly its names; tensors are converted one by one."""
+    """Build a model in eval mode from a state dict of exactly its names; tensors are converted one by one."""
     with torch.device("meta"):
         model = CausalWanTransformer(config)
     model.load_state_dict({name: t.to(device, dtype) for name, t in state.items()}, strict=True, assign=True)

@@ -1,9 +1,9 @@
-"""What the ops share: their torch.library namespace, when to go round it, the compiled modules and which one runs.
+"""Registration of the ops with torch.library, the bypass of the dispatcher, and the choice of the compiled module.
 
-An op's module has `_run`, which calls the kernel or the reference, and `_fake`, which makes the result for tracing.
-Its public function calls `_run` straight for `plain` tensors, since the dispatcher costs more than a small kernel, and
-else what `register` returned, so that compilers, exporters and modes see the op. The bindings in csrc check what a
-kernel gets; `expect` serves the paths without a kernel.
+The module of an op has `_run`, which calls the kernel or the reference, and `_fake`, which allocates the result for
+tracing. Its public function calls `_run` directly if `can_bypass_dispatcher` allows it, since the dispatcher costs more
+than a small kernel. Otherwise it calls what `register` returned, so that compilers, exporters and modes observe the op.
+The bindings in csrc check the arguments of a kernel; `_checks` serves the calls that run without one.
 """
 
 import functools
@@ -21,21 +21,20 @@ from cfpp_rt.errors import InputError
 from cfpp_rt.ops import _triton
 
 LIBRARY = torch.library.Library("cfpp_rt", "DEF")
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/common/dispatch.h
-# Those with their CUDA kernel in Triton.
 _TRITON_OPS = ("adaln_modulate", "gated_residual", "denoise_update", "quantize_rows", "rms_silu_")
 OPS = ("kv_update_", "kv_dequantize_", "block_attention", *_TRITON_OPS)
 
-_PLAIN_ON_CPU = {
+# Ops that run in plain PyTorch on the CPU by design, and the reason.
+_REFERENCE_ON_CPU = {
     "rms_silu_": "plain PyTorch, so that the bits are the library's",
     "quantize_rows": "float8 products run on CUDA; the CPU only emulates them",
 }
 
 _CHOICES = ("auto", "reference", "cpu", "cuda")
-_ATTENTION_CHOICES = ("kernel", "sdpa", "cudnn", "flash")  # force block_attention only, see ops/attention_table.py
+_ATTENTION_CHOICES = ("kernel", "sdpa", "cudnn", "flash")  # choose block_attention only, see ops/attention_table.py
 _MODULES = {"cpu": "cfpp_rt._C", "cuda": "cfpp_rt._C_cuda"}
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter}
-# By name here, since `plain` runs before every kernel and looks each of them up.
+# Bound to names here because `can_bypass_dispatcher` runs before every kernel, and attribute lookups take time.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _transform_level = torch._C._functorch.maybe_current_level
@@ -44,7 +43,7 @@ _profiler_enabled = torch._C._autograd._profiler_enabled
 
 
 def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Define the op of a schema, with `run` on CPU and CUDA; returns the op."""
+    """Define the op of a schema, implemented by `run` on CPU and CUDA, and return it."""
     name = LIBRARY.define(schema)
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, run, key)
@@ -52,8 +51,8 @@ def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> 
     return getattr(torch.ops.cfpp_rt, name).default
 
 
-def plain(tensors: tuple[Tensor, ...]) -> bool:
-    """Nobody but the kernel needs to see this call: no gradient, compiler, tracer, profiler, mode or subclass."""
+def can_bypass_dispatcher(tensors: tuple[Tensor, ...]) -> bool:
+    """Return True if no autograd, compiler, tracer, profiler, mode or tensor subclass must observe this call."""
     return not (
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
@@ -65,24 +64,9 @@ def plain(tensors: tuple[Tensor, ...]) -> bool:
     ) and _PLAIN_TYPES.issuperset(map(type, tensors))
 
 
-def wrong(op: str, name: str, wanted: str, got: object) -> InputError:
-    return InputError(f"{op}: {name} must be {wanted}, got {got}")
-
-
-def expect(op: str, name: str, tensor: Tensor, shape: dict[str, int], dtype: torch.dtype, device: torch.device) -> None:
-    """Raise InputError unless the tensor has this shape (axis name to size, in order), dtype and device."""
-    if tuple(tensor.shape) != tuple(shape.values()):
-        wanted = ", ".join(f"{axis}={size}" for axis, size in shape.items())
-        raise wrong(op, name, f"[{wanted}]", list(tensor.shape))
-    if tensor.dtype != dtype:
-        raise wrong(op, name, str(dtype), tensor.dtype)
-    if tensor.device != device:
-        raise wrong(op, name, f"on {device}", tensor.device)
-
-
 @functools.cache
 def _load(device_type: str) -> tuple[ModuleType | None, str]:
-    """The compiled module for a device type, and why it is there or not; a failed try is not repeated."""
+    """Return the compiled module for a device type, or None, and the reason; a failed import is not repeated."""
     name = _MODULES.get(device_type)
     if name is None:
         return None, f"no kernels for {device_type}"
@@ -94,11 +78,12 @@ def _load(device_type: str) -> tuple[ModuleType | None, str]:
 
 
 @functools.cache
-def choose(device_type: str) -> tuple[ModuleType | None, str]:
-    """The module that runs the ops on a device type (None = the reference), and why.
+def choose_backend(device_type: str) -> tuple[ModuleType | None, str]:
+    """Return the compiled module that runs the ops on a device type (None = the reference), and the reason.
 
-    CFPP_BACKEND: auto takes the compiled module where there is one; cpu and cuda demand it for their device type;
-    reference takes plain PyTorch everywhere. Raises InputError for another value, or a demand that cannot be met.
+    The environment variable CFPP_BACKEND decides: auto takes the compiled module if there is one; cpu and cuda require
+    it for their device type; reference takes plain PyTorch everywhere. Raises InputError for any other value, and if a
+    required module is missing.
     """
     wanted = os.environ.get("CFPP_BACKEND", "auto")
     if wanted not in (*_CHOICES, *_ATTENTION_CHOICES):
@@ -111,9 +96,9 @@ def choose(device_type: str) -> tuple[ModuleType | None, str]:
     return module, reason
 
 
-def kernels(device_type: str) -> ModuleType | None:
-    """`choose` for the ops themselves: the first time that a kernel is missing, a warning says so."""
-    module, reason = choose(device_type)
+def compiled_module(device_type: str) -> ModuleType | None:
+    """Return the module of `choose_backend`; warn once if it is missing and the reference was not requested."""
+    module, reason = choose_backend(device_type)
     if module is None and os.environ.get("CFPP_BACKEND", "auto") != "reference":
         _warn_once(f"cfpp_rt ops on {device_type} run in plain PyTorch: {reason}")
     return module
@@ -124,27 +109,27 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-def _kernel_of(op: str) -> tuple[bool, str]:
-    """Whether an op has its kernel for CUDA, and which."""
+def _cuda_kernel(op: str) -> tuple[bool, str]:
+    """Return True if the CUDA kernel of an op is available, and the reason."""
     if op in _TRITON_OPS:
-        return _triton.choose()
+        return _triton.choose_backend()
     module, reason = _load("cuda")
     return module is not None, reason
 
 
 def backends() -> dict[str, dict[str, tuple[str, str]]]:
-    """For each op and device type: the backend that runs it ("none" without such a device), and why."""
+    """Return, for each op and device type, the backend that runs it ("none" without such a device) and the reason."""
     rows: dict[str, dict[str, tuple[str, str]]] = {op: {} for op in OPS}
     for op in OPS:
         for device_type in _MODULES:
             if device_type == "cuda" and not torch.cuda.is_available():
-                rows[op][device_type] = ("none", f"no CUDA GPU; {_kernel_of(op)[1]}")
+                rows[op][device_type] = ("none", f"no CUDA GPU; {_cuda_kernel(op)[1]}")
             elif device_type == "cuda" and op in _TRITON_OPS:
-                ours, reason = _triton.choose()
-                rows[op][device_type] = ("triton" if ours else "reference", reason)
-            elif device_type == "cpu" and op in _PLAIN_ON_CPU:
-                rows[op][device_type] = ("reference", _PLAIN_ON_CPU[op])
+                available, reason = _triton.choose_backend()
+                rows[op][device_type] = ("triton" if available else "reference", reason)
+            elif device_type == "cpu" and op in _REFERENCE_ON_CPU:
+                rows[op][device_type] = ("reference", _REFERENCE_ON_CPU[op])
             else:
-                module, reason = choose(device_type)
+                module, reason = choose_backend(device_type)
                 rows[op][device_type] = (device_type if module is not None else "reference", reason)
     return rows

@@ -1,4 +1,4 @@
-"""Triton kernel of adaln_modulate: one program per token, whose row is read once and written once."""
+"""Triton kernel of adaln_modulate: one program per token; its row is read once and written once."""
 
 # mypy: allow-untyped-defs
 
@@ -12,7 +12,7 @@ from cfpp_rt.reference.quantize_rows import empty_codes
 
 
 def row_strides(rows: Tensor) -> tuple[int, int]:
-    """Batch and frame stride of rows [B or 1, F or 1, dim] or [dim]; 0 where one row serves all."""
+    """Return batch and frame stride of rows [B or 1, F or 1, dim] or [dim]; 0 where one row serves all."""
     if rows.ndim == 1:
         return 0, 0
     batch, frame, _ = (0 if size == 1 else stride for size, stride in zip(rows.shape, rows.stride(), strict=True))
@@ -21,7 +21,7 @@ def row_strides(rows: Tensor) -> tuple[int, int]:
 
 @triton.jit
 def layer_norm(x, inside, dim, eps):
-    """(x - mean) / sqrt(variance + eps) of one float32 row, which is 0 outside the mask `inside`."""
+    """Return (x - mean) / sqrt(variance + eps) of a float32 row x, which is 0 outside the mask `inside`."""
     mean = tl.sum(x, axis=0) / dim
     centred = tl.where(inside, x - mean, 0.0)
     variance = tl.sum(centred * centred, axis=0) / dim
@@ -64,14 +64,14 @@ def _adaln_modulate(
 
 
 def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """The contract of `cfpp_rt.ops.adaln_modulate.adaln_modulate`; arguments have been checked."""
+    """Launch the kernel of `cfpp_rt.ops.adaln_modulate.adaln_modulate`; arguments have been checked."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     _launch(out, None, x, shift, scale, eps)
     return out
 
 
 def adaln_modulate_quantized(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The contract of `cfpp_rt.ops.adaln_modulate.adaln_modulate_quantized`; arguments have been checked."""
+    """Launch the kernel of `cfpp_rt.ops.adaln_modulate.adaln_modulate_quantized`; arguments have been checked."""
     codes, codes_scale = empty_codes(x)
     _launch(codes, codes_scale, x, shift, scale, eps)
     return codes, codes_scale

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from cfpp_rt.errors import InputError
-from cfpp_rt.ops._library import choose, expect, kernels, plain, register, wrong
-from cfpp_rt.ops.attention_libraries import LIBRARIES, attend_gathered, flash_version
-from cfpp_rt.ops.attention_table import BACKENDS, Problem, choose_attention, kernel_takes
+from cfpp_rt.ops._checks import argument_error, require_tensor
+from cfpp_rt.ops._library import can_bypass_dispatcher, choose_backend, compiled_module, register
+from cfpp_rt.ops.attention_libraries import FLASH_MODULES, LIBRARY_BACKENDS, attend_gathered, flash_module
+from cfpp_rt.ops.attention_table import BACKENDS, Problem, choose_attention, kernel_supports
 from cfpp_rt.ops.token_ranges import TokenRanges
 from cfpp_rt.reference.block_attention import block_attention as reference
 
@@ -17,17 +18,21 @@ from cfpp_rt.reference.block_attention import block_attention as reference
 def block_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: TokenRanges, scale: float | None = None
 ) -> Tensor:
-    """softmax(scale * q k^T) v of every query over its group's token ranges of the cache: [B, Sq, H * D].
+    """Return softmax(scale * q k^T) v of every query over the token ranges of its group: [B, Sq, H * D].
 
-    q: [B, H, Sq, D], G equal groups of queries in order. k_cache, v_cache: [B, H, capacity, D]. Last dimension
-    contiguous, other strides free (on CUDA multiples of 16 bytes). bfloat16, float16 or float32; logits and sums are
-    float32. ranges: what each group sees, any order, G divides Sq; `TokenRanges.of` checks them. scale: of the logits,
-    None = 1 / sqrt(D). Cache rows outside a group's ranges never reach its output, whatever they hold.
+    q: [B, H, Sq, D]. Queries, in G consecutive groups of equal size.
+    k_cache, v_cache: [B, H, capacity, D] of the same dtype. Tokens outside the ranges of a group do not affect its
+        output, whatever their values are.
+    ranges: token ranges that each group attends to, in any order; G divides Sq. `TokenRanges.of` checks them.
+    scale: factor of the logits; None = 1 / sqrt(D).
 
-    Which implementation runs is told by `choose_attention` and forced by CFPP_BACKEND. The compiled kernels read
-    ranges.device as they run and are bit-reproducible; the libraries get the keys gathered by ranges.host. Where that
-    is None the kernel runs, whatever the table says; see `why_not_kernel`.
-    Raises InputError naming the argument, what was wanted and what came; refuses gradients, which it does not have.
+    bfloat16, float16 or float32; logits and sums are float32. Of q and the caches the last dimension is contiguous,
+    other strides are free (on CUDA multiples of 16 bytes).
+
+    `choose_attention` chooses the backend; CFPP_BACKEND overrides it. The compiled kernels read ranges.device when they
+    run and are bit-reproducible; the libraries get the keys gathered by ranges.host. If ranges.host is None the kernel
+    runs regardless of the choice; see `why_not_kernel`.
+    Raises InputError naming the argument, what was wanted and what came, and if a gradient is required: there is none.
     """
     if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad):
         raise InputError("block_attention: has no gradient, q must not require one; use torch.no_grad()")
@@ -36,9 +41,9 @@ def block_attention(
     backend = _backend(q, ranges)
     if backend == "kernel":
         tensors = (q, k_cache, v_cache, ranges.device)
-        return _run(*tensors, scale) if plain(tensors) else _op(*tensors, scale)
+        return _run(*tensors, scale) if can_bypass_dispatcher(tensors) else _op(*tensors, scale)
     _check(q, k_cache, v_cache, ranges.device)
-    return attend_gathered(LIBRARIES[backend], q, k_cache, v_cache, ranges, scale)
+    return attend_gathered(LIBRARY_BACKENDS[backend], q, k_cache, v_cache, ranges, scale)
 
 
 @functools.cache
@@ -49,74 +54,80 @@ def _capability(device: torch.device) -> tuple[int, int]:
 @functools.cache
 def _forced() -> str:
     forced = os.environ.get("CFPP_BACKEND", "auto")
-    if forced == "flash" and not flash_version():
-        raise InputError("CFPP_BACKEND=flash cannot be met: neither flash_attn_interface nor flash_attn is installed")
+    if forced == "flash" and flash_module() is None:
+        names = ", ".join(name for _, name in FLASH_MODULES)
+        raise InputError(f"CFPP_BACKEND=flash cannot be met: none of {names} is installed")
     return forced
 
 
 def _problem(q: Tensor, ranges: TokenRanges) -> Problem:
     queries = q.shape[2] // len(ranges)
-    return Problem(q.device.type, _capability(q.device), q.dtype, q.shape[-1], queries, ranges.most_keys)
+    return Problem(q.device.type, _capability(q.device), q.dtype, q.shape[-1], queries, ranges.max_keys)
 
 
 def why_not_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why ranges that only the device knows cannot be attended to there; None = they can."""
+    """Return why the compiled kernel cannot run on a device, or None if it can.
+
+    Only the kernel can attend to ranges that are known only to the device.
+    """
     forced = _forced()
-    if forced in LIBRARIES:
+    if forced in LIBRARY_BACKENDS:
         return f"CFPP_BACKEND={forced} gathers keys by ranges that the host knows"
-    if kernels(device.type) is None:
-        return f"no attention kernel: {choose(device.type)[1]}"
+    if compiled_module(device.type) is None:
+        return f"no attention kernel: {choose_backend(device.type)[1]}"
     problem = Problem(device.type, _capability(device), dtype, head_dim, 1, 1)
-    return None if kernel_takes(problem) else choose_attention(problem)[1]
+    return None if kernel_supports(problem) else choose_attention(problem)[1]
 
 
-# The table is asked once per kind of call: asking costs as much as the kernel of a small call.
+# The choice is cached per kind of call: making it takes as long as the kernel of a small call.
 _decided: dict[tuple[object, ...], str] = {}
 
 
 def _backend(q: Tensor, ranges: TokenRanges) -> str:
     if ranges.host is None and not ranges.by_row:
         if reason := why_not_kernel(q.device, q.dtype, q.shape[-1]):
-            raise wrong("block_attention", "ranges", f"known to the host, since {reason}", "those of a buffer")
+            raise argument_error(
+                "block_attention", "ranges", f"known to the host, since {reason}", "ranges known only to the device"
+            )
         return "kernel"
     forced = _forced()
     if forced in BACKENDS:
         return forced
-    if torch.compiler.is_compiling():  # the op reads the ranges as it runs: no graph per frame
-        return "kernel" if kernel_takes(_problem(q, ranges)) else "sdpa"
-    key = (q.device, q.dtype, q.shape, len(ranges), ranges.most_keys)
+    if torch.compiler.is_compiling():  # the op reads the ranges when it runs: one graph serves all frames
+        return "kernel" if kernel_supports(_problem(q, ranges)) else "sdpa"
+    key = (q.device, q.dtype, q.shape, len(ranges), ranges.max_keys)
     if (backend := _decided.get(key)) is None:
         device = q.device.type
-        # Where the op is asked for by name or has no kernel, the op itself sees to its reference.
-        own = forced in ("reference", device) or kernels(device) is None
-        backend = "kernel" if own else choose_attention(_problem(q, ranges))[0]
+        # The op itself runs its reference where that is requested or no kernel is built.
+        runs_op = forced in ("reference", device) or compiled_module(device) is None
+        backend = "kernel" if runs_op else choose_attention(_problem(q, ranges))[0]
         _decided[key] = backend
     return backend
 
 
 def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor) -> None:
-    """What the binding checks too."""
+    """Check the arguments like the binding of the kernel."""
     op = "block_attention"
     if q.ndim != 4 or 0 in q.shape:
-        raise wrong(op, "q", "[B, H, Sq, D], none of them 0", list(q.shape))
+        raise argument_error(op, "q", "[B, H, Sq, D], none of them 0", list(q.shape))
     batch, heads, queries, head_dim = q.shape
     capacity = k_cache.shape[2] if k_cache.ndim == 4 else 0
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         shape = {"B": batch, "H": heads, "capacity": capacity, "D": head_dim}
-        expect(op, name, cache, shape, q.dtype, q.device)
+        require_tensor(op, name, cache, shape, q.dtype, q.device)
     groups = ranges.shape[1] if ranges.ndim == 4 else 0
     if groups < 1 or ranges.shape[0] != batch or ranges.shape[3] != 2 or queries % groups:
-        raise wrong(op, "ranges", f"[B={batch}, G, R, 2] with G a divisor of Sq={queries}", list(ranges.shape))
+        raise argument_error(op, "ranges", f"[B={batch}, G, R, 2] with G a divisor of Sq={queries}", list(ranges.shape))
 
 
 def _run(q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor, scale: float) -> Tensor:
-    module = kernels("cuda" if q.is_cuda else "cpu")
+    module = compiled_module("cuda" if q.is_cuda else "cpu")
     if module is None or q.dtype is torch.float64:
         _check(q, k_cache, v_cache, ranges)
         return reference(q, k_cache, v_cache, ranges, scale)
     out = _fake(q, k_cache, v_cache, ranges, scale)
     if q.is_cuda:
-        size = module.block_attention_workspace(q, k_cache, v_cache, ranges) // 4  # of float32 partial results
+        size = module.block_attention_workspace(q, k_cache, v_cache, ranges) // 4  # number of float32 partial results
         workspace = q.new_empty(size, dtype=torch.float32)
         module.block_attention(out, workspace, q, k_cache, v_cache, ranges, scale)
     else:
@@ -126,9 +137,9 @@ def _run(q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor, scale: flo
 
 def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor, scale: float) -> Tensor:
     if q.ndim != 4:
-        raise wrong("block_attention", "q", "[B, H, Sq, D]", list(q.shape))
+        raise argument_error("block_attention", "q", "[B, H, Sq, D]", list(q.shape))
     batch, heads, queries, head_dim = q.shape
-    return q.new_empty(batch, queries, heads * head_dim)  # sizes in a tuple would take half as long again
+    return q.new_empty(batch, queries, heads * head_dim)  # sizes in a tuple would take 50 % longer
 
 
 _op = register(

@@ -1,40 +1,45 @@
-"""denoise_update: from a velocity to the clean estimate and to the next step's input, in one pass over memory."""
+"""denoise_update: the clean estimate and the input of the next step from a velocity, in one pass over memory."""
 
 import torch
 from torch import Tensor
 
 from cfpp_rt.errors import InputError
-from cfpp_rt.ops._library import DTYPE_CODES, kernels, plain, register, wrong
+from cfpp_rt.ops._checks import argument_error
+from cfpp_rt.ops._library import can_bypass_dispatcher, compiled_module, register
 from cfpp_rt.ops._triton import triton_kernels
 from cfpp_rt.reference.denoise_update import denoise_update as reference
+
+_VELOCITY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def denoise_update(
     x: Tensor, velocity: Tensor, sigma: Tensor, noise: Tensor | None, next_sigma: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """x0 = x - sigma * velocity and x_next = (1 - next_sigma) * x0 + next_sigma * noise, float32 like x.
+    """Return x0 = x - sigma * velocity and x_next = (1 - next_sigma) * x0 + next_sigma * noise, float32 like x.
 
-    x, noise: float32 [B, F, ...]. velocity: of the same shape, float32, bfloat16 or float16. Where these are not
-    contiguous they are copied. sigma, next_sigma: float32 [B or 1, F], noise levels in 0..1, one per frame, on the
-    device of x: a captured graph serves every step. (x in float64: the reference serves it, all in float64 but the
-    velocity.) Without noise, after the last step, next_sigma is not read and x_next is x0 itself.
+    x: float32 [B, F, ...]; copied if not contiguous. (float64: the reference runs, all in float64 but the velocity.)
+    velocity: float32, bfloat16 or float16, shape of x; copied if not contiguous.
+    sigma: float32 [B or 1, F]. Noise level of x in 0..1, one per frame, on the device of x, so that one captured CUDA
+        graph serves every step.
+    noise: like x. None after the last step: next_sigma is then not read, and x_next is x0 itself.
+    next_sigma: like sigma. Noise level of x_next.
 
-    Where gradients are enabled and an argument requires one, plain PyTorch computes the same, differentiably.
+    If gradients are enabled and an argument requires one, the reference computes the same, differentiably.
     Raises InputError naming the argument, what was wanted and what came. Source: see `cfpp_rt.core.schedule`.
     """
     tensors = (x, velocity, sigma) if noise is None else (x, velocity, sigma, noise)
-    if plain(tensors):
-        clean, following = _run(x, velocity, sigma, noise, next_sigma)
+    if can_bypass_dispatcher(tensors):
+        clean, next_input = _run(x, velocity, sigma, noise, next_sigma)
     elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         _check(x, velocity, sigma, noise, next_sigma)
-        clean, following = reference(x, velocity, sigma, noise, next_sigma)
+        clean, next_input = reference(x, velocity, sigma, noise, next_sigma)
     else:
-        clean, following = _op(x, velocity, sigma, noise, next_sigma)
-    return (clean, clean) if noise is None else (clean, following)
+        clean, next_input = _op(x, velocity, sigma, noise, next_sigma)
+    return (clean, clean) if noise is None else (clean, next_input)
 
 
 def _wrong(name: str, wanted: str, got: object) -> InputError:
-    return wrong("denoise_update", name, wanted, got)
+    return argument_error("denoise_update", name, wanted, got)
 
 
 def _check(x: Tensor, velocity: Tensor, sigma: Tensor, noise: Tensor | None, next_sigma: Tensor | None) -> None:
@@ -42,7 +47,7 @@ def _check(x: Tensor, velocity: Tensor, sigma: Tensor, noise: Tensor | None, nex
         raise _wrong("x", "[B, F, ...]", list(x.shape))
     if x.dtype not in (torch.float32, torch.float64):
         raise _wrong("x", "torch.float32", x.dtype)
-    if velocity.dtype not in (*DTYPE_CODES, x.dtype):
+    if velocity.dtype not in (*_VELOCITY_DTYPES, x.dtype):
         raise _wrong("velocity", "torch.float32 or torch.bfloat16 or torch.float16", velocity.dtype)
     if noise is not None and next_sigma is None:
         raise _wrong("next_sigma", "a tensor where noise is given", None)
@@ -71,17 +76,17 @@ def _empty(x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
 def _run(
     x: Tensor, velocity: Tensor, sigma: Tensor, noise: Tensor | None, next_sigma: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    module = triton_kernels("denoise_update") if x.is_cuda else kernels("cpu")
-    if module is None or x.is_cuda or x.dtype == torch.float64:  # the CPU kernel's binding checks by itself
+    module = triton_kernels("denoise_update") if x.is_cuda else compiled_module("cpu")
+    if module is None or x.is_cuda or x.dtype == torch.float64:  # the binding of the CPU kernel checks by itself
         _check(x, velocity, sigma, noise, next_sigma)
     if module is None or x.dtype == torch.float64:
         return reference(x, velocity, sigma, noise, next_sigma)
     x, velocity, noise = x.contiguous(), velocity.contiguous(), None if noise is None else noise.contiguous()
     if x.is_cuda:
         return module.denoise_update(x, velocity, sigma, noise, next_sigma)
-    clean, following = _empty(x, noise)
-    module.denoise_update(clean, following, x, velocity, sigma, noise, next_sigma, torch.get_num_threads())
-    return clean, following
+    clean, next_input = _empty(x, noise)
+    module.denoise_update(clean, next_input, x, velocity, sigma, noise, next_sigma, torch.get_num_threads())
+    return clean, next_input
 
 
 def _fake(

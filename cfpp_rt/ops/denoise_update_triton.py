@@ -24,7 +24,7 @@ def _denoise_update(
     sigma_batch,
     sigma_frame,
     next_batch,
-    next_frame,
+    next_latent_frame,
     HAS_NOISE: tl.constexpr,
     SPAN: tl.constexpr,
 ):
@@ -40,12 +40,12 @@ def _denoise_update(
     tl.store(x0_ptr + offset, clean, mask=inside)
     if HAS_NOISE:
         noise = tl.load(noise_ptr + offset, mask=inside)
-        next_sigma = tl.load(next_sigma_ptr + batch * next_batch + frame * next_frame)
+        next_sigma = tl.load(next_sigma_ptr + batch * next_batch + frame * next_latent_frame)
         tl.store(x_next_ptr + offset, (1 - next_sigma) * clean + next_sigma * noise, mask=inside)
 
 
 def _strides(levels: Tensor | None) -> tuple[int, int]:
-    """Batch and frame stride of levels [B or 1, F]; 0 where one row serves the whole batch."""
+    """Return batch and frame stride of levels [B or 1, F]; 0 where one row serves all rows of the batch."""
     if levels is None:
         return 0, 0
     return (0 if levels.shape[0] == 1 else levels.stride(0)), levels.stride(1)
@@ -54,14 +54,14 @@ def _strides(levels: Tensor | None) -> tuple[int, int]:
 def denoise_update(
     x: Tensor, velocity: Tensor, sigma: Tensor, noise: Tensor | None, next_sigma: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The contract of `cfpp_rt.ops.denoise_update.denoise_update`; arguments have been checked."""
+    """Launch the kernel of `cfpp_rt.ops.denoise_update.denoise_update`; arguments have been checked."""
     batch, frames = x.shape[:2]
     frame_size = x[0, 0].numel()
     clean = torch.empty_like(x)
-    following = torch.empty_like(x) if noise is not None else x.new_empty(0)
+    next_input = torch.empty_like(x) if noise is not None else x.new_empty(0)
     _denoise_update[(triton.cdiv(frame_size, SPAN), batch * frames)](
         clean,
-        following,
+        next_input,
         x,
         velocity,
         noise,
@@ -74,4 +74,4 @@ def denoise_update(
         HAS_NOISE=noise is not None,
         SPAN=SPAN,
     )
-    return clean, following
+    return clean, next_input

@@ -1,11 +1,11 @@
-"""gated_residual: x + gate * y and the LayerNorm that the next layer wants of it, in one pass over memory."""
+"""gated_residual: x + gate * y and the modulated LayerNorm of the sum, in one pass over memory."""
 
 import torch
 from torch import Tensor
 
-from cfpp_rt.ops._library import kernels, plain, register, wrong
+from cfpp_rt.ops._checks import argument_error, require_like_tokens, require_modulation, require_tokens
+from cfpp_rt.ops._library import can_bypass_dispatcher, compiled_module, register
 from cfpp_rt.ops._triton import triton_kernels
-from cfpp_rt.ops.adaln_modulate import check_like, check_rows, check_tokens
 from cfpp_rt.reference.gated_residual import gated_residual as reference
 from cfpp_rt.reference.quantize_rows import empty_codes, quantize_rows
 
@@ -13,22 +13,24 @@ from cfpp_rt.reference.quantize_rows import empty_codes, quantize_rows
 def gated_residual(
     x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """x + gate * y, and that normalised: LayerNorm(x + gate * y) * (1 + scale) + shift; both [B, S, dim] contiguous.
+    """Return the sum x + gate * y and its norm LayerNorm(sum) * (1 + scale) + shift: two of [B, S, dim], contiguous.
 
-    Without a gate it is x + y. With shift and scale [dim] they are the LayerNorm's own bias and weight, and the factor
-    is scale instead of 1 + scale. Arithmetic is float32: the norm is taken of the sum before it is rounded to the
-    dtype of x, which is nearer to the exact result than the norm of the rounded sum; each output is rounded once.
+    Arithmetic is float32. The norm is taken of the sum before the sum is rounded to the dtype of x, which is closer to
+    the exact result than the norm of the rounded sum. Each output is rounded once.
 
-    x, y: [B, S, dim] of one dtype: float32, bfloat16 or float16 (float64: the reference serves it). gate, and shift and
-    scale unless they are [dim]: [B or 1, F, dim], F a divisor of S: frame f's rows serve the tokens f * S / F and on.
-    Last dimensions contiguous, other strides free.
+    x, y: [B, S, dim] of one dtype: float32, bfloat16 or float16 (float64: the reference runs).
+    gate: [B or 1, F, dim], F a divisor of S. Row f serves the S / F tokens of frame f. None = x + y.
+    shift, scale: either [B or 1, F, dim], as gate, or [dim]: the bias and weight of the LayerNorm itself, so that the
+        factor is scale instead of 1 + scale.
+    eps: added to the variance.
 
-    Where gradients are enabled and an argument requires one, plain PyTorch computes the same, differentiably.
+    Of all tensors the last dimension is contiguous, other strides are free.
+    If gradients are enabled and an argument requires one, the reference computes the same, differentiably.
     Raises InputError naming the argument, what was wanted and what came. Source: the residual branches of Wan2.1's
-    blocks, each joined with the norm that follows it.
+    blocks, each fused with the norm that follows it.
     """
     tensors = (x, y, shift, scale) if gate is None else (x, y, gate, shift, scale)
-    if plain(tensors):
+    if can_bypass_dispatcher(tensors):
         return _run(x, y, gate, shift, scale, eps)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         _check(x, y, gate, shift, scale)
@@ -39,32 +41,33 @@ def gated_residual(
 def gated_residual_quantized(
     x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """`gated_residual` with the norm straight to float8, without rounding between: the sum [B, S, dim], and codes
-    [B, S, dim] and scales [B, S, 1] of `quantize_rows`. Arguments as there; has no gradient and no compiled CPU
-    kernel.
+    """Return the sum of `gated_residual`, and `quantize_rows` of its norm without rounding in between.
+
+    The arguments are those of `gated_residual`. The op has no gradient and no compiled CPU kernel.
+    Returns the sum [B, S, dim], and a pair of codes [B, S, dim] and scales [B, S, 1].
     """
     tensors = (x, y, shift, scale) if gate is None else (x, y, gate, shift, scale)
-    run = _run_quantized if plain(tensors) else _op_quantized
+    run = _run_quantized if can_bypass_dispatcher(tensors) else _op_quantized
     total, codes, codes_scale = run(x, y, gate, shift, scale, eps)
     return total, (codes, codes_scale)
 
 
 def _check(x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor) -> None:
     op = "gated_residual"
-    check_tokens(op, x)
+    require_tokens(op, x)
     if y.shape != x.shape:
-        raise wrong(op, "y", f"{list(x.shape)} like x", list(y.shape))
-    check_like(op, "y", y, x)
+        raise argument_error(op, "y", f"{list(x.shape)} like x", list(y.shape))
+    require_like_tokens(op, "y", y, x)
     if gate is not None:
-        check_rows(op, "gate", gate, x)
+        require_modulation(op, "gate", gate, x)
     if shift.ndim == 1:
         for name, row in (("shift", shift), ("scale", scale)):
             if row.shape != x.shape[2:]:
-                raise wrong(op, name, f"[dim={x.shape[2]}]", list(row.shape))
-            check_like(op, name, row, x)
+                raise argument_error(op, name, f"[dim={x.shape[2]}]", list(row.shape))
+            require_like_tokens(op, name, row, x)
         return
-    check_rows(op, "shift", shift, x, None if gate is None else gate.shape[1])
-    check_rows(op, "scale", scale, x, shift.shape[1])
+    require_modulation(op, "shift", shift, x, None if gate is None else gate.shape[1])
+    require_modulation(op, "scale", scale, x, shift.shape[1])
 
 
 def _empty(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,8 +76,8 @@ def _empty(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _run(x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    module = triton_kernels("gated_residual") if x.is_cuda else kernels("cpu")
-    if module is None or x.is_cuda or x.dtype == torch.float64:  # the CPU kernel's binding checks by itself
+    module = triton_kernels("gated_residual") if x.is_cuda else compiled_module("cpu")
+    if module is None or x.is_cuda or x.dtype == torch.float64:  # the binding of the CPU kernel checks by itself
         _check(x, y, gate, shift, scale)
     if module is None or x.dtype == torch.float64:
         return reference(x, y, gate, shift, scale, eps)

@@ -1,4 +1,4 @@
-"""Triton kernel of gated_residual: one program per token; the sum is normalised while it is still in registers."""
+"""Triton kernel of gated_residual: one program per token; the sum is normalised in registers."""
 
 # mypy: allow-untyped-defs
 
@@ -65,7 +65,7 @@ def _gated_residual(
 def gated_residual(
     x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The contract of `cfpp_rt.ops.gated_residual.gated_residual`; arguments have been checked."""
+    """Launch the kernel of `cfpp_rt.ops.gated_residual.gated_residual`; arguments have been checked."""
     total = torch.empty_like(x, memory_format=torch.contiguous_format)
     normed = torch.empty_like(total)
     _launch(total, normed, None, x, y, gate, shift, scale, eps)
@@ -75,7 +75,7 @@ def gated_residual(
 def gated_residual_quantized(
     x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The contract of the op `cfpp_rt::gated_residual_quantized`; arguments have been checked."""
+    """Launch the kernel of the op `cfpp_rt::gated_residual_quantized`; arguments have been checked."""
     total = torch.empty_like(x, memory_format=torch.contiguous_format)
     codes, codes_scale = empty_codes(x)
     _launch(total, codes, codes_scale, x, y, gate, shift, scale, eps)

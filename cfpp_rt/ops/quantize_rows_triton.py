@@ -1,4 +1,4 @@
-"""Triton kernel of quantize_rows, and the step that the norms' kernels share with it: a row in registers to codes."""
+"""Triton kernel of quantize_rows, and the step that the kernels of the norms share: a row in registers to codes."""
 
 # mypy: allow-untyped-defs
 
@@ -10,16 +10,16 @@ from cfpp_rt.reference.quantize_rows import empty_codes
 
 
 def launch_shape(dim: int) -> dict[str, int]:
-    """BLOCK covers a row; a warp takes 512 channels of it, 16 bytes per lane and access in 16-bit dtypes."""
+    """Return launch options: BLOCK covers a row, a warp has 512 channels: 16 bytes per lane and access in 16 bits."""
     block = triton.next_power_of_2(dim)
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
 
 
 @triton.jit
 def store_codes(codes_ptr, scales_ptr, x, row, dim, channel, inside):
-    """Store a float32 row x, which is 0 outside the mask `inside`, as codes, and its scale. 448: largest of e4m3."""
+    """Store the codes and the scale of a float32 row x, which is 0 outside the mask `inside`."""
     largest = tl.maximum(tl.max(tl.abs(x), axis=0), 7.888609052210118e-31)  # 2^-100, see the reference
-    codes = x * (448.0 / largest)
+    codes = x * (448.0 / largest)  # 448 is the largest number of float8_e4m3fn
     tl.store(codes_ptr + row * dim + channel, codes.to(codes_ptr.dtype.element_ty), mask=inside)
     tl.store(scales_ptr + row, largest / 448.0)
 
@@ -47,7 +47,7 @@ def _quantize_rows(
 
 
 def quantize_rows(x: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
-    """The contract of `cfpp_rt.ops.quantize_rows.quantize_rows`; arguments have been checked."""
+    """Launch the kernel of `cfpp_rt.ops.quantize_rows.quantize_rows`; arguments have been checked."""
     batch, tokens, dim = x.shape
     codes, scales = empty_codes(x)
     _quantize_rows[(batch * tokens,)](codes, scales, x, tokens, dim, *x.stride()[:2], GELU=gelu, **launch_shape(dim))

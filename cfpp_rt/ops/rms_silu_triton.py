@@ -1,4 +1,4 @@
-"""Triton kernel of rms_silu_: a program takes a few pixels, whose channels lie side by side in memory."""
+"""Triton kernel of rms_silu_: one program per few pixels, whose channels are adjacent in memory."""
 
 # mypy: allow-untyped-defs
 
@@ -6,11 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE = 2048  # values of a program: two accesses of 16 bytes for each of 128 threads in 16-bit dtypes
+_TILE = 2048  # values per program: two accesses of 16 bytes for each of 128 threads in 16-bit dtypes
 
 
 def launch_shape(channels: int) -> dict[str, int]:
-    """BLOCK covers the channels of a pixel; a program has as many pixels as fill its tile."""
+    """Return launch options: BLOCK covers the channels of a pixel, PIXELS fills the tile of a program."""
     block = triton.next_power_of_2(channels)
     return {"BLOCK": block, "PIXELS": max(1, _TILE // block), "num_warps": 4}
 
@@ -33,10 +33,10 @@ def _rms_silu(
 ):
     pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
     batch = pixel // pixels_per_clip
-    place = (pixel - batch * pixels_per_clip) * channels
+    offset = (pixel - batch * pixels_per_clip) * channels
     channel = tl.arange(0, BLOCK)
     inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
-    x = tl.load(x_ptr + (batch * x_batch + place)[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + (batch * x_batch + offset)[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
         x += bias[None, :]
@@ -44,12 +44,12 @@ def _rms_silu(
     norm = tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), 1e-12, propagate_nan=tl.PropagateNan.ALL)
     y = x * (root / norm)[:, None] * gamma[None, :]
     y = y / (1 + tl.exp(-y))
-    target = out_ptr + (batch * out_batch + place)[:, None] + channel[None, :]
+    target = out_ptr + (batch * out_batch + offset)[:, None] + channel[None, :]
     tl.store(target, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def rms_silu_(out: Tensor, x: Tensor, gamma: Tensor, bias: Tensor | None = None) -> None:
-    """The contract of `cfpp_rt.ops.rms_silu.rms_silu_`; arguments have been checked."""
+    """Launch the kernel of `cfpp_rt.ops.rms_silu.rms_silu_`; arguments have been checked."""
     batch, channels = x.shape[:2]
     pixels_per_clip = x[0, 0].numel()
     pixels = batch * pixels_per_clip

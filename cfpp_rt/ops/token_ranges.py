@@ -1,4 +1,4 @@
-"""What each group of queries sees of the KV cache, checked once on the host and laid out for the device."""
+"""Token ranges of the KV cache per group of queries, checked once on the host and stored on the device."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,36 +13,42 @@ from cfpp_rt.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class TokenRanges:
-    """Token ranges [first, last) of a cache, per group of queries; the same for every row of the batch, or joined.
+    """Visible token ranges [first, last) of the KV cache, per group of queries.
 
-    host: per group its ranges, for attention that gathers keys; None = only the device knows them, as where one graph
-    serves all frames. device: int32 [B, G, R, 2], contiguous, for kernels that read them as they run; a group with
-    fewer than R ranges is filled up with (0, 0). most_keys: tokens that the group which sees most of them sees; 0 where
-    host is None and rows are not joined. by_row: those of each row where they differ, and host is None then.
+    host: the ranges of each group, the same for every row of the batch, for attention that gathers keys. None = they
+        are known only to the device, because one CUDA graph serves all frames, or differ between rows.
+    device: int32 [B, G, R, 2], contiguous, for kernels that read the ranges when they run. A group with fewer than R
+        ranges is padded with (0, 0).
+    by_row: the ranges of each part of a joined batch, if they differ; host is then None.
+    max_keys: largest number of tokens that a group attends to; 0 if the ranges are known only to the device.
     """
 
     host: tuple[tuple[Range, ...], ...] | None
     device: Tensor
     by_row: tuple["TokenRanges", ...] = ()
-    most_keys: int = dataclasses.field(init=False)
+    max_keys: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        most = max(sum(last - first for first, last in ranges) for ranges in self.host) if self.host else 0
-        most = max([most, *(own.most_keys for own in self.by_row)])
-        object.__setattr__(self, "most_keys", most)
+        own = max(sum(last - first for first, last in ranges) for ranges in self.host) if self.host else 0
+        object.__setattr__(self, "max_keys", max([own, *(part.max_keys for part in self.by_row)]))
 
     @classmethod
     def on_device(cls, device: Tensor) -> "TokenRanges":
-        """Ranges in a buffer that is rewritten between runs: int32 [B, G, R, 2], contiguous."""
+        """Return the ranges in a buffer that is rewritten between runs. device: int32 [B, G, R, 2], contiguous."""
         return cls(None, device)
 
     @classmethod
     def of(
         cls, groups: Sequence[Sequence[Range]], *, capacity: int, batch: int, device: torch.device | str, width: int = 1
     ) -> "TokenRanges":
-        """Raises InputError unless every group sees something and its ranges are within 0..capacity and disjoint.
+        """Check the ranges of each group and copy them to the device.
 
-        width: R is this at least.
+        groups: the ranges [first, last) of each group, in any order.
+        capacity: number of tokens of the cache.
+        batch: B; every row has the same ranges.
+        width: least number R of ranges per group in the tensor `device`.
+
+        Raises InputError unless every group has at least one token and its ranges are disjoint and in 0..capacity.
         """
         for index, ranges in enumerate(groups):
             end = 0
@@ -56,7 +62,7 @@ class TokenRanges:
                     raise InputError(f"ranges of group {index} must not overlap, got {list(ranges)}")
                 end = last
             if not ranges:
-                raise InputError(f"ranges of group {index} must hold at least one token, got none")
+                raise InputError(f"ranges of group {index} must contain at least one token, got none")
         if not groups:
             raise InputError("ranges must be given for at least one group, got none")
         width = max(width, *(len(ranges) for ranges in groups))
@@ -66,19 +72,19 @@ class TokenRanges:
 
     @classmethod
     def join(cls, rows: Sequence["TokenRanges"]) -> "TokenRanges":
-        """Ranges of batches that are joined to one, row after row: as many groups in each, of the same width R."""
-        device = torch.cat([own.device for own in rows])
-        same = all(own.host == rows[0].host for own in rows)
+        """Return the ranges of batches that are concatenated to one. All have the same number of groups and width R."""
+        device = torch.cat([part.device for part in rows])
+        same = all(part.host == rows[0].host for part in rows)
         return cls(rows[0].host, device) if same else cls(None, device, tuple(rows))
 
     def __len__(self) -> int:
-        """Number of groups."""
+        """Return the number of groups."""
         return self.device.shape[1]
 
     def last(self, groups: int) -> "TokenRanges":
-        """Those of the last `groups` >= 1 groups."""
+        """Return the ranges of the last `groups` >= 1 groups."""
         if groups == len(self):
             return self
         host = None if self.host is None else self.host[-groups:]
-        by_row = tuple(own.last(groups) for own in self.by_row)
+        by_row = tuple(part.last(groups) for part in self.by_row)
         return TokenRanges(host, self.device[:, -groups:].contiguous(), by_row)

@@ -1,1 +1,1 @@
-"""Every op once more in plain PyTorch: fallback where no kernel is built, and oracle in float64."""
+"""The reference of every op in plain PyTorch: the fallback without a kernel, and in float64 the oracle of the tests."""

@@ -1,4 +1,4 @@
-"""denoise_update in plain PyTorch; arithmetic in float32, in float64 for float64 tensors."""
+"""denoise_update in plain PyTorch. Arithmetic is float32, for float64 tensors float64."""
 
 from torch import Tensor
 
@@ -6,7 +6,7 @@ from torch import Tensor
 def denoise_update(
     x: Tensor, velocity: Tensor, sigma: Tensor, noise: Tensor | None, next_sigma: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The op behind `cfpp_rt.ops.denoise_update.denoise_update`: without noise, its second tensor is empty."""
+    """Compute the op of `cfpp_rt.ops.denoise_update.denoise_update`; without noise, its second tensor is empty."""
     per_frame = (..., *(None,) * (x.ndim - 2))
     clean = x - sigma[per_frame] * velocity.to(x.dtype)
     if noise is None or next_sigma is None:

@@ -15,9 +15,9 @@ def kv_dequantize_(
     v_scale: Tensor,
     ranges: Tensor,
 ) -> None:
-    """The contract of the op `cfpp_rt::kv_dequantize_`; works on any device, and into float64 too."""
+    """Compute the op `cfpp_rt::kv_dequantize_`; works on any device, and into float64 too."""
     capacity = k_cache.shape[2]
-    wide, largest = torch.promote_types(k_out.dtype, torch.float32), torch.finfo(k_out.dtype).max
+    compute_dtype, largest = torch.promote_types(k_out.dtype, torch.float32), torch.finfo(k_out.dtype).max
     for b, visible in enumerate(ranges.flatten(1, 2).tolist()):
         for first, last in visible:
             if (first, last) != (0, 0) and not 0 <= first < last <= capacity:
@@ -28,5 +28,5 @@ def kv_dequantize_(
     for b, visible in enumerate(ranges.flatten(1, 2).tolist()):
         for first, last in visible:
             for out, cache, scale in ((k_out, k_cache, k_scale), (v_out, v_cache, v_scale)):
-                numbers = cache[b, :, first:last].to(wide) * scale[b, :, None, None].to(wide)
-                out[b, :, first:last] = numbers.clamp(-largest, largest)
+                values = cache[b, :, first:last].to(compute_dtype) * scale[b, :, None, None].to(compute_dtype)
+                out[b, :, first:last] = values.clamp(-largest, largest)

@@ -1,4 +1,4 @@
-"""kv_update_ in plain PyTorch; arithmetic in float32, in float64 for float64 tensors."""
+"""kv_update_ in plain PyTorch. Arithmetic is float32, for float64 tensors float64."""
 
 import torch
 from torch import Tensor
@@ -7,22 +7,25 @@ from cfpp_rt.errors import InputError
 
 
 def _norm_rotate(x: Tensor, weight: Tensor, rotation: Tensor, heads: int, eps: float) -> Tensor:
-    """RMS-norm over all channels, then the turn of adjacent pairs: [B, S, H * D] to [B, H, S, D], not rounded yet.
+    """RMS-normalise over all channels, then rotate adjacent pairs: [B, S, H * D] to [B, H, S, D], not rounded yet.
 
-    rotation: [B, S, 1, D / 2, 2] (cos, sin).
+    rotation: [B, S, 1, D / 2, 2]. (cos, sin) of each pair.
     """
-    wide = x.to(rotation.dtype)
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.to(rotation.dtype)
-    first, second = wide.unflatten(2, (heads, -1, 2)).unbind(-1)
+    normed = x.to(rotation.dtype)
+    normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + eps) * weight.to(rotation.dtype)
+    first, second = normed.unflatten(2, (heads, -1, 2)).unbind(-1)
     cos, sin = rotation.unbind(-1)
-    turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
-    return turned.flatten(3).transpose(1, 2)
+    rotated = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    return rotated.flatten(3).transpose(1, 2)
 
 
 def to_float8(x: Tensor, scale: Tensor) -> Tensor:
-    """x [B, H, S, D] * (1 / scale [B, H]) in float8_e4m3fn: nearest, ties to even, saturated at 448, NaN 0x7f."""
+    """Convert x [B, H, S, D] * (1 / scale [B, H]) to float8_e4m3fn.
+
+    Values are rounded to nearest, ties to even, and saturated at 448; NaN becomes 0x7f.
+    """
     scaled = x.to(torch.promote_types(x.dtype, torch.float32)) * scale.reciprocal()[:, :, None, None]
-    # Older torch makes NaN of what is too large, and keeps the sign of NaN.
+    # Older torch converts values that are too large to NaN, and keeps the sign of NaN.
     return scaled.clamp(-448, 448).masked_fill(scaled.isnan(), torch.nan).to(torch.float8_e4m3fn)
 
 
@@ -42,7 +45,7 @@ def kv_update_(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """The contract of `cfpp_rt.ops.kv_update.kv_update_`; works on any device and in float64 too."""
+    """Compute `cfpp_rt.ops.kv_update.kv_update_`; works on any device and in float64 too."""
     batch, heads, capacity, _ = k_cache.shape
     tokens, groups = q.shape[1], write_index.shape[1]
     last = capacity - tokens // groups

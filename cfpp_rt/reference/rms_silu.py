@@ -1,4 +1,4 @@
-"""rms_silu_ in plain PyTorch: step by step as the Wan VAE of diffusers 0.42, so that the bits are the library's."""
+"""rms_silu_ in plain PyTorch: the steps of the Wan VAE of diffusers 0.42, so that the bits are equal."""
 
 import torch
 import torch.nn.functional as F
@@ -6,14 +6,14 @@ from torch import Tensor
 
 
 def rms_silu_(out: Tensor, x: Tensor, gamma: Tensor, bias: Tensor | None = None) -> None:
-    """The contract of `cfpp_rt.ops.rms_silu.rms_silu_`; works on any device, in any layout and in float64 too.
+    """Compute `cfpp_rt.ops.rms_silu.rms_silu_`; works on any device, in any layout and in float64 too.
 
-    The norm is taken in float32 at least; like the library it rounds to the dtype of x after each step.
+    The norm is computed in float32 or wider; like diffusers, every step rounds to the dtype of x.
     """
     if bias is not None:
         x = x + bias.view(-1, 1, 1, 1)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    normed = F.normalize(x.to(wide), dim=1).to(x.dtype)
+    norm_dtype = torch.promote_types(x.dtype, torch.float32)
+    normed = F.normalize(x.to(norm_dtype), dim=1).to(x.dtype)
     normed.mul_(x.shape[1] ** 0.5).mul_(gamma.view(-1, 1, 1, 1))
-    # In place first: a strided result may take other instructions for the exponential, and other last bits.
+    # In place first: for a strided result torch may use other instructions for the exponential, with other last bits.
     out.copy_(F.silu(normed, inplace=True))

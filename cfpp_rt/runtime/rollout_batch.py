@@ -15,7 +15,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from cfpp_rt.cache import CacheShape, allocate
+from cfpp_rt.cache import CacheShape, KVCache
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.core.frame_ring import FrameRing, slots_for
 from cfpp_rt.errors import InputError, NonFiniteError
@@ -28,7 +28,7 @@ from cfpp_rt.values import Latents
 class RolloutBatch:
     """Up to `rows` rollouts of one student that share their forward passes.
 
-    model, config, latent_size, latent_frames: see `Rollout`; the same for every rollout, latent_frames for each of them.
+    model, config, latent_size, latent_frames: see `Rollout`; the same for every rollout.
     rows: number of rollouts that the cache has memory for; it is allocated at once.
 
     The latents of a member are those of a `Rollout` of its own to rounding (products of another number of rows may sum
@@ -55,7 +55,9 @@ class RolloutBatch:
         self.latent_size, self.latent_frames = latent_size, latent_frames
         sinks, ring = slots_for(config, latent_frames)
         shape = CacheShape.of(model.config, rows, sinks + ring, model.config.tokens_per_frame(*latent_size))
-        self.cache = allocate(shape, FrameRing(sinks, ring, config.frames_per_block), model.dtype, model.device, config)
+        self.cache = KVCache.allocate(
+            shape, FrameRing(sinks, ring, config.frames_per_block), model.dtype, model.device, config
+        )
         self._rollouts: list[Rollout] = []  # by row
         # Text of the newest joined pass: what each rollout gave, and the joined copy.
         self._texts: tuple[list[Sequence[LayerText]], list[LayerText]] = [], []

@@ -1,6 +1,6 @@
-"""Optional steps that make the layers of a loaded model faster, in place.
+"""Optional in-place optimisations of the layers of a loaded model.
 
-`fuse_qkv` and `fuse_gelu` compute the same to rounding; `quantize_linears` is approximate. A rollout needs none.
+`fuse_qkv` and `fuse_gelu` change results only by rounding; `quantize_linears` is approximate. None is required.
 """
 
 from cfpp_rt.speed.fuse import fuse_gelu as fuse_gelu

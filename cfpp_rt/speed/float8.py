@@ -1,4 +1,4 @@
-"""Linear layers as products of two float8 matrices, every row of both with a scale of its own."""
+"""Linear layers as products of two float8 matrices, with one scale per row of both."""
 
 import torch
 from torch import Tensor, nn
@@ -6,22 +6,29 @@ from torch import Tensor, nn
 from cfpp_rt.errors import InputError
 from cfpp_rt.ops.quantize_rows import quantize_rows
 
-Quantized = tuple[Tensor, Tensor]  # codes [B, S, K] and scales [B, S, 1], as `quantize_rows` makes them
+Quantized = tuple[Tensor, Tensor]  # codes [B, S, K] and scales [B, S, 1], see `quantize_rows`
 
 
 class Float8Linear(nn.Module):
-    """x W^T + b in float8_e4m3fn: one scale per row of W, found here, and one per token, found as it comes.
+    """x W^T + b in float8_e4m3fn, with one scale per row of W, computed once, and one per token, computed per call.
 
-    Takes tokens [B, S, K] or what a norm has quantised already; gives [B, S, N] in the dtype of the bias. gelu: GELU,
-    tanh form, is applied to the tokens first. emulated: the same codes and scales multiplied in float32, on any device,
-    which differs from the product of a GPU in nothing but the rounding of sums.
+    The input is tokens [B, S, K], or codes and scales if a norm has quantised them already. The output is [B, S, N] in
+    the dtype of the bias.
     """
 
     weight: Tensor
     weight_scale: Tensor
 
     def __init__(self, linear: nn.Module, *, gelu: bool = False, emulated: bool = False):
-        """linear: anything with a weight [N, K] and a bias [N]. Not emulated, N and K are to be multiples of 16."""
+        """Quantise the weight of a linear layer.
+
+        linear: a module with a weight [N, K] and a bias [N]. N and K must be multiples of 16 unless emulated.
+        gelu: apply GELU, tanh form, to the tokens first.
+        emulated: multiply the same codes and scales in float32, on any device. The result differs from that of a GPU
+            only in the rounding of sums.
+
+        Raises InputError if N or K is not a multiple of 16.
+        """
         super().__init__()
         weight = linear.get_parameter("weight")
         if not emulated and (weight.shape[0] % 16 or weight.shape[1] % 16):
@@ -50,7 +57,7 @@ class Float8Linear(nn.Module):
 
 
 def require_float8(device: torch.device, dtype: torch.dtype) -> None:
-    """InputError unless there are float8 products there: bfloat16 on a GPU of capability 8.9 (Ada, Hopper) at least."""
+    """Raise InputError unless float8 products exist: in bfloat16 on a GPU of capability 8.9 (Ada, Hopper) or more."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     if capability is None or capability < (8, 9) or dtype != torch.bfloat16:
         where = device.type if capability is None else f"a GPU of capability {capability[0]}.{capability[1]}"

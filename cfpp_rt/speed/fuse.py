@@ -1,4 +1,4 @@
-"""Fewer, larger matrix products: packed query, key and value projections, and GELU inside the product before it."""
+"""Fusion of matrix products: packed query, key and value projections, and GELU in the epilogue of the product."""
 
 import torch
 from torch import Tensor, nn
@@ -12,24 +12,25 @@ class PackedSelfAttention(SelfAttention):
     """Self-attention whose queries, keys and values are chunks of one projection `qkv`."""
 
     def __init__(self, separate: SelfAttention):
-        nn.Module.__init__(self)  # takes over the parts of `separate` instead of making its own
+        nn.Module.__init__(self)  # the parts of `separate` are used instead of new ones
         self.eps = separate.eps
         self.norm_q, self.norm_k, self.o = separate.norm_q, separate.norm_k, separate.o
         self.prope_o = separate.prope_o
         linears = (separate.q, separate.k, separate.v)
         dim = separate.o.in_features
-        with torch.device("meta"):  # its own weights would be random and thrown away
+        with torch.device("meta"):  # random weights would be thrown away
             self.qkv = nn.Linear(dim, 3 * dim)
         self.qkv.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)
         self.qkv.bias = nn.Parameter(torch.cat([linear.bias for linear in linears]), requires_grad=False)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute queries, keys and values, [B, S, dim] each."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         return q, k, v
 
 
 class GeluLinear(nn.Module):
-    """GELU(x W^T + b), tanh form, in the epilogue of the product: of cuBLASLt on CUDA, of oneDNN on the CPU."""
+    """GELU(x W^T + b), tanh form, computed in the epilogue of the product by cuBLASLt on CUDA and oneDNN on the CPU."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -43,9 +44,9 @@ class GeluLinear(nn.Module):
 
 
 def fuse_qkv(model: CausalWanTransformer) -> CausalWanTransformer:
-    """Replace each self-attention's three projections by one of three times the width, in place; for inference.
+    """Replace the three projections of each self-attention by one of three times the width, in place; for inference.
 
-    The result is the same to rounding, with two launches fewer per layer. `state_dict` names change from
+    Results differ only by rounding, with two launches fewer per layer. `state_dict` names change from
     `self_attn.{q,k,v}` to `self_attn.qkv`: load weights first. Raises InputError if the model is to be trained.
     """
     with torch.no_grad():
@@ -58,10 +59,10 @@ def fuse_qkv(model: CausalWanTransformer) -> CausalWanTransformer:
 
 
 def fuse_gelu(model: CausalWanTransformer) -> CausalWanTransformer:
-    """Let each feed-forward's first product apply GELU itself, in place; for inference. State-dict names stay.
+    """Fuse GELU into the first product of each feed-forward, in place; for inference. `state_dict` names stay.
 
-    Raises InputError where there is no such product of the tanh form that the model was trained with: on other devices
-    than CUDA and CPU, and on the CPU without oneDNN or in another dtype than float32 and bfloat16.
+    Raises InputError if there is no such product for the tanh form that the model was trained with: on devices other
+    than CUDA and CPU, and on the CPU without oneDNN or in dtypes other than float32 and bfloat16.
     """
     if not has_fused_gelu(model.device, model.dtype):
         raise InputError(
@@ -70,13 +71,13 @@ def fuse_gelu(model: CausalWanTransformer) -> CausalWanTransformer:
         )
     for block in model.blocks:
         first = block.ffn[0]
-        if isinstance(first, nn.Linear):  # else it is fused already
+        if isinstance(first, nn.Linear):  # otherwise it is fused already
             block.ffn[0], block.ffn[1] = GeluLinear(first), nn.Identity()
     return model
 
 
 def has_fused_gelu(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `fuse_gelu` takes a model of this dtype there."""
+    """Return True if `fuse_gelu` supports a model of this dtype on the device."""
     if device.type == "cpu":
         return torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16)
     return device.type == "cuda"

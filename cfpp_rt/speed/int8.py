@@ -1,28 +1,28 @@
-"""Linear layers as products of two 8-bit integer matrices on the CPU, every row of both with a scale of its own."""
+"""Linear layers as products of two 8-bit integer matrices on the CPU, with one scale per row of both."""
 
 import torch
 from torch import Tensor, nn
 
 from cfpp_rt.errors import InputError
 
-_CHUNK = 2**18  # values quantised together: they stay in a core's cache from one step to the next
-_OFFSET = 128  # oneDNN's fast product is of unsigned tokens and signed weights
-# Scales are rounded to bfloat16, by 2^-9 of themselves at most: a code then still is within -127..127.
+_CHUNK = 2**18  # values quantised together: few enough to stay in the cache of a core between the steps
+_OFFSET = 128  # the fast product of oneDNN takes unsigned tokens and signed weights
+# Rounding a scale to bfloat16 changes it by at most 2^-9 of its value: codes still stay within -127..127.
 _LARGEST = 126.5
 _SMALLEST = 2.0**-100
 
 
 class Int8Linear(nn.Module):
-    """x W^T + b in int8 by oneDNN: one scale per row of W, found here, and one per token, found as it comes.
+    """x W^T + b in int8 by oneDNN, with one scale per row of W, computed once, and one per token, computed per call.
 
-    Takes tokens [B, S, K] and gives [B, S, N] in their dtype, float32 or bfloat16.
+    The input is tokens [B, S, K] in float32 or bfloat16, the output [B, S, N] in the same dtype.
     """
 
     weight_scale: Tensor
     weight_zero: Tensor
 
     def __init__(self, linear: nn.Module):
-        """linear: anything with a weight [N, K] and a bias [N]."""
+        """Quantise the weight of a linear layer, a module with a weight [N, K] and a bias [N]."""
         super().__init__()
         weight = linear.get_parameter("weight").detach().float()
         scale = weight.abs().amax(1).clamp(min=_SMALLEST) / 127
@@ -34,7 +34,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         codes, scales = quantize(x.flatten(0, -2))
-        unscaled = (1.0, 0)  # of the result: a row's scale is not known to oneDNN
+        unscaled = (1.0, 0)  # scale and zero point of the result; row scales are applied below
         y = torch.ops.onednn.qlinear_pointwise(
             codes,
             1.0,
@@ -53,24 +53,27 @@ class Int8Linear(nn.Module):
 
 
 def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [M, K], about (codes - 128) * scales, to codes uint8 [M, K] and scales [M, 1] in the dtype of rows."""
+    """Quantise rows [M, K] to codes and scales, so that rows are about (codes - 128) * scales.
+
+    Returns codes uint8 [M, K] and scales [M, 1] in the dtype of rows.
+    """
     codes = torch.empty(rows.shape, dtype=torch.uint8)
     scales = rows.new_empty(len(rows), 1)
     step = max(1, _CHUNK // rows.shape[1])
     for first in range(0, len(rows), step):
-        part, own = rows[first : first + step], scales[first : first + step]
+        part, part_scales = rows[first : first + step], scales[first : first + step]
         largest = part.abs().amax(-1, keepdim=True).float().clamp(min=_SMALLEST)
-        own.copy_((largest / _LARGEST).bfloat16())
-        # Cutting off after + 1/2 is rounding, since what is cut is positive.
-        codes[first : first + step] = (part * own.float().reciprocal()).add_(_OFFSET + 0.5)
+        part_scales.copy_((largest / _LARGEST).bfloat16())
+        # Truncation after adding 1/2 rounds to nearest, since the values are positive.
+        codes[first : first + step] = (part * part_scales.float().reciprocal()).add_(_OFFSET + 0.5)
     return codes, scales
 
 
 def require_int8(device: torch.device, dtype: torch.dtype) -> None:
-    """InputError unless the product is there and fast: float32 or bfloat16 on a CPU with oneDNN and VNNI."""
-    found = torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
-    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16) or not found:
+    """Raise InputError unless int8 products exist and are fast: float32 or bfloat16 on a CPU with oneDNN and VNNI."""
+    supported = torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16) or not supported:
         raise InputError(
             "int8 linears need a float32 or bfloat16 model on a CPU with VNNI and torch with oneDNN, got"
-            f" {dtype} on {device}" + ("" if found or device.type != "cpu" else " without them")
+            f" {dtype} on {device}" + ("" if supported or device.type != "cpu" else " without them")
         )

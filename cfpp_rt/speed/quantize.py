@@ -1,4 +1,4 @@
-"""The blocks' matrix products in 8 bits: weights quantised once at load, tokens as they come, no calibration data."""
+"""Matrix products of the blocks in 8 bits: weights are quantised once, tokens per call, without calibration data."""
 
 from torch import nn
 
@@ -13,15 +13,19 @@ from cfpp_rt.values import LINEAR_DTYPES
 
 
 def quantize_linears(model: CausalWanTransformer, dtype: str, *, emulated: bool = False) -> CausalWanTransformer:
-    """Compute the linear layers of every block's tokens in 8 bits, in place; for inference, and approximate.
+    """Compute the linear layers of the tokens of every block in 8 bits, in place; for inference, and approximate.
 
-    dtype: "float8_e4m3" on a GPU (through torch._scaled_mm; the norms then quantise what they make) or "int8" on a CPU
-    (through oneDNN). Quantised are a block's projections (packed as by `fuse_qkv`), its output projections and its
-    feed-forward; what is computed once per prompt or step list, patches and head stay as they are. emulated: float8 in
-    float32 arithmetic, on any device and for any dtype of the model, to measure what it costs in accuracy.
+    dtype: "float8_e4m3" on a GPU (by torch._scaled_mm; the norms then quantise their output) or "int8" on a CPU (by
+        oneDNN).
+    emulated: compute float8 in float32 arithmetic, on any device and for any dtype of the model, to measure the loss
+        of accuracy.
 
-    Weights change names and form: load them first. Raises InputError for another dtype, where a device does not have
-    these products, for a model that is to be trained or is quantised already.
+    The input projections of self-attention (packed, see `fuse_qkv`), the query projection of cross-attention, the
+    output projections of both and the feed-forward are quantised. Layers that run once per prompt or step list, the
+    patch embedding and the head are not.
+
+    `state_dict` names and shapes change: load weights first. Raises InputError for another dtype, for a device without
+    these products, and for a model that requires gradients or is quantised already.
     """
     if dtype not in LINEAR_DTYPES or (emulated and dtype != "float8_e4m3"):
         wanted = "'float8_e4m3' where emulated" if emulated else f"one of {', '.join(LINEAR_DTYPES)}"
@@ -34,11 +38,11 @@ def quantize_linears(model: CausalWanTransformer, dtype: str, *, emulated: bool 
         (require_float8 if dtype == "float8_e4m3" else require_int8)(model.device, model.dtype)
     fuse_qkv(model)
     for block in model.blocks:
-        own, cross, ffn = block.self_attn, block.cross_attn, block.ffn
-        named: list[tuple[nn.Module, str]] = [(own, "qkv"), (own, "o")]
-        named += [] if own.prope_o is None else [(own, "prope_o")]
-        named += [] if cross is None else [(cross, "q"), (cross, "o")]
-        for module, name in named:
+        attn, cross, ffn = block.self_attn, block.cross_attn, block.ffn
+        linears: list[tuple[nn.Module, str]] = [(attn, "qkv"), (attn, "o")]
+        linears += [] if attn.prope_o is None else [(attn, "prope_o")]
+        linears += [] if cross is None else [(cross, "q"), (cross, "o")]
+        for module, name in linears:
             linear = getattr(module, name)
             setattr(module, name, Float8Linear(linear, emulated=emulated) if dtype != "int8" else Int8Linear(linear))
         if dtype == "int8":

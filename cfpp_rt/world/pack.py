@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from cfpp_rt.distill.settings import Settings
 from cfpp_rt.errors import InputError
-from cfpp_rt.io.checkpoint import write_atomically
+from cfpp_rt.io.atomic import write_atomically
 from cfpp_rt.world.codec import PatchCodec, fit_codec
 from cfpp_rt.world.student import load_world_pipeline
 

@@ -4,8 +4,10 @@ import argparse
 import time
 
 from cfpp_rt.errors import InputError
+from cfpp_rt.pipeline import choose_threads
 from cfpp_rt.runtime.stream import Stream
 from cfpp_rt.world.simulator import ACTIONS
+from cfpp_rt.world.sprites import SIZE
 from cfpp_rt.world.student import SHIPPED, load_world_pipeline, start
 from cfpp_rt.world.terminal import screen
 
@@ -27,6 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not 0.1 <= arguments.fps <= 1000:
         raise InputError(f"--fps must be in 0.1..1000, got {arguments.fps}")
     pipeline = load_world_pipeline(arguments.student)
+    choose_threads(pipeline, pipeline.config, (SIZE, SIZE))
     seed, again = arguments.seed, True
     with screen() as terminal:
         while again:
@@ -54,7 +57,7 @@ def _play(stream: Stream, terminal, interval: float) -> bool:  # type: ignore[no
         stream.set_actions(ACTIONS.index(held))
         pixels = next(stream).pixels[0, -1].numpy()
         spent = 1000 * (time.perf_counter() - began)
-        frame = stream.rollout.next_frame
+        frame = stream.rollout.next_latent_frame
         terminal.show(pixels, f" {held:<9} frame {frame:<6} {spent:5.1f} ms   arrows, space, r: new arena, q: quit")
         if held == "interact" or time.monotonic() > until:
             held = "none"

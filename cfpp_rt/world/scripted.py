@@ -6,46 +6,38 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from cfpp_rt.errors import InputError
-from cfpp_rt.runtime.stream import Stream
+from cfpp_rt.options import WORLD, refuse_unused, rollout_overrides
+from cfpp_rt.pipeline import choose_threads
+from cfpp_rt.runtime.clip import Clip
 from cfpp_rt.values import DTYPES, Frames
 from cfpp_rt.world.actions import parse_actions
 from cfpp_rt.world.simulator import NONE
+from cfpp_rt.world.sprites import SIZE
 from cfpp_rt.world.student import SHIPPED, load_world_pipeline, start
 
-NAME = "world"  # value of --student
 FPS = 10.0  # frames per second at which the world is meant to be played
 SCALE = 8  # pixels of a video per pixel of the world, whose frames are 48 x 48
-# Options of `cfpp generate` that this student does not take.
-_UNUSED = (
-    *("base", "key", "config", "offload_text", "tiny_vae", "prompt", "prompts", "embeds"),
-    *("image", "video", "size", "trajectory", "intrinsics", "linear_dtype"),
-)
+# Options of `cfpp generate` that this student takes.
+_TAKES = {"checkpoint", "student", "actions", "frames", "steps", "window", "sinks", "refresh", "dtype", "kv_dtype"}
 
 
-def open_scripted_stream(
-    arguments: argparse.Namespace, changes: dict[str, Any]
-) -> tuple[Stream, Iterator[Frames], int]:
-    """Open the stream of a video; return it, an iterator over its enlarged frames, and the number of frames.
+def open_clip(arguments: argparse.Namespace) -> Clip:
+    """Open the clip of a list of actions, enlarged for the file.
 
     arguments: of `cfpp generate`. Without --frames the actions determine the number of frames.
-    changes: fields of the student's `RolloutConfig` to replace.
-    Raise InputError for options that this student does not take.
+    Raises InputError for options that this student cannot use.
     """
-    for name in _UNUSED:
-        if getattr(arguments, name) is not None:
-            raise InputError(f"--student {NAME} takes no --{name.replace('_', '-')}")
+    refuse_unused(arguments, _TAKES, f"--student {WORLD}")
     actions = parse_actions(arguments.actions or "")
     pipeline = load_world_pipeline(
         arguments.checkpoint or SHIPPED, dtype=DTYPES[arguments.dtype or "float32"], device=arguments.device
     )
-    config = dataclasses.replace(pipeline.config, **changes)
-    frames_per_block = config.frames_per_block
-    num_frames = arguments.frames
-    if num_frames is None:
-        num_frames = whole_blocks(1 + len(actions), frames_per_block)
+    config = pipeline.config.replace(**rollout_overrides(arguments))
+    choose_threads(pipeline, config, (SIZE, SIZE))
+    n = config.frames_per_block
+    num_frames = arguments.frames if arguments.frames is not None else whole_blocks(1 + len(actions), n)
     stream = start(pipeline, arguments.seed, num_frames=num_frames, config=config)
-    return stream, follow(stream, actions, frames_per_block), num_frames
+    return Clip(stream, follow(stream, actions, n), num_frames, FPS)
 
 
 def whole_blocks(num_frames: int, frames_per_block: int) -> int:

@@ -1,4 +1,5 @@
-// CPU kernel of adaln_modulate: one task per token, whose row is read once and written once.
+// CPU kernel of adaln_modulate.
+// One task: a token, whose row is read once and written once.
 #include <vector>
 
 #include "adaln_modulate/adaln_modulate.h"

@@ -11,7 +11,8 @@ namespace cfpp {
 // Pointers are device pointers for the CUDA launcher. Strides are in elements; head_dim is contiguous in q, k and v.
 // B batch, H heads, D head_dim, Sq queries = G equal groups; group g sees the union of its R ranges. A range is
 // [first, last) in tokens of the cache; ranges of a group do not overlap, and (0, 0) stands for an unused one. Every
-// group sees at least one token. Rows of the cache outside a group's ranges never reach its output, whatever they hold.
+// group sees at least one token. Rows of the cache outside a group's ranges never reach its output, whatever their
+// values.
 struct BlockAttentionParams {
   DType dtype;                // of q, k, v and out: bfloat16 or float16, on the CPU float32 too
   const void* q_ptr;          // [B, H, Sq, D]
@@ -34,11 +35,11 @@ struct BlockAttentionParams {
 Status block_attention_cpu(const BlockAttentionParams& params, int num_threads);
 
 // Enqueues on `stream` (a cudaStream_t). Ranges are read on the device, so that one captured launch serves every frame;
-// one out of [0, capacity], or a group that sees nothing, stops the kernel with a trap: the host's mirror of the ranges
-// refuses such a thing before it gets here.
+// one out of [0, capacity], or a group that sees nothing, stops the kernel with a trap: the host's copy of the ranges
+// is checked before the call.
 Status block_attention_cuda(const BlockAttentionParams& params, int device, void* stream);
 
-// Bytes of workspace that the launch of these params wants on `device`; 0 is common. The pointers are not looked at.
+// Returns in `bytes` the workspace that the launch of these params needs on `device`, often 0. Pointers are not read.
 Status block_attention_workspace(const BlockAttentionParams& params, int device, int64_t* bytes);
 
 }  // namespace cfpp

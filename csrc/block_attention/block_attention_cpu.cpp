@@ -1,11 +1,11 @@
-// Entry point of block_attention on the CPU: checks the ranges, picks the kernel of this CPU, deals query tiles to
-// threads. The arithmetic is in block_attention_cpu_tile.h.
+// Entry point of block_attention on the CPU: checks the ranges, chooses the kernel of this CPU, distributes query tiles
+// over threads. The arithmetic is in cpu/tile.h.
 #include <algorithm>
 #include <memory>
 #include <new>
 
-#include "block_attention/block_attention_cpu_kernel.h"
-#include "block_attention/ranges.h"
+#include "block_attention/cpu/kernel.h"
+#include "common/token_ranges.h"
 
 namespace cfpp {
 namespace {
@@ -13,9 +13,10 @@ namespace {
 constexpr double kFlopsPerThread = 2e6;  // 10 to 20 us; with less, waking another thread is a gamble
 constexpr int64_t kTilesPerThread = 8;   // enough that the last ones to finish do not matter
 
-// Called for every pass: text is made only of what is refused.
+// Called for every pass, so text is made only of what is refused.
 Status check_ranges(const BlockAttentionParams& p) {
-  for (int64_t i = 0; i < p.batch * p.groups; ++i) {
+  Status status = find_bad_range("block_attention", p.ranges_ptr, p.batch, p.groups, p.ranges, p.capacity);
+  for (int64_t i = 0; status.empty() && i < p.batch * p.groups; ++i) {
     const int32_t* ranges = p.ranges_ptr + i * p.ranges * 2;
     const auto name = [&](const std::string& range) {
       return "block_attention: ranges[" + std::to_string(i / p.groups) + ", " + std::to_string(i % p.groups) + ", " +
@@ -27,10 +28,6 @@ Status check_ranges(const BlockAttentionParams& p) {
     bool sees = false;
     for (int64_t r = 0; r < p.ranges; ++r) {
       const int32_t first = ranges[2 * r], last = ranges[2 * r + 1];
-      if (!range_fits(first, last, p.capacity)) {
-        return name(std::to_string(r)) + "(0, 0) or 0 <= first < last <= capacity " + std::to_string(p.capacity) +
-               ", got " + text(r);
-      }
       for (int64_t other = 0; other < r; ++other) {
         if (first < ranges[2 * other + 1] && ranges[2 * other] < last) {
           return name(std::to_string(r)) + "apart from ranges[..., " + std::to_string(other) + "] " + text(other) +
@@ -41,7 +38,7 @@ Status check_ranges(const BlockAttentionParams& p) {
     }
     if (!sees) return name(":") + "one token or more, got only (0, 0)";
   }
-  return {};
+  return status;
 }
 
 BlockAttentionKernel pick_kernel(DType dtype) {
@@ -100,7 +97,7 @@ void run(const BlockAttentionParams& p, const BlockAttentionKernel& kernel, int 
     tile.count = std::min(rows, per_group - row);
     kernel.run(p, tile, scratch_of(bytes));
   };
-  if (threads == 1) {  // without a word to OpenMP
+  if (threads == 1) {  // without starting OpenMP
     for (int64_t i = 0; i < lists * tiles; ++i) run_tile(i);
     return;
   }

@@ -1,5 +1,6 @@
-// Merges the partial results of split tiles. D / 4 threads make one output row, 4 channels each: first the largest of
-// the row's maxima, then the weighted sums, slots in index order, so that the bits do not depend on who finished first.
+// Merges the partial results of split tiles of block_attention.
+// One CTA: rows of one split tile, D / 4 threads per row and 4 channels each. It takes the largest of the row's maxima,
+//   then adds the weighted sums in slot order, so that the result does not depend on which piece finished first.
 // What binds: reading splits * (D + 2) floats per row, most of them still in L2.
 #include "block_attention/combine.cuh"
 #include "block_attention/kernels.h"

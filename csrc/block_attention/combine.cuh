@@ -1,4 +1,4 @@
-// Where a piece leaves its partial result, and what the numbers in it mean.
+// The partial result of a piece: its place in the workspace and the meaning of its numbers.
 #pragma once
 
 #include "block_attention/block_attention.h"

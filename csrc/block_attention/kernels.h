@@ -1,4 +1,4 @@
-// The kernels behind block_attention_cuda and what they share. Host code only; combine.cuh has the device side.
+// The kernels behind block_attention_cuda and the checks that they share. Host code; combine.cuh has the device side.
 #pragma once
 
 #include "block_attention/block_attention.h"
@@ -9,27 +9,27 @@ namespace cfpp {
 // A remainder tile is split into at most this many pieces: more of them save little and cost workspace.
 constexpr int kMaxSplits = 8;
 
-// How a kernel runs on a device; make_plan wants both numbers.
-struct KernelShape {
+// How a kernel fills a device: the two numbers that make_plan takes.
+struct Occupancy {
   int tile_rows = 0;  // queries of a tile
-  int ctas = 0;       // that the device holds at once, all SMs together
+  int ctas = 0;       // that run at once, all SMs together
 };
 
-// Each kernel has a shape and a launcher. The launcher runs on the current device, with a plan made for the shape's
-// tile_rows (any number of ctas and splits will do), and calls combine() itself. It checks what only it demands of the
-// params: alignment. Failures name the argument, or the launch that CUDA refused.
-Status sm80_shape(const BlockAttentionParams& params, int device, KernelShape* shape);
+// Each kernel has an occupancy and a launcher. The launcher runs on the current device, with a plan made for its
+// tile_rows (and any number of ctas and splits), and calls combine() itself. It checks the alignment of the
+// params. Failures name the argument, or the launch that CUDA refused.
+Status sm80_occupancy(const BlockAttentionParams& params, int device, Occupancy* occupancy);
 Status block_attention_sm80(const BlockAttentionParams& params, const AttentionPlan& plan, void* stream);
 
 // Compute capability 9.0 only.
-Status sm90_shape(const BlockAttentionParams& params, int device, KernelShape* shape);
+Status sm90_occupancy(const BlockAttentionParams& params, int device, Occupancy* occupancy);
 Status block_attention_sm90(const BlockAttentionParams& params, const AttentionPlan& plan, void* stream);
 
 // Merges the partial results of the split tiles into the output. Does nothing when plan.splits is 1.
 Status combine(const BlockAttentionParams& params, const AttentionPlan& plan, void* stream);
 
 // "block_attention: <argument> must be <wanted> on CUDA, got <got>"
-inline Status refuse(const std::string& argument, const std::string& wanted, const std::string& got) {
+inline Status unsupported(const std::string& argument, const std::string& wanted, const std::string& got) {
   return "block_attention: " + argument + " must be " + wanted + " on CUDA, got " + got;
 }
 
@@ -56,7 +56,7 @@ inline Status check_alignment(const BlockAttentionParams& p, const AttentionPlan
       aligned = aligned && (argument.sizes[i] == 1 || argument.stride[i] % 8 == 0);
       got += (i == 0 ? ", strides (" : ", ") + std::to_string(argument.stride[i]) + (i == 2 ? ")" : "");
     }
-    if (!aligned) return refuse(argument.name, "aligned to 16 bytes in address and strides", got);
+    if (!aligned) return unsupported(argument.name, "aligned to 16 bytes in address and strides", got);
   }
   return {};
 }

@@ -1,5 +1,5 @@
-// Which CTA computes what. At one frame of 1560 tokens and 12 heads a plain grid of 128-row tiles is 156 CTAs on 132
-// SMs: a full wave and a nearly empty one. Instead a persistent grid of one CTA per slot takes floor(tiles / ctas)
+// The assignment of work to CTAs. At one frame of 1560 tokens and 12 heads a plain grid of 128-row tiles is 156 CTAs on
+// 132 SMs: a full wave and a nearly empty one. Instead a persistent grid of one CTA per slot takes floor(tiles / ctas)
 // whole tiles each, and only the tiles left over are split over their keys into `splits` pieces, whose partial results
 // a second kernel merges in a fixed order: no atomics, so two runs give the same bits. Whole tiles go in head-major
 // order, so that CTAs that run together read the same keys from L2; an even split of all work (stream-K) would lose
@@ -48,7 +48,7 @@ struct AttentionPlan {
     return locate(whole + tile, piece, splits, tile * splits + piece);
   }
 
-  // Split tile number `index` as a whole: what its merged result is.
+  // Split tile number `index`, all pieces together: where its merged result goes.
   CFPP_HOST_DEVICE WorkItem split_tile(int index) const {
     return locate(whole_tiles() + index, 0, splits, index * splits);
   }

@@ -1,4 +1,4 @@
-// The bits of one value, or vector of them, as another type of the same size.
+// Reinterprets the bits of a value, or of a vector of values, as another type of the same size.
 #pragma once
 
 #include <cstring>

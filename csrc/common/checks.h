@@ -1,4 +1,4 @@
-// What bindings ask of a tensor argument. Each check throws InputError "<op>: <argument> must be <wanted>, got <got>".
+// Checks of tensor arguments for bindings. Each throws InputError "<op>: <argument> must be <wanted>, got <got>".
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace cfpp {
 
-// One wanted axis: its name in the messages and its size; a negative size takes any.
+// A required axis: its name in messages and its size; a negative size accepts any.
 struct Axis {
   const char* name;
   int64_t size;
@@ -55,7 +55,7 @@ inline void check_same_device(const Tensor& tensor, const Tensor& like) {
   }
 }
 
-// The module at hand runs on one device type only.
+// A compiled module runs on one device type only.
 inline void check_device(const Tensor& tensor, bool is_cuda) {
   if (tensor.is_cuda() != is_cuda) tensor.refuse(is_cuda ? "on a CUDA device" : "on the CPU", tensor.device_text());
 }
@@ -72,19 +72,15 @@ inline void check_contiguous(const Tensor& tensor) {
   if (!tensor.is_contiguous()) tensor.refuse("contiguous", tensor.strides_text() + " as strides");
 }
 
-// Address and strides of all axes but the last are multiples of `bytes`, so that rows can be moved in such pieces.
-inline bool is_aligned(const Tensor& tensor, int64_t bytes) {
-  bool aligned = reinterpret_cast<uintptr_t>(tensor.data()) % bytes == 0;
-  for (int i = 0; i + 1 < tensor.dim(); ++i)
-    aligned = aligned && tensor.stride(i) * size_of(tensor.dtype()) % bytes == 0;
-  return aligned;
-}
-
-inline void check_aligned(const Tensor& tensor, int64_t bytes) {
-  if (!is_aligned(tensor, bytes)) {
-    tensor.refuse("aligned to " + std::to_string(bytes) + " bytes in address and strides",
-                  tensor.strides_text() + " as strides");
+// Token ranges [B, G, R, 2] in int32. queries: if given, the number of queries, which G must divide.
+inline void check_ranges(const Tensor& ranges, int64_t batch, int64_t queries = 0) {
+  if (ranges.dim() != 4 || ranges.size(0) != batch || ranges.size(1) < 1 || ranges.size(2) < 1 || ranges.size(3) != 2 ||
+      queries % ranges.size(1) != 0) {
+    const std::string divisor = queries == 0 ? "" : " with G a divisor of Sq=" + std::to_string(queries);
+    ranges.refuse("[B=" + std::to_string(batch) + ", G, R, 2]" + divisor, ranges.shape_text());
   }
+  check_dtype(ranges, DType::kInt32);
+  check_contiguous(ranges);
 }
 
 }  // namespace cfpp

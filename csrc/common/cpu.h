@@ -1,4 +1,4 @@
-// What CPU kernels share: builds of a function for several instruction sets, and the loop over threads.
+// Shared by CPU kernels: builds of a function for several instruction sets, and the loop over threads.
 #pragma once
 
 #include <omp.h>
@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <cstdint>
 
-// In front of a kernel's innermost function: compiled per instruction set and chosen at load time, where the compiler
-// can; elsewhere the plain build serves.
+// Prefix of a kernel's innermost function: compiled per instruction set and chosen at load time where the compiler
+// supports that; elsewhere compiled once.
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define CFPP_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else

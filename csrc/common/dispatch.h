@@ -22,7 +22,7 @@ constexpr int64_t size_of(DType dtype) {
   }
 }
 
-// As PyTorch prints it.
+// Returns the name that PyTorch prints.
 constexpr const char* name_of(DType dtype) {
   switch (dtype) {
     case DType::kFloat32:

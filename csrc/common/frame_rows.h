@@ -1,4 +1,4 @@
-// What bindings ask of modulation rows: shift, scale and gate have one row of channels per latent frame.
+// Checks of modulation rows for bindings: shift, scale and gate have one row of channels per latent frame.
 #pragma once
 
 #include <string>
@@ -7,7 +7,7 @@
 
 namespace cfpp {
 
-// rows [B or 1, F, dim] for tokens x [B, S, dim], F a divisor of S. frames: the wanted F, or negative for any.
+// rows [B or 1, F, dim] for tokens x [B, S, dim], F a divisor of S. frames: the required F, or negative for any.
 inline void check_frame_rows(const Tensor& rows, const Tensor& x, int64_t frames = -1) {
   const bool fits = rows.dim() == 3 && (rows.size(0) == 1 || rows.size(0) == x.size(0)) && rows.size(1) > 0 &&
                     x.size(1) % rows.size(1) == 0 && (frames < 0 || rows.size(1) == frames) &&

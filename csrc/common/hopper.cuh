@@ -10,7 +10,7 @@
 
 namespace cfpp {
 
-// How long L2 should keep what TMA reads, in createpolicy's encoding.
+// How long L2 keeps the data that TMA reads, in createpolicy's encoding.
 constexpr uint64_t kEvictFirst = 0x12f0000000000000, kEvictLast = 0x14f0000000000000;
 
 }  // namespace cfpp
@@ -18,7 +18,7 @@ constexpr uint64_t kEvictFirst = 0x12f0000000000000, kEvictLast = 0x14f000000000
 #ifdef CFPP_EMULATE
 #include "hopper.h"
 #else
-#include <cuda.h>  // types only: the driver is asked for its functions at run time
+#include <cuda.h>  // types only: functions of the driver are found at run time
 
 namespace cfpp {
 
@@ -88,7 +88,8 @@ __device__ __forceinline__ void barrier_wait(Barrier& barrier, int parity) {
 #endif
 }
 
-// Loads the box that starts at these coordinates, innermost first, and tells `barrier` how many bytes have come.
+// Loads the box that starts at these coordinates, innermost first, and reports the bytes that have arrived to
+// `barrier`.
 __device__ __forceinline__ void tma_load(void* tile, const TensorMap& map, Barrier& barrier, int c0, int c1, int c2,
                                          int c3, int c4, uint64_t policy) {
   asm volatile(
@@ -112,7 +113,7 @@ __device__ __forceinline__ void named_barrier_sync() {
   asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
 }
 
-// The kernel's registers per thread, moved between warpgroups; each executed by a whole warpgroup.
+// The kernel's registers per thread, moved between warpgroups; each executed by a full warpgroup.
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -124,8 +125,8 @@ __device__ __forceinline__ void take_registers() {
 }
 
 // wgmma runs on its own: wgmma_fence() before the first of a batch and after touching registers that it uses,
-// wgmma_commit() behind the last, wgmma_wait<n>() until at most n batches are under way. Nobody touches the
-// accumulators or register operands meanwhile.
+// wgmma_commit() behind the last, wgmma_wait<n>() until at most n batches are under way. The accumulators and register
+// operands must not be touched meanwhile.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
@@ -148,7 +149,7 @@ __device__ __forceinline__ void pin(uint32_t (&registers)[kCount][4]) {
   for (int i = 0; i < 4 * kCount; ++i) asm volatile("" : "+r"(registers[i / 4][i % 4])::"memory");
 }
 
-// The operand lists of wgmma below, which PTX wants spelt out: 8 registers, and the names of 32, 64 and 88.
+// The operand lists of wgmma below, which PTX requires in full: 8 registers, and the names of 32, 64 and 88.
 #define CFPP_F8(d, i)                                                                                         \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])

@@ -1,5 +1,5 @@
-// LayerNorm of one row that lies widened in a buffer, for the CPU kernels that fuse it with what comes before. Such a
-// buffer fits the L1 cache, so the passes over it cost arithmetic, not memory.
+// LayerNorm of one row of float32 in a buffer, for CPU kernels that fuse it with the op before it. The buffer fits the
+// L1 cache, so the passes over it cost arithmetic, not memory traffic.
 #pragma once
 
 #include <cmath>

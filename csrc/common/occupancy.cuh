@@ -1,4 +1,4 @@
-// Facts about devices that launchers need on every call, asked of CUDA once per device.
+// Properties of devices and kernels that launchers need on every call, queried from CUDA once per device.
 #pragma once
 
 #include <map>
@@ -9,7 +9,7 @@
 
 namespace cfpp {
 
-// An attribute of a device, remembered.
+// Returns an attribute of a device; cached.
 inline cudaError_t device_attribute(cudaDeviceAttr attribute, int device, int* value) {
   static std::mutex mutex;
   static std::map<std::pair<cudaDeviceAttr, int>, int> known;
@@ -25,9 +25,9 @@ inline cudaError_t device_attribute(cudaDeviceAttr attribute, int device, int* v
   return error;
 }
 
-// CTAs of `kernel` that the current device, number `device`, holds at once, all SMs together. Lifts the kernel's limit
-// on dynamic shared memory first. Both happen once per kernel and device, so launches may be captured after the first
-// call.
+// Returns how many CTAs of `kernel` run at once on the current device, number `device`, all SMs together. Lifts the
+// kernel's limit on dynamic shared memory first. Both happen once per kernel and device, so launches may be captured
+// after the first call.
 template <typename Kernel>
 cudaError_t resident_ctas(Kernel kernel, int threads, int shared_bytes, int device, int* ctas) {
   static std::mutex mutex;

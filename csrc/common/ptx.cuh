@@ -71,7 +71,7 @@ __device__ __forceinline__ void mma_16816<__half>(float (&c)[4], const uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// No instruction: what was computed from x before is not known to hold behind this point, so it is computed again.
+// No instruction: hides the value of x from the compiler, which therefore computes again what it derived from x before.
 __device__ __forceinline__ void derive_again(int& x) { asm volatile("" : "+r"(x)); }
 
 // 2^x to about 2 ulp; 2^-inf = 0, subnormal results are 0.

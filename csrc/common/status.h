@@ -1,9 +1,9 @@
-// How launchers report: an empty Status is success, anything else is the message for the user.
+// The result of a launcher: an empty Status is success, anything else is the message for the user.
 #pragma once
 
 #include <string>
 
-// In front of small functions that kernels call too.
+// Prefix of small functions that kernels call too.
 #ifdef __CUDACC__
 #define CFPP_HOST_DEVICE __host__ __device__
 #else

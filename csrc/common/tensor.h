@@ -1,4 +1,4 @@
-// A Python tensor seen from a binding, without torch: what DLPack tells about it, for the duration of one call.
+// A Python tensor in a binding, without torch: the description that DLPack gives of it, valid for one call.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -22,7 +22,7 @@ namespace py = pybind11;
 
 namespace dlpack {
 
-// The exchange functions of a tensor type, or null where the type has none; each type is asked once. The types seen
+// Returns the exchange functions of a tensor type, or null if it has none; cached per type. The types that occur
 // are torch.Tensor and nn.Parameter, so a list is the fastest map. Needs the GIL.
 inline const ExchangeApi* exchange_api(PyTypeObject* type) {
   static auto& known = *new std::vector<std::pair<PyTypeObject*, const ExchangeApi*>>;
@@ -46,7 +46,7 @@ inline const ExchangeApi* exchange_api(PyTypeObject* type) {
 }  // namespace dlpack
 
 // One tensor argument. `op` and `name` are string literals that errors begin with. Shape and strides are copies;
-// data() is valid while the caller holds the Python object. Throws InputError for what is not a tensor, has more than
+// data() is valid while the Python object lives. Throws InputError for an object that is not a tensor, has more than
 // kMaxDims dimensions, lies on neither CPU nor CUDA, or has a dtype without a DType.
 class Tensor {
  public:
@@ -81,7 +81,7 @@ class Tensor {
   int64_t size(int axis) const { return shape_[axis]; }
   // In elements. An axis of size 0 or 1 is never stepped along, so its stride reads 0 whatever the tensor says.
   int64_t stride(int axis) const { return strides_[axis]; }
-  // Those of the first axes.
+  // Copies the strides of the first axes.
   template <size_t kCount>
   void copy_strides(int64_t (&out)[kCount]) const {
     static_assert(kCount <= kMaxDims);
@@ -127,7 +127,7 @@ class Tensor {
   void read_capsule(py::handle object) {
     if (!py::hasattr(object, "__dlpack__")) refuse("a tensor", py::str(py::type::handle_of(object).attr("__name__")));
     try {
-      // torch exports no tensor that requires a gradient; the bindings only look at the data.
+      // torch exports no tensor that requires a gradient; the bindings only need the data.
       capsule_ = py::getattr(object, "requires_grad", py::bool_(false)).cast<bool>()
                      ? object.attr("detach")()
                      : py::reinterpret_borrow<py::object>(object);

@@ -1,5 +1,5 @@
 // Vectors of 16 lanes for CPU kernels, in whatever registers the instruction set has, and stores past the caches. All
-// functions that pass them are inlined, so how a call would pass them is no matter: users switch off -Wpsabi.
+// functions that pass them are inlined, so the ABI of such calls does not matter: the build switches off -Wpsabi.
 #pragma once
 
 #include <cstdint>

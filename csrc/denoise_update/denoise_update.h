@@ -19,7 +19,7 @@ struct DenoiseUpdateParams {
   const float* sigma_ptr;       // [B, F], noise level of x
   const float* next_sigma_ptr;  // [B, F], noise level of x_next; null where noise is null
   int64_t batch, frames, frame_size;
-  int64_t sigma_stride[2], next_sigma_stride[2];  // B, frame, in elements; 0 where one row serves the whole batch
+  int64_t sigma_stride[2], next_sigma_stride[2];  // B, frame, in elements; 0 where one row serves the full batch
 };
 
 void denoise_update_cpu(const DenoiseUpdateParams& params, int num_threads);

@@ -1,4 +1,5 @@
-// CPU kernel of denoise_update: one task per span of a frame.
+// CPU kernel of denoise_update.
+// One task: kSpan values of a frame.
 #include <algorithm>
 
 #include "common/cpu.h"

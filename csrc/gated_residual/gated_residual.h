@@ -1,4 +1,4 @@
-// gated_residual: x + gate * y, and LayerNorm of that for what comes next, in one pass over memory.
+// gated_residual: x + gate * y, and the LayerNorm of the sum, in one pass over memory.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace cfpp {
 
-// Strides are in elements, 0 where one row serves the whole batch or all frames; innermost dimensions are contiguous.
+// Strides are in elements, 0 where one row serves the full batch or all frames; innermost dimensions are contiguous.
 // B batch, S tokens, F frames of S / F tokens each.
 struct GatedResidualParams {
   DType dtype;            // of every pointer

@@ -1,5 +1,6 @@
-// CPU kernel of gated_residual: one task per token. The sum is normalised as it stands in float32, before it is rounded
-// for storage: nearer to the exact result than the LayerNorm of the rounded sum.
+// CPU kernel of gated_residual.
+// One task: a token. The LayerNorm takes the float32 sum before it is rounded for storage, which is closer to the exact
+//   result than the LayerNorm of the rounded sum.
 #include <vector>
 
 #include "common/cpu.h"

@@ -1,6 +1,7 @@
-// CUDA kernel of kv_dequantize_. One thread widens one pack of 8 channels of one token, of keys and of values: 8 bytes
-// read and 16 or 32 written each, neighbours side by side. The grid covers the capacity; threads of tokens that nobody
-// sees leave after the look at the ranges, a few words that stay in L1.
+// CUDA kernel of kv_dequantize_.
+// One thread: one pack of 8 channels of one token, of keys and of values. It reads 8 bytes and writes 16 or 32 of each,
+//   next to its neighbours. The grid covers the capacity. Threads of tokens outside all ranges return after reading the
+//   ranges, which are a few bytes in L1.
 // What binds: bytes, 3 (16-bit outputs) or 5 per element and visible token.
 #include <cstring>
 #include <initializer_list>

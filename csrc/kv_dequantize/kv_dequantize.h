@@ -1,4 +1,4 @@
-// kv_dequantize_: the visible rows of a float8 cache as numbers that attention reads.
+// kv_dequantize_: converts the visible rows of a float8 cache to the dtype that attention reads.
 #pragma once
 
 #include <cstdint>

@@ -1,16 +1,15 @@
-// CPU kernel of kv_dequantize_. Threads share the visible rows, each once however many groups see it. What binds is
-// memory traffic, 1 byte in and 2 or 4 out per element; large calls store past the caches.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
+// CPU kernel of kv_dequantize_.
+// One task: a run of visible rows, each row once even if several groups see it.
+// What binds: memory traffic, 1 byte in and 2 or 4 out per element. Large calls store past the caches.
 #include <algorithm>
 #include <limits>
 #include <utility>
 #include <vector>
 
-#include "block_attention/ranges.h"
 #include "common/cpu.h"
 #include "common/float8.h"
 #include "common/half.h"
+#include "common/token_ranges.h"
 #include "common/vectors.h"
 #include "kv_dequantize/kv_dequantize.h"
 
@@ -87,7 +86,7 @@ template <bool kStream, typename T>
   finish_writes<kStream>();
 }
 
-// Visible rows begin .. end of those that `runs` count.
+// Widens rows begin .. end, counted over all `runs`.
 template <typename T>
 [[gnu::always_inline]] inline void widen_rows(const KvDequantizeParams& p, const std::vector<Run>& runs, bool streaming,
                                               int64_t begin, int64_t end) {
@@ -105,7 +104,7 @@ CFPP_CLONES void widen(const KvDequantizeParams& p, const Runs& runs, bool s, in
   widen_rows<float16>(p, runs, s, a, b);
 }
 
-// Every head is a whole number of vectors at an address that streaming stores take.
+// True if every head is a multiple of vectors at a 16-byte boundary, as streaming stores require.
 bool can_stream(const KvDequantizeParams& p) {
   const int64_t bytes = size_of(p.dtype);
   bool fits = p.head_dim % kLanes == 0;
@@ -116,20 +115,7 @@ bool can_stream(const KvDequantizeParams& p) {
   return fits;
 }
 
-Status check_ranges(const KvDequantizeParams& p) {
-  for (int64_t i = 0; i < p.batch * p.groups * p.ranges; ++i) {
-    const int32_t first = p.ranges_ptr[2 * i], last = p.ranges_ptr[2 * i + 1];
-    if (!range_fits(first, last, p.capacity)) {
-      return "kv_dequantize_: ranges[" + std::to_string(i / p.ranges / p.groups) + ", " +
-             std::to_string(i / p.ranges % p.groups) + ", " + std::to_string(i % p.ranges) +
-             "] must be (0, 0) or 0 <= first < last <= capacity " + std::to_string(p.capacity) + ", got [" +
-             std::to_string(first) + ", " + std::to_string(last) + ")";
-    }
-  }
-  return {};
-}
-
-// What any group sees, in order and without overlap, for every head.
+// Returns the rows that any group sees, in order and without overlap, for every head.
 Runs find_runs(const KvDequantizeParams& p) {
   Runs runs;
   int64_t before = 0;
@@ -155,7 +141,8 @@ Runs find_runs(const KvDequantizeParams& p) {
 }  // namespace
 
 Status kv_dequantize_cpu(const KvDequantizeParams& params, int num_threads) {
-  Status status = check_ranges(params);
+  Status status =
+      find_bad_range("kv_dequantize_", params.ranges_ptr, params.batch, params.groups, params.ranges, params.capacity);
   if (!status.empty()) return status;
   const Runs runs = find_runs(params);
   const int64_t rows = runs.empty() ? 0 : runs.back().before + runs.back().last - runs.back().first;

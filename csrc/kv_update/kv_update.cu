@@ -1,14 +1,16 @@
-// CUDA kernel of kv_update_. Rows of q, k and v are read in packs (16 bytes a thread and access), q and k are reduced
-// together, rotated and written, v is moved untouched; a float8 cache gets the codes of k and v divided by their head's
-// scale, rounded once. What binds: bytes. 6 * H * D elements move per token (3 in, 3 out); about 20 FLOPs per element
-// of q and k are far below the roof. A frame is so few tokens that the chain of waits within one counts, and how many
-// bytes are under way: a token belongs to as few warps as hold its rows in registers (kMostPacks packs of each a lane;
-// two warps for 1536 channels in 16-bit), all that a lane reads of them is asked for before it waits for any, and warps
-// meet only where a token has several. Wider or unaligned rows are read a second time instead, from L1. Norm weights
-// and rotation tables are shared by all CTAs and stay in L2 and L1. Assumes: D even; a head starts on a pack boundary
-// (D % kWidth == 0); for packs of 16 bytes also that all pointers and strides are multiples of 16 bytes, else the
-// launcher takes packs of 2 elements moved one by one. A write_index outside [0, capacity - S / groups] traps: see
-// kv_update.h.
+// CUDA kernels of kv_update_.
+// One CTA: a few tokens, or one wide token. Its threads read the rows of q, k and v in packs of 16 bytes, reduce q and
+// k
+//   together, rotate both, and copy v unchanged. For a float8 cache, k and v are divided by their head's scale and
+//   rounded once. One frame is only 1560 tokens, so latency counts as well as bytes in flight: each token uses the
+//   fewest warps whose registers take its rows (kMaxPacks packs of each row per lane: two warps for 1536 channels in 16
+//   bits), all loads are issued before the first use, and warps synchronise only if a token spans several. Wider or
+//   unaligned rows are read twice, the second time from L1.
+// What binds: bytes. 6 * H * D elements move per token, 3 in and 3 out. The 20 FLOPs per element of q and k are far
+//   below the peak. Norm weights and rotation tables are shared by all CTAs and stay in L2 and L1.
+// Assumes: D is even, and a head starts on a pack boundary (D % kWidth == 0). Packs of 16 bytes need all pointers and
+//   strides to be multiples of 16 bytes; else the launcher takes packs of 2 elements, moved one by one. A write_index
+//   outside [0, capacity - S / groups] traps, see kv_update.h.
 #include <algorithm>
 #include <cstring>
 #include <initializer_list>
@@ -21,8 +23,9 @@
 namespace cfpp {
 namespace {
 
-constexpr int kMostPacks = 3;   // of q, k and v that a lane holds; with 6 (H200: 1.2 x the time) few warps fit on an SM
-constexpr int kMostWarps = 16;  // of one token
+constexpr int kMaxPacks =
+    3;  // of each of q, k and v per lane; with 6 (1.2 x the time on an H200) few warps fit on an SM
+constexpr int kMaxWarps = 16;  // of one token
 constexpr int kCtaThreads = 128, kRereadThreads = 256;
 
 template <typename T, int kWidth>
@@ -33,7 +36,7 @@ __device__ __forceinline__ float sum_of_squares(const T (&x)[kWidth]) {
   return sum;
 }
 
-// (cos, sin) of pair `pair` of a head, from the table of its axis.
+// Returns (cos, sin) of pair `pair` of a head, from the table of its axis.
 __device__ __forceinline__ float2 rotation(int pair, int time_pairs, int row_pairs, const float* time, const float* row,
                                            const float* column) {
   const float* table = time;
@@ -86,7 +89,7 @@ __device__ __forceinline__ void write_pack(T* target, const Pack<T, kWidth, kVec
   }
 }
 
-// One token of one batch row. C: what the cache holds, T or uint8_t for float8 codes.
+// One token of one batch row. C: type of a cache element, T or uint8_t for float8 codes.
 template <typename T, typename C, int kWidth, bool kVector>
 struct Token {
   using P = Pack<T, kWidth, kVector>;
@@ -118,7 +121,7 @@ struct Token {
     horizontal = p.rope_w_ptr + column * 2 * p.column_pairs;
   }
 
-  // After the rows have been asked for: it waits for the index.
+  // Called after the loads of the rows are issued, since it waits for the index.
   __device__ __forceinline__ void check_slot() const {
     if (first < 0 || first > p.capacity - group_tokens) __trap();
   }
@@ -154,7 +157,7 @@ struct Token {
     }
     return turned;
   }
-  // scales: of q and k, from their sums of squares.
+  // scales: 1 / RMS of q and of k.
   __device__ __forceinline__ void write_q_and_k(int channel, const P& q, const P& k, const float2 (&turn)[kWidth / 2],
                                                 float2 scales) const {
     const int head = channel / head_dim, within = channel - head * head_dim;
@@ -175,14 +178,15 @@ struct Token {
   }
 };
 
-// blockDim.x lanes make a token, blockDim.y tokens a CTA; a lane has kPacks packs of each row, every blockDim.x-th.
+// The rows stay in registers. blockDim.x threads share a token, blockDim.y tokens share a CTA. A thread has kPacks
+// packs of each row, every blockDim.x-th.
 template <typename T, typename C, int kWidth, int kPacks>
-__global__ void __launch_bounds__(kMostWarps* kWarpSize) kv_update_held_kernel(const KvUpdateParams p) {
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize) kv_update_register_kernel(const KvUpdateParams p) {
   using P = Pack<T, kWidth, true>;
-  __shared__ float2 warp_sums[kCtaThreads / kWarpSize + kMostWarps];
+  __shared__ float2 warp_sums[kCtaThreads / kWarpSize + kMaxWarps];
   const int index = static_cast<int>(blockIdx.x * blockDim.y + threadIdx.y), tokens = static_cast<int>(p.tokens());
   const Token<T, C, kWidth, true> token(p, static_cast<int>(blockIdx.y), index < tokens ? index : tokens - 1);
-  const int channels = index < tokens ? static_cast<int>(p.channels()) : 0;  // a token too many has none
+  const int channels = index < tokens ? static_cast<int>(p.channels()) : 0;  // a surplus token has none
   const int lane_channel = static_cast<int>(threadIdx.x) * kWidth, stride = static_cast<int>(blockDim.x) * kWidth;
 
   P q[kPacks], k[kPacks], v[kPacks];
@@ -207,7 +211,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize) kv_update_held_kernel(c
   }
   sums = row_sum(sums, warp_sums);
   const float2 scales = token.scales_of(sums);
-  const bool turns_alike = stride % token.head_dim == 0;  // all packs of a lane are at the same place of their heads
+  const bool turns_alike = stride % token.head_dim == 0;  // all packs of a lane have the same place within their heads
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
     const int channel = lane_channel + i * stride;
@@ -217,7 +221,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize) kv_update_held_kernel(c
   }
 }
 
-// One CTA a token, whose rows are read twice.
+// One CTA per token, whose rows are read twice.
 template <typename T, typename C, int kWidth, bool kVector>
 __global__ void __launch_bounds__(kRereadThreads) kv_update_reread_kernel(const KvUpdateParams p) {
   using P = Pack<T, kWidth, kVector>;
@@ -241,7 +245,7 @@ __global__ void __launch_bounds__(kRereadThreads) kv_update_reread_kernel(const 
   }
 }
 
-// All addresses and strides that a 16-byte access would meet are multiples of 16 bytes; of a float8 cache, of a pack.
+// True if all addresses and strides of 16-byte accesses are multiples of 16 bytes; of a float8 cache, of a pack.
 bool vectors_fit(const KvUpdateParams& p) {
   const int64_t width = 16 / size_of(p.dtype);
   bool fits = p.head_dim % width == 0;
@@ -263,10 +267,10 @@ template <typename T, typename C>
 void launch_for(const KvUpdateParams& p, cudaStream_t stream) {
   constexpr int kWidth = 16 / sizeof(T), kLaneChannels = kWarpSize * kWidth;
   const auto tokens = static_cast<unsigned>(p.tokens()), batch = static_cast<unsigned>(p.batch);
-  const auto warps = static_cast<int>(ceil_div<int64_t>(p.channels(), kMostPacks * kLaneChannels));
+  const auto warps = static_cast<int>(ceil_div<int64_t>(p.channels(), kMaxPacks * kLaneChannels));
   if (!vectors_fit(p)) {
     kv_update_reread_kernel<T, C, 2, false><<<dim3(tokens, batch), kRereadThreads, 0, stream>>>(p);
-  } else if (warps > kMostWarps) {
+  } else if (warps > kMaxWarps) {
     kv_update_reread_kernel<T, C, kWidth, true><<<dim3(tokens, batch), kRereadThreads, 0, stream>>>(p);
   } else {
     const dim3 block(warps * kWarpSize, std::max(1, kCtaThreads / (warps * kWarpSize)));
@@ -274,11 +278,11 @@ void launch_for(const KvUpdateParams& p, cudaStream_t stream) {
     const auto packs = static_cast<int>(ceil_div<int64_t>(p.channels(), warps * kLaneChannels));
     const auto launch = [&](auto kernel) { kernel<<<grid, block, 0, stream>>>(p); };
     if (packs == 1) {
-      launch(kv_update_held_kernel<T, C, kWidth, 1>);
+      launch(kv_update_register_kernel<T, C, kWidth, 1>);
     } else if (packs == 2) {
-      launch(kv_update_held_kernel<T, C, kWidth, 2>);
+      launch(kv_update_register_kernel<T, C, kWidth, 2>);
     } else {
-      launch(kv_update_held_kernel<T, C, kWidth, kMostPacks>);
+      launch(kv_update_register_kernel<T, C, kWidth, kMaxPacks>);
     }
   }
 }

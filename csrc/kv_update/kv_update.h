@@ -12,7 +12,7 @@ namespace cfpp {
 // B batch, H heads, D head_dim (even), S = frames * rows * columns tokens, token s = (frame, row, column) row-major.
 struct KvUpdateParams {
   DType dtype;                     // of every void pointer but the caches'
-  DType cache_dtype;               // the same, or float8 e4m3, which holds x / scale, saturated
+  DType cache_dtype;               // the same, or float8 e4m3 with x / scale, saturated
   void* k_cache_ptr;               // [B, H, capacity, D], written at tokens write_index .. + S / groups
   void* v_cache_ptr;               // likewise
   const float* k_scale_ptr;        // [B, H], contiguous, > 0; null unless the caches are float8

@@ -1,8 +1,9 @@
-// CPU kernel of kv_update_. Threads share the tokens. A row of q or k is read twice, for the sum of squares and, then
-// from L1, to be normalised, rotated, narrowed and written in vectors of 16. What binds is memory traffic: 6 * H * D
-// elements a token, and for large calls no more, since streaming stores keep the destinations from being read first.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
+// CPU kernel of kv_update_.
+// One task: a token. Rows of q and k are read twice: for the sum of squares and, then from L1, to be normalised,
+// rotated,
+//   narrowed and written in vectors of 16.
+// What binds: memory traffic, 6 * H * D elements per token. Large calls use streaming stores, so that destinations are
+//   not read before they are written.
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
@@ -20,12 +21,12 @@ namespace {
 
 constexpr int kWidth = 2 * kLanes;  // channels a vector step takes
 
-// kWidth channels: the first and the second of each adjacent pair.
+// kWidth channels: the first and the second channel of each adjacent pair.
 struct Pairs {
   Floats first, second;
 };
 
-// A pair of 16-bit channels is one word, the first channel in its low half.
+// A pair of 16-bit channels is one 32-bit element of Words, the first channel in its low half.
 [[gnu::always_inline]] inline Pairs load(const bfloat16* source) {
   const Words words = read<Words>(source);
   return {bit_cast<Floats>(words << 16), bit_cast<Floats>(words & 0xffff0000u)};
@@ -92,10 +93,10 @@ template <typename T>
   return sum / static_cast<float>(channels);
 }
 
-// The turn of each pair of a head at one token.
+// Cosine and sine of the rotation of each pair of a head, at one token.
 struct Rotation {
   explicit Rotation(int64_t pairs) : cos(pairs), sin(pairs) {}
-  // Sets `pairs` of them from `first` on from a table of (cos, sin).
+  // Sets pairs first .. first + pairs from a table of (cos, sin).
   void set(int64_t first, const float* table, int64_t pairs) {
     for (int64_t i = 0; i < pairs; ++i) {
       cos[first + i] = table[2 * i];
@@ -105,118 +106,144 @@ struct Rotation {
   std::vector<float> cos, sin;
 };
 
-// What a head's values are multiplied with before they are narrowed to C. float8 alone has scales, [H] of this batch
-// row.
+// One row of q, k or v: all heads of one token.
+struct Row {
+  const void *source, *weight;  // [heads, head_dim]; v has no weight
+  void* target;                 // heads lie head_stride elements apart
+  int64_t heads, head_dim, head_stride;
+  const float* scales;     // [heads] of float8 targets, else null
+  const float *cos, *sin;  // [head_dim / 2], as in Rotation
+  float eps;
+};
+
+// Factor that a head's values are multiplied by before they are narrowed to C. Only float8 has scales.
 template <typename C>
-[[gnu::always_inline]] inline float factor([[maybe_unused]] const float* scales, [[maybe_unused]] int64_t head) {
-  if constexpr (std::is_same_v<C, float8>) return 1.f / scales[head];
-  return 1.f;
+[[gnu::always_inline]] inline float factor(const Row& row, int64_t head) {
+  return std::is_same_v<C, float8> ? 1.f / row.scales[head] : 1.f;
 }
 
 template <bool kStream, typename T, typename C>
-[[gnu::always_inline]] inline void norm_rotate(const KvUpdateParams& p, const T* row, const T* weight,
-                                               const Rotation& rotation, C* target, int64_t head_stride,
-                                               const float* scales) {
-  const float scale = 1.f / std::sqrt(mean_of_squares(row, p.channels()) + p.eps);
-  const float *cos = rotation.cos.data(), *sin = rotation.sin.data();
-  for (int64_t h = 0; h < p.heads; ++h, row += p.head_dim, weight += p.head_dim, target += head_stride) {
-    const float to_code = factor<C>(scales, h);
+[[gnu::always_inline]] inline void norm_rotate(const Row& row) {
+  const T *source = static_cast<const T*>(row.source), *weight = static_cast<const T*>(row.weight);
+  C* target = static_cast<C*>(row.target);
+  const float scale = 1.f / std::sqrt(mean_of_squares(source, row.heads * row.head_dim) + row.eps);
+  for (int64_t h = 0; h < row.heads; ++h) {
+    const float to_code = factor<C>(row, h);
     int64_t i = 0;
-    for (; i + kWidth <= p.head_dim; i += kWidth) {
-      const Pairs x = load(row + i), w = load(weight + i);
+    for (; i + kWidth <= row.head_dim; i += kWidth) {
+      const Pairs x = load(source + i), w = load(weight + i);
       const Floats first = x.first * scale * w.first, second = x.second * scale * w.second;
-      const Floats c = read<Floats>(cos + i / 2), s = read<Floats>(sin + i / 2);
+      const Floats c = read<Floats>(row.cos + i / 2), s = read<Floats>(row.sin + i / 2);
       Pairs turned{first * c - second * s, first * s + second * c};
       if constexpr (std::is_same_v<C, float8>) turned = {turned.first * to_code, turned.second * to_code};
       store<kStream>(target + i, turned);
     }
-    for (; i < p.head_dim; i += 2) {
-      const float first = to_float(row[i]) * scale * to_float(weight[i]);
-      const float second = to_float(row[i + 1]) * scale * to_float(weight[i + 1]);
-      target[i] = narrow<C>((first * cos[i / 2] - second * sin[i / 2]) * to_code);
-      target[i + 1] = narrow<C>((first * sin[i / 2] + second * cos[i / 2]) * to_code);
+    for (; i < row.head_dim; i += 2) {
+      const float first = to_float(source[i]) * scale * to_float(weight[i]);
+      const float second = to_float(source[i + 1]) * scale * to_float(weight[i + 1]);
+      const float c = row.cos[i / 2], s = row.sin[i / 2];
+      target[i] = narrow<C>((first * c - second * s) * to_code);
+      target[i + 1] = narrow<C>((first * s + second * c) * to_code);
     }
+    source += row.head_dim, weight += row.head_dim, target += row.head_stride;
   }
 }
 
-// One head's values: bytes as they are, or divided by the head's scale and narrowed.
+// Divides each head by its scale and narrows it to float8.
 template <bool kStream, typename T>
-[[gnu::always_inline]] inline void copy(const T* source, int64_t count, const float*, int64_t, T* target) {
-  const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
-  if (!kStream) {
-    std::memcpy(target, source, bytes);
-    return;
-  }
-  char* to = reinterpret_cast<char*>(target);
-  for (int64_t i = 0; i < bytes; i += sizeof(Words)) {
-    write<kStream>(to + i, read<Words>(reinterpret_cast<const char*>(source) + i));
+[[gnu::always_inline]] inline void quantize(const Row& row) {
+  const T* source = static_cast<const T*>(row.source);
+  float8* target = static_cast<float8*>(row.target);
+  for (int64_t h = 0; h < row.heads; ++h, source += row.head_dim, target += row.head_stride) {
+    const float to_code = factor<float8>(row, h);
+    int64_t i = 0;
+    for (; i + kWidth <= row.head_dim; i += kWidth) {
+      const Pairs x = load(source + i);
+      store<kStream>(target + i, {x.first * to_code, x.second * to_code});
+    }
+    for (; i < row.head_dim; ++i) target[i] = narrow<float8>(to_float(source[i]) * to_code);
   }
 }
-template <bool kStream, typename T>
-[[gnu::always_inline]] inline void copy(const T* source, int64_t count, const float* scales, int64_t head,
-                                        float8* target) {
-  const float to_code = factor<float8>(scales, head);
-  int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) {
-    const Pairs x = load(source + i);
-    store<kStream>(target + i, {x.first * to_code, x.second * to_code});
+
+// Rows are the unit that is compiled per instruction set: the loop over tokens would be compiled with each of them.
+#define CFPP_ROW_KERNELS(T)                                                             \
+  CFPP_CLONES void norm_rotate_row(const Row& row, bool streaming, T, T) {              \
+    streaming ? norm_rotate<true, T, T>(row) : norm_rotate<false, T, T>(row);           \
+  }                                                                                     \
+  CFPP_CLONES void norm_rotate_row(const Row& row, bool streaming, T, float8) {         \
+    streaming ? norm_rotate<true, T, float8>(row) : norm_rotate<false, T, float8>(row); \
+  }                                                                                     \
+  CFPP_CLONES void copy_row(const Row& row, bool streaming, T, float8) {                \
+    streaming ? quantize<true, T>(row) : quantize<false, T>(row);                       \
   }
-  for (; i < count; ++i) target[i] = narrow<float8>(to_float(source[i]) * to_code);
+CFPP_ROW_KERNELS(float)
+CFPP_ROW_KERNELS(bfloat16)
+CFPP_ROW_KERNELS(float16)
+#undef CFPP_ROW_KERNELS
+
+// Copies the bytes of each head.
+template <typename T>
+void copy_row(const Row& row, bool streaming, T, T) {
+  const char* source = static_cast<const char*>(row.source);
+  char* target = static_cast<char*>(row.target);
+  const int64_t bytes = row.head_dim * static_cast<int64_t>(sizeof(T));
+  for (int64_t h = 0; h < row.heads;
+       ++h, source += bytes, target += row.head_stride * static_cast<int64_t>(sizeof(T))) {
+    if (!streaming) {
+      std::memcpy(target, source, bytes);
+      continue;
+    }
+    for (int64_t i = 0; i < bytes; i += sizeof(Words)) write<true>(target + i, read<Words>(source + i));
+  }
 }
 
 // Tokens first .. last of the B * S of a call.
-template <bool kStream, typename T, typename C>
-[[gnu::always_inline]] inline void update_tokens(const KvUpdateParams& p, int64_t first, int64_t last) {
+template <typename T, typename C>
+void update_tokens(const KvUpdateParams& p, bool streaming, int64_t first, int64_t last) {
   Rotation rotation(p.head_dim / 2);
   for (int64_t flat = first; flat < last; ++flat) {
     const int64_t b = flat / p.tokens(), s = flat % p.tokens(), group = s / p.tokens_per_group();
-    const int64_t column = s % p.columns, row = s / p.columns % p.rows, frame = s / (p.columns * p.rows);
+    const int64_t column = s % p.columns, line = s / p.columns % p.rows, frame = s / (p.columns * p.rows);
     const int64_t slot =
         p.write_index_ptr[b * p.write_index_stride[0] + group * p.write_index_stride[1]] + s % p.tokens_per_group();
     if (column == 0 || flat == first) {
       const float* time = p.rope_t_ptr + b * p.rope_t_stride[0] + frame * p.rope_t_stride[1];
       rotation.set(0, time, p.time_pairs);
-      rotation.set(p.time_pairs, p.rope_h_ptr + row * 2 * p.row_pairs, p.row_pairs);
+      rotation.set(p.time_pairs, p.rope_h_ptr + line * 2 * p.row_pairs, p.row_pairs);
     }
     rotation.set(p.time_pairs + p.row_pairs, p.rope_w_ptr + column * 2 * p.column_pairs, p.column_pairs);
 
-    const T* q = static_cast<const T*>(p.q_ptr) + b * p.q_stride[0] + s * p.q_stride[1];
-    const T* k = static_cast<const T*>(p.k_ptr) + b * p.k_stride[0] + s * p.k_stride[1];
-    const T* v = static_cast<const T*>(p.v_ptr) + b * p.v_stride[0] + s * p.v_stride[1];
-    T* q_out = static_cast<T*>(p.q_out_ptr) + (b * p.heads * p.tokens() + s) * p.head_dim;
-    C* k_out = static_cast<C*>(p.k_cache_ptr) + b * p.k_cache_stride[0] + slot * p.k_cache_stride[2];
-    C* v_out = static_cast<C*>(p.v_cache_ptr) + b * p.v_cache_stride[0] + slot * p.v_cache_stride[2];
-    const auto of_row = [&](const float* scales) { return scales == nullptr ? nullptr : scales + b * p.heads; };
-    norm_rotate<kStream>(p, q, static_cast<const T*>(p.q_norm_ptr), rotation, q_out, p.tokens() * p.head_dim, nullptr);
-    norm_rotate<kStream>(p, k, static_cast<const T*>(p.k_norm_ptr), rotation, k_out, p.k_cache_stride[1],
-                         of_row(p.k_scale_ptr));
-    for (int64_t h = 0; h < p.heads; ++h) {
-      copy<kStream>(v + h * p.head_dim, p.head_dim, of_row(p.v_scale_ptr), h, v_out + h * p.v_cache_stride[1]);
-    }
+    Row row{};
+    row.heads = p.heads;
+    row.head_dim = p.head_dim;
+    row.cos = rotation.cos.data();
+    row.sin = rotation.sin.data();
+    row.eps = p.eps;
+    const auto read_from = [&](const void* base, const int64_t (&stride)[2]) {
+      row.source = static_cast<const T*>(base) + b * stride[0] + s * stride[1];
+    };
+    const auto write_to_cache = [&](void* base, const int64_t (&stride)[3], const float* scales) {
+      row.target = static_cast<C*>(base) + b * stride[0] + slot * stride[2];
+      row.head_stride = stride[1];
+      row.scales = scales == nullptr ? nullptr : scales + b * p.heads;
+    };
+    read_from(p.q_ptr, p.q_stride);
+    row.weight = p.q_norm_ptr;
+    row.target = static_cast<T*>(p.q_out_ptr) + (b * p.heads * p.tokens() + s) * p.head_dim;
+    row.head_stride = p.tokens() * p.head_dim;
+    norm_rotate_row(row, streaming, T{}, T{});
+    read_from(p.k_ptr, p.k_stride);
+    row.weight = p.k_norm_ptr;
+    write_to_cache(p.k_cache_ptr, p.k_cache_stride, p.k_scale_ptr);
+    norm_rotate_row(row, streaming, T{}, C{});
+    read_from(p.v_ptr, p.v_stride);
+    write_to_cache(p.v_cache_ptr, p.v_cache_stride, p.v_scale_ptr);
+    copy_row(row, streaming, T{}, C{});
   }
-  finish_writes<kStream>();
+  if (streaming) finish_writes<true>();
 }
 
-template <typename T>
-[[gnu::always_inline]] inline void update_tokens(const KvUpdateParams& p, bool streaming, int64_t first, int64_t last) {
-  if (p.cache_dtype == DType::kFloat8E4M3) {
-    streaming ? update_tokens<true, T, float8>(p, first, last) : update_tokens<false, T, float8>(p, first, last);
-  } else {
-    streaming ? update_tokens<true, T, T>(p, first, last) : update_tokens<false, T, T>(p, first, last);
-  }
-}
-
-CFPP_CLONES void update(const KvUpdateParams& p, bool s, int64_t a, int64_t b, float) {
-  update_tokens<float>(p, s, a, b);
-}
-CFPP_CLONES void update(const KvUpdateParams& p, bool s, int64_t a, int64_t b, bfloat16) {
-  update_tokens<bfloat16>(p, s, a, b);
-}
-CFPP_CLONES void update(const KvUpdateParams& p, bool s, int64_t a, int64_t b, float16) {
-  update_tokens<float16>(p, s, a, b);
-}
-
-// Large enough to stream, and every head a whole number of vectors at an address that streaming stores take.
+// True if the call is large enough for streaming stores, and every head is a multiple of vectors at a 16-byte boundary.
 bool streams(const KvUpdateParams& p) {
   const int64_t bytes = size_of(p.cache_dtype);
   const int64_t written = p.batch * p.tokens() * p.channels() * (size_of(p.dtype) + 2 * bytes);
@@ -267,8 +294,10 @@ Status kv_update_cpu(const KvUpdateParams& params, int num_threads) {
   if (status.empty()) {
     const bool streaming = streams(params);
     dispatch_dtype<float, bfloat16, float16>(params.dtype, [&](auto tag) {
+      using T = decltype(tag);
+      const auto update = params.cache_dtype == DType::kFloat8E4M3 ? update_tokens<T, float8> : update_tokens<T, T>;
       parallel_for(params.batch * params.tokens(), 3 * params.channels(), num_threads,
-                   [&](int64_t first, int64_t last) { update(params, streaming, first, last, tag); });
+                   [&](int64_t first, int64_t last) { update(params, streaming, first, last); });
     });
   }
   return status;

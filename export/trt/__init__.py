@@ -1,1 +1,1 @@
-"""From ONNX graphs to TensorRT engines: parse (network), prove, build (compile, build), ship (bundle), run (engine)."""
+"""TensorRT engines from ONNX graphs: parse, check, build, bundle, run."""

@@ -1,9 +1,7 @@
 """The process that builds one engine: `python -m cfpp_rt.export.trt.build_worker JOB.json`.
 
-`builder_process` starts and watches it.
-
-A builder may crash or hang; in a process of its own that is a report, not the end of the command. The process leaves
-the engine and RESULT.json where the job says, or one line on stderr and exit code 2.
+`build.build_engine` starts and watches it. It writes the engine and RESULT.json to the paths in the job, or one line to
+stderr and ends with exit code 2.
 """
 
 import dataclasses
@@ -16,22 +14,25 @@ from typing import Any
 
 from cfpp_rt.errors import InputError, MissingExtraError
 from cfpp_rt.export.contract import GraphSpec
-from cfpp_rt.export.trt.check_network import prove
+from cfpp_rt.export.trt.check_network import check_network
 from cfpp_rt.export.trt.library import Library, load_library
 from cfpp_rt.export.trt.messages import explain
 from cfpp_rt.export.trt.parser import Network, parse
 
-WEIGHTS = ("embedded", "refittable", "stripped")
+WEIGHT_MODES = ("embedded", "refittable", "stripped")
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One engine to build.
+    """One engine to build. Every shape of a contract is static, so no optimisation profile is needed.
 
-    onnx, engine: paths. library: "tensorrt-rtx" or "tensorrt". target: "sm89" etc., or "current". spec: the
-    contract of the graph. weights: "embedded" for good, "refittable", or "stripped" (left out, refitted from the ONNX
-    file when the engine is loaded). timing_cache: file of measured tactics, read if it is there and written back;
-    TensorRT-RTX has none. Every shape of a contract is static, so no optimisation profile is needed.
+    onnx, engine: paths of the graph and of the engine to write.
+    library: "tensorrt-rtx" or "tensorrt".
+    target: "sm89" etc., or "current".
+    spec: the contract of the graph.
+    weights: "embedded" in the engine; "refittable", embedded but replaceable; or "stripped": left out, and taken from
+        the ONNX file when the engine is loaded.
+    timing_cache: file of measured tactics, read if it exists and updated. TensorRT-RTX has none.
     result: path of RESULT.json, chosen by `build_engine`.
     """
 
@@ -45,22 +46,23 @@ class Job:
     result: str = ""
 
     def __post_init__(self) -> None:
-        if self.weights not in WEIGHTS:
-            raise InputError(f"weights must be {', '.join(WEIGHTS)}, got {self.weights!r}")
+        if self.weights not in WEIGHT_MODES:
+            raise InputError(f"weights must be {', '.join(WEIGHT_MODES)}, got {self.weights!r}")
 
     @classmethod
     def read(cls, path: str | Path) -> "Job":
+        """Read the job that `build_engine` wrote."""
         values = json.loads(Path(path).read_text(encoding="utf-8"))
         return cls(**{**values, "spec": GraphSpec.from_dict(values["spec"])})
 
 
 def compile_engine(job: Job) -> dict[str, Any]:
-    """Parse, prove, build, write the engine. Returns what RESULT.json holds. Raises InputError for every refusal."""
+    """Build and write the engine; return the values of RESULT.json. Raises InputError for every refusal."""
     library = load_library(job.library)
     library.require_target(job.target)
     begin = time.perf_counter()
     network = parse(library, job.onnx)
-    report = prove(library, network, job.spec)
+    report = check_network(library, network, job.spec)
     parsed = time.perf_counter()
     engine = _build(library, network, job)
     _refuse_fatal(library)
@@ -81,13 +83,13 @@ def _build(library: Library, network: Network, job: Job) -> memoryview:
     flags = {"embedded": (), "refittable": ("REFIT",), "stripped": ("STRIP_PLAN",)}[job.weights]
     for flag in flags:
         config.set_flag(getattr(library.api.BuilderFlag, flag))
-    if library.name == "tensorrt-rtx":  # TensorRT itself builds for the GPU it finds, the only target it has
+    if library.name == "tensorrt-rtx":  # TensorRT has only one target, the GPU that it finds
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(library.api.ComputeCapability, job.target.upper()), 0)
     cache = _read_timing_cache(config, job.timing_cache) if job.timing_cache is not None else None
     engine = network.builder.build_serialized_network(network.definition, config)
     if engine is None:
-        errors = library.messages("INTERNAL_ERROR", "ERROR") or ["the builder returned nothing and said nothing"]
+        errors = library.messages("INTERNAL_ERROR", "ERROR") or ["the builder returned nothing and logged nothing"]
         raise InputError(f"not built: {explain('; '.join(dict.fromkeys(errors)))}")
     if cache is not None and job.timing_cache is not None:
         Path(job.timing_cache).write_bytes(memoryview(config.get_timing_cache().serialize()))
@@ -103,7 +105,7 @@ def _read_timing_cache(config: Any, path: str) -> Any:
 
 
 def _activation_mib(library: Library) -> float | None:
-    """GPU memory that the builder says a pass needs besides weights, inputs and outputs; None where it does not say."""
+    """Return the activation memory of a pass as the builder's log reports it; None where it does not."""
     found = [re.search(r"Total Activation Memory: (\d+) bytes", text) for text in library.messages("INFO")]
     sizes = [int(match[1]) for match in found if match]
     return sizes[-1] / 2**20 if sizes else None

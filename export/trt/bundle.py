@@ -1,6 +1,6 @@
-"""An engine bundle: a folder with a card, the engines by architecture, and the licence. Written whole or not at all.
+"""An engine bundle: a folder with a card, the engines by architecture, and the licence. Complete, or not there at all.
 
-card.json says what the engines are of, which library built them, and size and sha256 of each; beside it lie
+card.json records the student, the library that built the engines, and size and sha256 of each engine. Beside it are
 <architecture>/<graph>.engine and LICENSE.
 """
 
@@ -12,15 +12,21 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cfpp_rt.errors import InputError
-from cfpp_rt.export.bundle import CARD, Card, fits_together, read_card, require_file, sha256_of
-from cfpp_rt.export.trt.build_worker import WEIGHTS
+from cfpp_rt.export.bundle import CARD, Card, name_card_on_error, read_card, require_file
+from cfpp_rt.export.trt.build_worker import WEIGHT_MODES
+from cfpp_rt.io.digest import sha256_of
 
 FORMAT, FORMAT_VERSION = "cfpp-rt TensorRT bundle", 2
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineBundle:
-    """An opened bundle: the verified engines of one architecture by graph, the student's card, and all of card.json."""
+    """An opened bundle.
+
+    engines: the verified engine file of each graph, for one architecture.
+    card: the student's card.
+    values: all of card.json.
+    """
 
     folder: Path
     architecture: str
@@ -29,11 +35,13 @@ class EngineBundle:
     values: dict[str, Any]
 
 
-def write_card(folder: Path, values: Mapping[str, Any], builds: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-    """Complete a folder that holds the engines already: measure them, write card and licence.
+def write_engine_card(
+    folder: Path, values: Mapping[str, Any], builds: Mapping[str, Mapping[str, Mapping[str, Any]]]
+) -> None:
+    """Complete a folder that contains all engines: record their sizes and sha256, write card and licence.
 
-    values: what the engines are of; must hold `student` (a `Card` as a dict), `library` and `library_version`. builds:
-    architecture -> graph -> what the card is to say of the build, for every engine in the folder.
+    values: the card's other values; must have `student` (`Card.to_dict`), `library` and `library_version`.
+    builds: architecture -> graph -> the card's entry about the build, for every engine in the folder.
     """
     engines: dict[str, dict[str, Any]] = {}
     for architecture, graphs in builds.items():
@@ -43,27 +51,29 @@ def write_card(folder: Path, values: Mapping[str, Any], builds: Mapping[str, Map
             path = folder / file
             entry = {"file": str(file), "bytes": path.stat().st_size, "sha256": sha256_of(path)}
             engines[architecture][graph] = {**entry, **facts}
-    whole = {"format": FORMAT, "format_version": FORMAT_VERSION, **values, "engines": engines}
-    (folder / CARD).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    card = {"format": FORMAT, "format_version": FORMAT_VERSION, **values, "engines": engines}
+    (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     (folder / "LICENSE").write_text(_licence(), encoding="utf-8")
 
 
-def open_bundle(folder: str | Path, *, architecture: str, library: str, version: str) -> EngineBundle:
+def open_engine_bundle(folder: str | Path, *, architecture: str, library: str, version: str) -> EngineBundle:
     """Verify the engines of one architecture, byte for byte.
 
-    architecture: of the GPU that is to run them, "sm89". library, version: of the TensorRT that is to load them, which
-    must be the one that built them. Raises InputError in one line for every mismatch.
+    architecture: that of the GPU that will run them, "sm89" etc.
+    library, version: the TensorRT that will load them, which must be the one that built them.
+
+    Raises InputError in one line for every mismatch.
     """
     folder = Path(folder)
     values = read_card(folder, FORMAT, FORMAT_VERSION)
-    with fits_together(folder):
+    with name_card_on_error(folder):
         built_by = f"{values['library']} {values['library_version']}"
         card, engines = Card.from_dict(values["student"]), dict(values["engines"])
         unknown = sorted({graph for entries in engines.values() for graph in entries} - set(card.graphs))
         if unknown:
             raise InputError(f"engines must be of the student's graphs, got {', '.join(unknown)}")
-        if values["weights"] not in WEIGHTS:
-            raise InputError(f"weights must be {', '.join(WEIGHTS)}, got {values['weights']!r}")
+        if values["weights"] not in WEIGHT_MODES:
+            raise InputError(f"weights must be {', '.join(WEIGHT_MODES)}, got {values['weights']!r}")
         expected = {
             graph: (entry["file"], entry["bytes"], entry["sha256"])
             for graph, entry in engines.get(architecture, {}).items()

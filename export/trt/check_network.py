@@ -1,6 +1,6 @@
-"""Proof that a parsed network is the graph that was meant: one attention per site, every cache updated in place.
+"""Checks that a parsed network is the graph of the contract: one attention per site, every cache updated in place.
 
-TensorRT parses and builds networks that compute something else, or the same thing slowly, without a word. Everything
+TensorRT parses and builds networks that compute something else, or the same thing slowly, without an error. Everything
 that can be known before the build is checked here; each fault is one line.
 """
 
@@ -12,6 +12,7 @@ from cfpp_rt.errors import InputError
 from cfpp_rt.export.contract import GraphSpec, TensorSpec
 from cfpp_rt.export.trt.library import Library
 from cfpp_rt.export.trt.parser import Network, inputs_of, layers
+from cfpp_rt.io.text import name_list
 
 Port = tuple[tuple[int, ...], str]  # shape and dtype, e.g. ((1, 12, 1560, 128), "bfloat16")
 
@@ -24,13 +25,18 @@ _DTYPES = {
     "BOOL": "bool",
     "FP8": "float8_e4m3",
 }
-# A walk from an attention's keys back to the update of their cache passes views and scales, never another computation.
+# A walk from an attention's keys back to the update of their cache may cross views and scales, and ends at these.
 _WALK_ENDS = {"KV_CACHE_UPDATE", "ATTENTION_OUTPUT", "MATRIX_MULTIPLY", "CONVOLUTION"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One self-attention: the caches that it reads, the input that says which part of them is valid."""
+    """One self-attention.
+
+    key_cache, value_cache: the caches that it reads.
+    validity: the network inputs that determine the valid part of them.
+    decomposable: True if TensorRT may run it as separate kernels.
+    """
 
     name: str
     key_cache: str
@@ -41,8 +47,13 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class NetworkReport:
-    """What was proven. cross_attentions: attentions that read no cache. float8_linears: products of two operands in 8
-    bits. notes: what parsing changed.
+    """The facts that `check_network` established.
+
+    layers: number of layers of the network.
+    sites: the self-attentions.
+    cross_attentions: number of attentions that read no cache.
+    float8_linears: number of products of two operands in 8 bits.
+    notes: changes made after parsing.
     """
 
     layers: int
@@ -54,8 +65,8 @@ class NetworkReport:
     notes: tuple[str, ...]
 
 
-def prove(library: Library, network: Network, spec: GraphSpec) -> NetworkReport:
-    """Check a network against the contract of its graph.
+def check_network(library: Library, network: Network, spec: GraphSpec) -> NetworkReport:
+    """Check a network against the contract of its graph; return the facts.
 
     Raises InputError naming the first three faults and how many more there are.
     """
@@ -81,10 +92,10 @@ def prove(library: Library, network: Network, spec: GraphSpec) -> NetworkReport:
         caches = [cache for cache in caches if cache.rpartition(".")[2] != last]
     unread = [cache for cache in caches if cache not in read]
     if unread and not site_faults:
-        faults.append(f"no attention reads cache {_some(unread)}")
+        faults.append(f"no attention reads cache {name_list(unread)}")
     unused = [name for name in facts.inputs if name not in facts.needed]
     if unused:
-        faults.append(f"input {_some(unused)} reaches no output: the parser dropped it or nothing uses it")
+        faults.append(f"input {name_list(unused)} reaches no output: the parser dropped it or nothing uses it")
     if faults:
         more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise InputError(f"the network is not the graph of the contract: {'; '.join(faults[:3])}{more}")
@@ -100,7 +111,7 @@ def prove(library: Library, network: Network, spec: GraphSpec) -> NetworkReport:
 
 
 class _Facts:
-    """The network as maps: who makes which tensor, what every output needs."""
+    """The network as maps: the layer behind each tensor, and the tensors that the outputs depend on."""
 
     def __init__(self, library: Library, definition: Any):
         self.inputs = {t.name: _port(t) for t in (definition.get_input(i) for i in range(definition.num_inputs))}
@@ -118,7 +129,7 @@ class _Facts:
         self.needed = self.behind(self.outputs, ends=set())
 
     def behind(self, names: Any, ends: set[str]) -> set[str]:
-        """All tensors that these are made from, themselves included; layers of the kinds in `ends` are not passed."""
+        """Return all tensors that these depend on, themselves included. ends: kinds of layers that end the walk."""
         seen: set[str] = set()
         waiting = list(names)
         while waiting:
@@ -132,13 +143,14 @@ class _Facts:
         return seen
 
     def _from_float8(self, tensor: Any) -> bool:
-        """Whether a tensor is what a DequantizeLinear made of one in 8 bits, past views."""
+        """Return True if a tensor, apart from views, is the output of a DequantizeLinear of one in 8 bits."""
         maker = self.makers.get(tensor.name)
         while maker is not None and maker.type.name == "SHUFFLE":
             maker = self.makers.get(maker.get_input(0).name)
         return maker is not None and maker.type.name == "DEQUANTIZE" and maker.get_input(0).dtype.name == "FP8"
 
     def update_faults(self, aliases: Mapping[str, str]) -> list[str]:
+        """Return the faults of the cache updates. aliases: `GraphSpec.aliases`."""
         faults = []
         updated = [update.get_input(0).name for update in self.updates]
         for update in self.updates:
@@ -150,17 +162,18 @@ class _Facts:
             if not output.is_network_output:
                 faults.append(f"updated cache {output.name} must be a network output")
             elif aliases.get(output.name) != cache.name:
-                meant = aliases.get(output.name, "no cache")
-                faults.append(f"output {output.name} must be {meant} updated in place, it is {cache.name}")
+                wanted = aliases.get(output.name, "no cache")
+                faults.append(f"output {output.name} must be {wanted} updated in place, it is {cache.name}")
         twice = sorted({cache for cache in updated if updated.count(cache) > 1})
         if twice:
-            faults.append(f"cache {_some(twice)} is updated twice: one engine may update a cache once")
+            faults.append(f"cache {name_list(twice)} is updated twice: one engine may update a cache once")
         missing = [output for output, cache in aliases.items() if cache not in updated]
         if missing:
-            faults.append(f"output {_some(missing)} must be a cache updated in place: it has no KV cache update")
+            faults.append(f"output {name_list(missing)} must be a cache updated in place: it has no KV cache update")
         return faults
 
     def sites(self) -> tuple[list[Site], list[str]]:
+        """Return the self-attentions and their faults."""
         sites, faults = [], []
         owner = {update.get_output(0).name: update.get_input(0).name for update in self.updates}
         for layer in self.attentions:
@@ -174,7 +187,7 @@ class _Facts:
             if len(keys) != 1 or len(values) != 1 or keys == values:
                 faults.append(
                     f"attention {name} must read one cache of keys and one of values, it reads"
-                    f" {_some(keys) or 'none'} and {_some(values) or 'none'}"
+                    f" {name_list(keys) or 'none'} and {name_list(values) or 'none'}"
                 )
                 continue
             validity = self._validity(layer)
@@ -184,11 +197,11 @@ class _Facts:
         for cache in sorted({site.key_cache for site in sites}):
             sharing = [site.name for site in sites if site.key_cache == cache]
             if len(sharing) > 1:
-                faults.append(f"attentions {_some(sharing)} share cache {cache}: that crashes the builder")
+                faults.append(f"attentions {name_list(sharing)} share cache {cache}: that crashes the builder")
         return sites, faults
 
     def _validity(self, layer: Any) -> str:
-        """The network inputs that the attention's lengths or mask come from."""
+        """Return the network inputs that the attention's lengths or mask depend on."""
         extra = [tensor.name for tensor in inputs_of(layer)[3:] if tensor is not None]
         return ", ".join(sorted(self.behind(extra, ends=set()) & self.inputs.keys()))
 
@@ -207,8 +220,3 @@ def _port_faults(kind: str, found: Mapping[str, Port], wanted: Sequence[TensorSp
                 f"{kind} {tensor.name} must be {tensor.dtype} {list(tensor.shape)}, got {dtype} {list(shape)}"
             )
     return faults
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

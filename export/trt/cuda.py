@@ -1,4 +1,4 @@
-"""GPU memory by name, through cuda-python: no torch is needed to run an engine."""
+"""One GPU through cuda-python: its memory and its stream. Running an engine needs no torch."""
 
 import dataclasses
 from typing import Any
@@ -10,14 +10,16 @@ from cfpp_rt.errors import InputError, MissingExtraError
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Device memory. pointer: its address. bytes: its size."""
+    """A block of device memory: its address and its size in bytes."""
 
     pointer: int
     bytes: int
 
 
 class Device:
-    """One GPU with a stream of its own. architecture: "sm89" etc., as the bundles name their folders.
+    """One GPU with a stream of its own.
+
+    architecture: "sm89" etc., as the bundles name their folders.
 
     Raises MissingExtraError without cuda-bindings, InputError without a GPU or driver.
     """
@@ -41,7 +43,7 @@ class Device:
         self._buffers: list[Memory] = []
 
     def check(self, result: tuple[Any, ...]) -> Any:
-        """What a CUDA call returned beside its status. Raises RuntimeError naming the error of a call that failed."""
+        """Return the values of a CUDA call without its status. Raises RuntimeError that names the error of the call."""
         status, *values = result
         if status != self.runtime.cudaError_t.cudaSuccess:
             _, text = self.runtime.cudaGetErrorString(status)
@@ -49,26 +51,30 @@ class Device:
         return values[0] if values else None
 
     def allocate(self, size: int) -> Memory:
-        """Zeroed memory: the unwritten part of a cache must be finite, whatever a kernel reads of it."""
+        """Return zeroed memory: a kernel may read the unwritten part of a cache, which must be finite."""
         buffer = Memory(int(self.check(self.runtime.cudaMalloc(size))), size)
         self._buffers.append(buffer)
         self.check(self.runtime.cudaMemsetAsync(buffer.pointer, 0, size, self.stream))
         return buffer
 
     def write(self, buffer: Memory, values: np.ndarray) -> None:
+        """Copy an array to device memory and wait until it is there."""
         kind = self.runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         self.check(self.runtime.cudaMemcpyAsync(buffer.pointer, values.ctypes.data, values.nbytes, kind, self.stream))
-        self.synchronize()  # the caller's array may be gone or changed when this returns
+        self.synchronize()  # the caller may change or free the array afterwards
 
     def read(self, buffer: Memory, values: np.ndarray) -> None:
+        """Copy device memory to an array and wait until it is there."""
         kind = self.runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self.check(self.runtime.cudaMemcpyAsync(values.ctypes.data, buffer.pointer, values.nbytes, kind, self.stream))
         self.synchronize()
 
     def synchronize(self) -> None:
+        """Wait until the stream is idle."""
         self.check(self.runtime.cudaStreamSynchronize(self.stream))
 
     def close(self) -> None:
+        """Free all memory and the stream."""
         for buffer in self._buffers:
             self.check(self.runtime.cudaFree(buffer.pointer))
         self._buffers.clear()

@@ -1,7 +1,7 @@
-"""The one place that imports TensorRT: `tensorrt` (10.15 or newer) or `tensorrt_rtx`, and the log they share.
+"""Imports TensorRT, which no other module does: `tensorrt` (10.15 or newer) or `tensorrt_rtx`, and collects its log.
 
-The two libraries have one Python interface under two names. TensorRT builds for the GPU it finds and nothing else;
-TensorRT-RTX builds ahead of time for a list of compute capabilities, on a machine without a GPU too.
+The two libraries have one Python interface under two names. TensorRT builds only for the GPU that it finds;
+TensorRT-RTX builds ahead of time for a list of compute capabilities, also on a machine without a GPU.
 """
 
 import dataclasses
@@ -15,15 +15,19 @@ from cfpp_rt.errors import InputError, MissingExtraError
 LIBRARIES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}  # name of the package -> name of the module
 CURRENT = "current"
 
-# What a log line says when an engine would compute something else than the graph, whatever the builder returns.
+# Log lines that mean that an engine would compute something else than the graph, whatever the builder returns.
 _FATAL_LINES = re.compile(r"Unused Input:|is unused or used only at compile-time")
 
 
 @dataclasses.dataclass(frozen=True)
 class Library:
-    """An imported TensorRT. name: a key of LIBRARIES. version: as the library says. log: all it has said, in order.
+    """An imported TensorRT.
 
-    api: the module. logger: its only logger: the library keeps the first that it is given for the whole process.
+    name: a key of LIBRARIES.
+    version: as the module reports it.
+    api: the module.
+    logger: its only logger. The library keeps the first one that it gets for the lifetime of the process.
+    log: all lines of the log, (severity, text), in order.
     """
 
     name: str
@@ -41,7 +45,7 @@ class Library:
         return (*known, CURRENT)
 
     def require_target(self, target: str) -> None:
-        """Raise InputError, with what to do instead, for an architecture that this library cannot build for."""
+        """Raise InputError, with an alternative, for an architecture that this library cannot build for."""
         if target in self.targets:
             return
         if self.name == "tensorrt":
@@ -58,17 +62,19 @@ class Library:
         raise InputError(f"target must be one of {', '.join(self.targets)}, got {target!r}{hint}")
 
     def messages(self, *severities: str) -> list[str]:
-        """What the log holds at these severities: INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE."""
+        """Return the log lines at these severities: INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE."""
         return [text for severity, text in self.log if severity in severities]
 
     def fatal_messages(self) -> list[str]:
-        """Lines of any severity which say that the engine ignores a part of the graph."""
+        """Return the log lines which mean that the engine ignores a part of the graph."""
         return [text for _, text in self.log if _FATAL_LINES.search(text)]
 
 
 @functools.cache
 def load_library(name: str = "auto") -> Library:
-    """Import TensorRT once per process. name: "tensorrt", "tensorrt-rtx", or "auto": the first of the two that imports.
+    """Import TensorRT once per process.
+
+    name: "tensorrt", "tensorrt-rtx", or "auto": the first of `LIBRARIES` that is installed.
 
     Raises MissingExtraError naming the pip command where none is installed, InputError for one that is too old.
     """

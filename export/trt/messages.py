@@ -1,8 +1,8 @@
-"""What the library's error texts mean and what to do. docs/tensorrt.md lists the same; a test keeps them together."""
+"""Explanations of the library's error texts. docs/tensorrt.md lists the same; a test keeps the two equal."""
 
 import re
 
-# A part of the library's text -> what it means here.
+# Part of the library's text -> its meaning for these graphs.
 FAULTS: dict[str, str] = {
     r"Only linear mode is supported": "TensorScatter must have mode=linear; a ring of frame slots needs no other",
     r"Attention nodes with one output": "Attention must have one output: write the cache with TensorScatter",
@@ -27,7 +27,7 @@ FAULTS: dict[str, str] = {
 
 
 def explain(text: str) -> str:
-    """The library's text on one line, with what it means in front where that is known."""
+    """Return the library's text on one line, preceded by its meaning where that is known."""
     line = " ".join(text.split())
     short = line if len(line) <= 300 else line[:297] + "..."
     meaning = next((meaning for part, meaning in FAULTS.items() if re.search(part, line)), None)

@@ -1,7 +1,7 @@
-"""ONNX to a TensorRT network: parse, then mend the one thing that the parser leaves out.
+"""Parses ONNX to a TensorRT network, and restores the one input that the parser drops.
 
-The parser reads `Attention` without its last input, the number of valid keys, and reports success: such an engine would
-attend to keys that were never written. The number is put back on the layer here; `prove` then checks the result.
+The parser drops the last input of `Attention`, the number of valid keys, and reports success: such an engine would
+attend to keys that were never written. This module sets the number on the layer; `check_network` checks the result.
 """
 
 import dataclasses
@@ -19,10 +19,12 @@ _LENGTH_INPUT = 6  # Q, K, V, attn_mask, past_key, past_value, nonpad_kv_seqlen
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A parsed network. builder and parser are kept because the definition is only valid while they live.
+    """A parsed network.
 
-    notes: what was changed after parsing, one line each. source_attentions, source_float8: `Attention` nodes of the
-    ONNX graph, and products of two operands in 8 bits.
+    definition: TensorRT's network; valid only while builder and parser exist.
+    source_attentions: number of `Attention` nodes of the ONNX graph.
+    source_float8: number of its products of two operands in 8 bits.
+    notes: changes made after parsing, one line each.
     """
 
     definition: Any
@@ -36,7 +38,7 @@ class Network:
 def parse(library: Library, path: str | Path) -> Network:
     """Parse an ONNX file (weights may lie in a file beside it) as a strongly typed network and restore its lengths.
 
-    Raises InputError with the parser's own words for a graph that TensorRT does not take.
+    Raises InputError with the parser's message for a graph that TensorRT does not accept.
     """
     path = Path(path)
     if not path.is_file():
@@ -57,7 +59,7 @@ def parse(library: Library, path: str | Path) -> Network:
 
 
 def layers(library: Library, definition: Any, kind: str | None = None) -> Iterator[Any]:
-    """The layers of a network in order; with a LayerType's name only those, as objects of their own class."""
+    """Yield the layers of a network in order. kind: name of a LayerType, to yield only these, each in its own class."""
     classes = {
         "ATTENTION_INPUT": "IAttentionInputLayer",
         "ATTENTION_OUTPUT": "IAttentionOutputLayer",
@@ -72,12 +74,12 @@ def layers(library: Library, definition: Any, kind: str | None = None) -> Iterat
 
 
 def inputs_of(layer: Any) -> list[Any]:
-    """The tensors that a layer reads, an attention's mask and lengths included; None where one is absent."""
+    """Return the tensors that a layer reads, an attention's mask and lengths included; None for an absent one."""
     return [layer.get_input(i) for i in range(layer.num_inputs)]
 
 
 def weight_bytes(path: str | Path) -> int:
-    """Bytes of all weights of an ONNX graph, wherever they lie: about the size of an engine of it."""
+    """Return the bytes of all weights of an ONNX graph, about the size of its engine."""
     onnx = _onnx()
     return sum(
         math.prod(tensor.dims) * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
@@ -94,12 +96,13 @@ def _onnx() -> Any:
 
 
 def _float8_products(graph: Any) -> int:
+    """Return the number of products whose operands are both dequantized from 8 bits."""
     made = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
     return sum(node.op_type == "MatMul" and made.issuperset(node.input) for node in graph.node)
 
 
 def _read_lengths(graph: Any) -> tuple[dict[str, str], int]:
-    """Of each `Attention` node of the graph: name of its output -> name of its valid length. And how many there are."""
+    """Return output name -> name of the valid length for each `Attention` node that has one, and the number of all."""
     nodes = [node for node in graph.node if node.op_type == "Attention"]
     lengths = {
         node.output[0]: node.input[_LENGTH_INPUT]
@@ -110,12 +113,13 @@ def _read_lengths(graph: Any) -> tuple[dict[str, str], int]:
 
 
 def _restore_lengths(library: Library, definition: Any, lengths: dict[str, str]) -> list[str]:
+    """Set the valid length on every attention that has one in `lengths`; return the notes."""
     if not lengths:
         return []
     tensors = {definition.get_input(i).name: definition.get_input(i) for i in range(definition.num_inputs)}
     for layer in layers(library, definition):
         tensors.update((layer.get_output(i).name, layer.get_output(i)) for i in range(layer.num_outputs))
-    cast: dict[str, Any] = {}  # IAttention wants int32 where ONNX has int64; all layers of one length share the cast
+    cast: dict[str, Any] = {}  # ONNX has int64, IAttention wants int32; layers with the same length share the cast
     restored = 0
     for layer in list(layers(library, definition, "ATTENTION_OUTPUT")):
         name = lengths.get(layer.get_output(0).name)
@@ -133,7 +137,7 @@ def _restore_lengths(library: Library, definition: Any, lengths: dict[str, str])
 
 
 def _decompose_float32(library: Library, definition: Any) -> list[str]:
-    """Attention in float32 has no fused kernel: it must be allowed to fall apart, or the build fails."""
+    """Allow attention in float32 to decompose: it has no fused kernel, and the build would fail. Return the notes."""
     found = [
         layer.attention
         for layer in layers(library, definition, "ATTENTION_INPUT")

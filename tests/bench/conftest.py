@@ -7,8 +7,8 @@ from cfpp_rt.bench.latency import workload
 
 
 @pytest.fixture
-def world() -> workload.Subject:
-    """A world-sized student of random weights and a request of 8 pictures."""
+def world() -> workload.Workload:
+    """A world-sized student with random weights and a request of 8 frames."""
     parser = argparse.ArgumentParser()
     workload.add_arguments(parser)
     threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""`cfpp bench` as a user meets it: the words, the rows, the trace, the faults."""
+"""`cfpp bench` from the command line: metrics, rows, trace, errors."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 
 from cfpp_rt.bench.latency import metrics
 from cfpp_rt.bench.latency.workload import SMALL, WORLD, WORLD_ROLLOUT
-from cfpp_rt.bench.roofline import block_flops, pass_flops
+from cfpp_rt.bench.roofline import block_flops, cached_pass_flops
 from cfpp_rt.cli.main import main
 from cfpp_rt.config import RolloutConfig
 
@@ -25,7 +25,7 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_words_and_rows(tmp_path, capsys):
+def test_metrics_and_rows(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     extra = ["--contenders", "ours,eager", "--repeats", "2", "--no-cold-start", "--json", str(path)]
     assert main([*SMALLEST, *extra]) == 0
@@ -34,19 +34,19 @@ def test_words_and_rows(tmp_path, capsys):
     for name in ("ours", "eager"):
         row = next(row for row in found if row["bench"] == "latency" and row["contender"] == name)
         wanted = {"ttff_ms", "frame_ms_p50", "frame_ms_p90", "frame_ms_p99", "fps", "diffuse_ms", "decode_ms"}
-        assert wanted | {"percent_of_roof"} <= row.keys() and wanted <= metrics.WORDS.keys()
+        assert wanted | {"percent_of_roof"} <= row.keys() and wanted <= metrics.METRICS.keys()
         assert row["frame_ms_p50"] <= row["frame_ms_p90"] <= row["frame_ms_p99"]
-        assert ("refresh_ms" in row) == (name == "eager"), "of ours it travels with the next block's first step"
+        assert ("refresh_ms" in row) == (name == "eager"), "ours fuses the refresh into the next block's first step"
         assert 0 < row["percent_of_roof"] < 110
         assert row["steps"] == [1000, 500] and row["window"] == 3 and row["decode"] == "world" and row["threads"] == 1
         assert {"cpu", "torch", "commit", "command", "date"} <= row.keys()
         curve = [r["visible_frames"] for r in found if r["bench"] == "window_fill" and r["contender"] == name]
         assert curve == [1, 2, 3]
-    for word in ("ttff_ms", "percent_of_roof", "window fill", "eager takes"):
-        assert word in out
+    for text in ("ttff_ms", "percent_of_roof", "window fill", "eager takes"):
+        assert text in out
 
 
-def test_cold_start_is_of_a_process_of_its_own(tmp_path):
+def test_cold_start_runs_in_a_fresh_process(tmp_path):
     path = tmp_path / "rows.jsonl"
     assert main([*SMALLEST, "--contenders", "ours", "--repeats", "1", "--json", str(path)]) == 0
     row = rows(path)[0]
@@ -58,7 +58,7 @@ def test_cold_start_is_of_a_process_of_its_own(tmp_path):
     "extra",
     [["--decode", "none"], ["--decode", "tiny"], ["--decode", "wan"], ["--refresh", "separate", "--batch", "2"]],
 )
-def test_what_can_be_measured(extra, tmp_path):
+def test_codecs_and_refresh_modes(extra, tmp_path):
     if "wan" in extra:
         pytest.importorskip("diffusers")
     path = tmp_path / "rows.jsonl"
@@ -107,18 +107,18 @@ def test_many_clients(tmp_path, capsys):
         (["--random-weights", "--linear-dtype", "float8_e4m3", "--device", "cpu"], "on a GPU of capability 8.9"),
     ],
 )
-def test_faults_are_one_line(arguments, message, capsys):
+def test_errors_are_one_line(arguments, message, capsys):
     assert main(["bench", "--decode", "none", *arguments]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
 
 
 def test_arithmetic_of_a_block():
-    """Counted by hand for the world with its window full: two passes, and the clean pass without its last layer."""
-    d, f, layers, tokens, seen = 128, 512, 4, 36, 3 * 36
-    linear, attention = 2 * tokens * (4 * d * d + 2 * d * f), 4 * tokens * seen * d
+    """FLOPs counted by hand for the world with a full window: two passes, and the clean pass without its last layer."""
+    d, f, layers, tokens, visible = 128, 512, 4, 36, 3 * 36
+    linear, attention = 2 * tokens * (4 * d * d + 2 * d * f), 4 * tokens * visible * d
     wanted = 2 * layers * (linear + attention) + (layers - 1) * (linear + attention) + 4 * tokens * d * d
     assert block_flops(WORLD, WORLD_ROLLOUT, tokens, 3, steps=2) == wanted
     skip = WORLD_ROLLOUT.replace(refresh="skip")
     assert block_flops(WORLD, skip, tokens, 3, steps=2) == 2 * layers * (linear + attention)
-    assert block_flops(SMALL, RolloutConfig(), 6, 1, steps=4) == 4 * sum(pass_flops(SMALL, 6, 6))
+    assert block_flops(SMALL, RolloutConfig(), 6, 1, steps=4) == 4 * sum(cached_pass_flops(SMALL, 6, 6))

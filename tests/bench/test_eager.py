@@ -10,16 +10,16 @@ from cfpp_rt.runtime.rollout import Rollout
 from tests.closeness import assert_close_max
 
 
-def latents(kind, model, config, frames, **options):
+def latents(kind, model, config, latent_frames, **options):
     generator = torch.Generator().manual_seed(3)
     sizes = model.config
-    text = torch.randn(2, sizes.text_len, sizes.text_dim, generator=generator)
-    rollout = kind(model, text, config, latent_size=(4, 6), frames=frames, seed=1, **options)
+    prompt_embeds = torch.randn(2, sizes.text_len, sizes.text_dim, generator=generator)
+    rollout = kind(model, prompt_embeds, config, latent_size=(4, 6), latent_frames=latent_frames, seed=1, **options)
     return torch.cat([block.values for block in rollout], dim=1)
 
 
 @pytest.mark.parametrize(
-    "rollout,frames",
+    "rollout_config,latent_frames",
     [
         (RolloutConfig(first_steps=(1000, 750, 500)), 4),
         (RolloutConfig(window=2), 5),
@@ -29,9 +29,9 @@ def latents(kind, model, config, frames, **options):
     ],
     ids=["first steps", "window", "sinks", "chunks", "skip"],
 )
-def test_eager_rollout_makes_the_same_latents(model, rollout, frames):
-    ours = latents(Rollout, model, rollout, frames)
-    assert_close_max(latents(EagerRollout, model, rollout, frames), ours, 2e-4, "latents")
+def test_eager_rollout_makes_the_same_latents(model, rollout_config, latent_frames):
+    ours = latents(Rollout, model, rollout_config, latent_frames)
+    assert_close_max(latents(EagerRollout, model, rollout_config, latent_frames), ours, 2e-4, "latents")
 
 
 def test_eager_rollout_of_a_model_with_actions_and_no_text():

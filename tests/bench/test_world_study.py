@@ -1,4 +1,4 @@
-"""The study of the world: its plan is complete and its commands are understood, failures stay where they are."""
+"""The study of the world: its plan is complete, its commands parse, and a failed run affects only its dependents."""
 
 import argparse
 import importlib
@@ -8,7 +8,7 @@ import pytest
 
 from cfpp_rt.bench.world_study import run as study_run
 from cfpp_rt.bench.world_study import steps
-from cfpp_rt.bench.world_study.plan import FEW, INITS, LAYOUTS, Run, Study
+from cfpp_rt.bench.world_study.plan import FEW_STEPS, INITS, LAYOUTS, Run, Study
 from cfpp_rt.bench.world_study.table import groups, spread, table
 from cfpp_rt.cli.main import COMMANDS
 from cfpp_rt.distill.settings import Settings
@@ -22,25 +22,25 @@ def study(tmp_path):
     return Study(config=CONFIG, work=tmp_path / "work", device="cpu", steps={"dmd": 7}, **SIZES)
 
 
-def test_every_run_waits_for_what_it_reads(study):
+def test_every_run_needs_the_runs_whose_files_it_reads(study):
     runs = {run.name: run for run in study.runs()}
     assert len(runs) == len(study.runs()) == 4 + 2 * len(LAYOUTS) + len(LAYOUTS) * len(INITS) * study.seeds
-    made: dict[str, set[str]] = {}  # what is there once a run is done
+    made: dict[str, set[str]] = {}  # files that exist once a run is done
     for run in runs.values():
         made[run.name] = {str(study.work / "clips"), str(study.work / "configs")} if run.name == "clips" else set()
         known = set().union(*(made[name] for name in run.needs), made["clips"], made[run.name])
-        for name, *words in run.commands:
+        for name, *options in run.commands:
             if name in COMMANDS:
                 module = importlib.import_module(COMMANDS[name][0])
                 parser = argparse.ArgumentParser()
                 module.add_arguments(parser)
-                arguments = vars(parser.parse_args(words))
+                arguments = vars(parser.parse_args(options))
                 for option in ("init", "real", "teacher"):
                     if arguments.get(option) is not None:
                         assert str(arguments[option].parent) in known, (run.name, option)
                 out = arguments.get("out") or ""
             else:
-                out = words[2]
+                out = options[2]
             known.add(out)
             made[run.name].add(out)
         if "ode" in run.name:
@@ -57,10 +57,10 @@ def test_configs_of_layouts_and_seeds(study):
             assert {own.seed for own in found.stages.values()} == {seed} and found.data["seed"] == seed
             assert found.stages["dmd"].initial_frames == block and found.stages["dmd"].steps == 7
             assert found.data_of(found.stages["ode"])["folder"].endswith(f"{layout}-trajectories")
-            assert {FEW[-1]} == {found.rollout.steps}
+            assert {FEW_STEPS[-1]} == {found.rollout.steps}
 
 
-def test_a_run_that_fails_takes_only_those_that_wait_for_it(study, monkeypatch, capsys):
+def test_a_failed_run_stops_only_its_dependents(study, monkeypatch, capsys):
     bad = Run("bad", (), (("world-eval", "--frames", "0"),))
     runs = [bad, Run("child", ("bad",), ()), Run("grandchild", ("child",), ()), Run("other", (), ())]
     monkeypatch.setattr(Study, "runs", lambda self: runs)
@@ -75,7 +75,7 @@ def test_a_run_that_fails_takes_only_those_that_wait_for_it(study, monkeypatch, 
     assert late["bad"] == late["other"] == "not begun: no time was left" and late["child"].startswith("not begun")
 
 
-def test_spread_is_over_training_seeds_where_there_are_some():
+def test_spread_is_over_training_seeds_if_there_are_several():
     def row(student, seed, value):
         figures = {"follow": value, "follow_moving": value, "error_16_px": value, "clean": value, "colour": value}
         return {"bench": "world_eval", "student": student, "steps": [1000], "seed": seed, **figures}

@@ -1,8 +1,8 @@
-// descriptor.h: literal values of the fields that the hardware reads, and the swizzled tile as three parties see it,
-// who must agree on every element: TMA that writes it, and wgmma that reads it along rows (Q, K) or down columns (V).
+// descriptor.h: literal values of the fields that the hardware reads, and the swizzled tile as three units access it,
+// which must agree on every element: TMA that writes it, and wgmma that reads it along rows (Q, K) or down columns (V).
 #include <string>
 
-#include "block_attention/descriptor.h"
+#include "block_attention/sm90/descriptor.h"
 #include "csrc/check.h"
 
 using namespace cfpp;

@@ -1,4 +1,4 @@
-// The emulator notices what a GPU would punish: kernels with one fault each, and a sound one that must pass.
+// The emulator detects what fails on a GPU: kernels with one fault each, and a correct one that must pass.
 #include "common/ptx.cuh"
 #include "csrc/check.h"
 

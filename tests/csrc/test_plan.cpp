@@ -1,5 +1,5 @@
 // plan.h: for random sizes, grids and splits the CTAs together compute every tile of keys of every query tile once, and
-// every piece has a workspace slot of its own, where the merge looks for it.
+// every piece has a workspace slot of its own, where the merge reads it.
 #include <algorithm>
 #include <map>
 #include <random>

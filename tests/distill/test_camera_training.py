@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -38,7 +39,7 @@ def network():
 
 def cameras_of(batch=2):
     made = [Cameras.of(parse_trajectory(text), (0.5, 0.9)) for text in PATHS[:batch]]
-    return Cameras(torch.cat([one.views for one in made]), torch.cat([one.focal for one in made]))
+    return Cameras(np.concatenate([one.views for one in made]), np.concatenate([one.focal for one in made]))
 
 
 def condition_of(batch=2, seed=0):

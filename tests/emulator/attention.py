@@ -12,7 +12,7 @@ from torch import Tensor
 from cfpp_rt.errors import InputError
 
 ROOT = Path(__file__).parents[2]
-SOURCES = [*sorted(ROOT.glob("csrc/block_attention/*.cu")), ROOT / "tests/emulator/block_attention.cpp"]
+SOURCES = [*sorted(ROOT.glob("csrc/block_attention/**/*.cu")), ROOT / "tests/emulator/block_attention.cpp"]
 INCLUDES = [f"-I{ROOT / folder}" for folder in ("tests", "tests/emulator", "csrc")]
 COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 # _FORTIFY_SOURCE refuses a longjmp to another stack.

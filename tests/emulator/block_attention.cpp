@@ -9,12 +9,13 @@ namespace {
 // With a plan of the caller's choice instead of the dispatcher's.
 cfpp::Status run_planned(const cfpp::BlockAttentionParams& p, int device, int ctas, int splits,
                          int64_t workspace_bytes) {
-  cfpp::KernelShape shape;
+  cfpp::Occupancy occupancy;
   const bool hopper = kEmulatedDevices[device].major == 9;
-  const cfpp::Status status = hopper ? cfpp::sm90_shape(p, device, &shape) : cfpp::sm80_shape(p, device, &shape);
+  const cfpp::Status status =
+      hopper ? cfpp::sm90_occupancy(p, device, &occupancy) : cfpp::sm80_occupancy(p, device, &occupancy);
   if (!status.empty()) return status;
   cfpp::AttentionPlan plan =
-      cfpp::make_plan(p.batch, p.heads, p.groups, p.queries_per_group(), shape.tile_rows, ctas, 1);
+      cfpp::make_plan(p.batch, p.heads, p.groups, p.queries_per_group(), occupancy.tile_rows, ctas, 1);
   plan.splits = splits;
   const int64_t wanted = plan.workspace_bytes(static_cast<int>(p.head_dim));
   if (wanted > workspace_bytes) return "workspace of " + std::to_string(wanted) + " bytes wanted";

@@ -1,7 +1,7 @@
-// What csrc/common/hopper.cuh does, on the host: same names, the documented semantics, and as little mercy as the
-// documents allow. TMA lands in pieces at random moments and its target is NaN until then. wgmma runs at a random
-// moment after it was committed and reads shared memory only then; its accumulators are NaN until they have been waited
-// for. It sees ordinary writes to shared memory only once they are fenced.
+// csrc/common/hopper.cuh on the host: same names, the documented semantics, and every delay that the documents allow.
+// TMA lands in pieces at random moments and its target is NaN until then. wgmma runs at a random moment after it was
+// committed and reads shared memory only then; its accumulators are NaN until they have been waited for. It sees
+// ordinary writes to shared memory only once they are fenced.
 #pragma once
 
 #include <cstring>
@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "block_attention/descriptor.h"
+#include "block_attention/sm90/descriptor.h"
 #include "core.h"
 #include "wgmma.h"
 

@@ -1,4 +1,4 @@
-// What csrc/common/ptx.cuh does, on the host: same names, the documented semantics.
+// csrc/common/ptx.cuh on the host: same names, the documented semantics.
 #pragma once
 
 #include <cstring>

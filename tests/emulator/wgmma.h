@@ -1,5 +1,5 @@
-// wgmma on the host, and what all asynchronous units have in common: they do their work at a moment of their own
-// choice, and they do not see ordinary writes to shared memory that were not fenced.
+// wgmma on the host, and the rules of all asynchronous units: they do their work at a random moment, and they do not
+// see ordinary writes to shared memory that were not fenced.
 #pragma once
 
 #include <cmath>

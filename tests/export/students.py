@@ -1,4 +1,4 @@
-"""Small random students as ONNX bundles, for the tests of engines."""
+"""Small students of random weights as ONNX bundles, for the tests of engines."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ ROLLING = RolloutConfig(window=4, sinks=1)
 
 
 def bytes_moved(card: Card, *passes: str, resident: tuple[str, ...] = ()) -> int:
-    """Bytes that go in and out of these passes: all of the contract but caches, keys of the text, and `resident`."""
+    """Return the bytes that these passes exchange: inputs and outputs except caches, text keys and `resident`."""
     moved = 0
     for spec in (card.graphs[name] for name in passes):
         caches = {*spec.aliases, *spec.aliases.values()}
@@ -36,7 +36,7 @@ def exported(
     dtype: str = "float16",
     **options: Any,
 ) -> Bundle:
-    """A student of random weights, 4 x 6 latents, as an opened ONNX bundle."""
+    """Export a student of random weights, 4 x 6 latents; return the opened ONNX bundle."""
     model = random_model(config, seed=0, dtype=getattr(torch, dtype))
     export_onnx(model, rollout, folder, latent_size=(4, 6), latent_frames=6, **options)
     return open_bundle(folder)

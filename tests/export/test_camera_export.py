@@ -17,17 +17,18 @@ from cfpp_rt.config import ModelConfig, RolloutConfig
 from cfpp_rt.core.camera import Cameras, parse_trajectory, walk
 from cfpp_rt.errors import InputError
 from cfpp_rt.export.bundle import open_bundle
-from cfpp_rt.export.bundle_rollout import BundleRollout, OnnxRunner
-from cfpp_rt.export.cameras import EngineCameras
+from cfpp_rt.export.bundle_rollout import BundleRollout
 from cfpp_rt.export.contract import PASSES
 from cfpp_rt.export.export_bundle import export_onnx
+from cfpp_rt.export.onnx_runner import OnnxRunner
 from cfpp_rt.export.parity import require_passed, verify
+from cfpp_rt.model.projections import Projections
 from cfpp_rt.model.transformer import random_model
 from cfpp_rt.model.weights import build_model
 from cfpp_rt.runtime.rollout import Rollout
 from tests.export.needs import needs_tensorrt
 from tests.export.students import TINY
-from tests.export.test_codec_graphs import patches
+from tests.export.test_codec_onnx import patches
 from tests.test_cli import fault
 
 DATA = Path(__file__).parents[1] / "data"
@@ -36,13 +37,9 @@ SMALL = dataclasses.replace(TINY, camera=True)
 RUN = RolloutConfig((1000, 500), frames_per_block=2, window=6, sinks=2)
 
 
-def of_engine(cameras, batch=1):
-    return EngineCameras.of(cameras.views.numpy(), cameras.focal.numpy(), batch)
-
-
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """The engine of the published camera rollout, and its vectors."""
+    """The runner of the published camera rollout, and its vectors."""
     weights = {name: tensor.float() for name, tensor in load_file(DATA / "camera_weights.safetensors").items()}
     config = ModelConfig.from_dict({**META["config"], "camera": True})
     model = build_model(weights, config, dtype=torch.float32, device="cpu")
@@ -54,12 +51,12 @@ def published(tmp_path_factory):
 
 @pytest.mark.parametrize("refresh", ["fused", "separate"])
 def test_latents_equal_the_published_implementation(published, refresh):
-    engine, vectors = published
+    runner, vectors = published
     rollout = BundleRollout(
-        engine,
+        runner,
         vectors["prompt_embeds"].numpy(),
         latent_frames=META["frames"],
-        cameras=of_engine(Cameras.of(vectors["viewmats"], vectors["intrinsics"])),
+        cameras=Cameras.of(vectors["viewmats"], vectors["intrinsics"]),
         noise=vectors["noise"].numpy(),
         renoise=[part.numpy() for part in vectors["renoise"]],
         refresh=refresh,
@@ -70,7 +67,7 @@ def test_latents_equal_the_published_implementation(published, refresh):
 
 @pytest.fixture(scope="module")
 def moving(tmp_path_factory):
-    """Two rows, a window and sinks: the model and its engine."""
+    """Two rows, a window and sinks: the model and its runner."""
     model = random_model(SMALL, seed=0, dtype=torch.float32)
     with torch.no_grad():  # a fresh branch is silent
         for block in model.blocks:
@@ -83,13 +80,13 @@ def moving(tmp_path_factory):
 @pytest.mark.parametrize("refresh", ["fused", "separate", "skip"])
 def test_a_camera_that_moves_is_that_of_the_runtime(moving, refresh):
     """Given frames, a path that ends, a move on the way, lenses of their own: through the wrap of the ring."""
-    model, engine = moving
+    model, runner = moving
     embeds = torch.randn(2, SMALL.text_len, SMALL.text_dim, generator=torch.Generator().manual_seed(1))
     initial = torch.randn(2, 2, 16, 4, 6, generator=torch.Generator().manual_seed(2))
     first = Cameras.of(parse_trajectory("w*2,j*2"), (0.6, 0.9))
-    views = torch.stack([walk(["l", "u"], first.views[0, -1]), walk(["s", "a"], first.views[0, -1])])
+    views = np.stack([walk(["l", "u"], first.views[0, -1]), walk(["s", "a"], first.views[0, -1])])
     second = Cameras.of(views, (0.5, 0.5))
-    options = {"frames": None, "seed": [3, 5]}
+    options = {"latent_frames": None, "seed": [3, 5]}
     theirs = Rollout(
         model,
         embeds,
@@ -100,19 +97,19 @@ def test_a_camera_that_moves_is_that_of_the_runtime(moving, refresh):
         **options,
     )
     ours = BundleRollout(
-        engine, embeds.numpy(), cameras=of_engine(first, 2), initial_latents=initial.numpy(), refresh=refresh, **options
+        runner, embeds.numpy(), cameras=first, initial_latents=initial.numpy(), refresh=refresh, **options
     )
     still = BundleRollout(
-        engine,
+        runner,
         embeds.numpy(),
-        cameras=of_engine(first.at([0]), 2),
+        cameras=first.at([0]),
         initial_latents=initial.numpy(),
         refresh=refresh,
         **options,
     )
     for block in range(6):
         if block == 2:
-            theirs.set_cameras(second), ours.set_cameras(of_engine(second, 2))
+            theirs.set_cameras(second), ours.set_cameras(second)
         wanted, found = next(theirs).values, torch.from_numpy(next(ours).values)
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
     assert np.abs(next(still).values - found.numpy()).max() > 0.01, "the cameras matter"
@@ -127,36 +124,45 @@ def test_the_gate_walks_with_the_camera(tmp_path, dtype, linear_dtype):
     assert {"camera_keys.1.updated", "camera_values.0.updated"} <= {entry["tensor"] for entry in report["tensors"]}
 
 
-def test_the_matrices_are_those_of_the_runtime():
-    cameras = Cameras.of(parse_trajectory("w*3,l*30,u*2,i*7"), (0.6, 0.9))
-    wanted = cameras.from_first().projections()
-    found = of_engine(cameras).projections(range(len(cameras)), cameras.views[:, :1].numpy())
-    torch.testing.assert_close(torch.from_numpy(found[:, :, 0]), wanted.matrices, rtol=0, atol=1e-6)
-    torch.testing.assert_close(torch.from_numpy(found[:, :, 1]), wanted.inverses, rtol=0, atol=1e-6)
+def test_the_matrices_of_a_pass_are_those_of_the_runtime(moving):
+    """P and P^-1 side by side, in the world of the first camera; the path ends, and its last camera stands still."""
+    model, runner = moving
+    path = Cameras.of(parse_trajectory("w*3,l*30,u*2,i*7"), (0.6, 0.9))
+    text = np.zeros((2, SMALL.text_len, SMALL.text_dim), np.float32)
+    ours = BundleRollout(runner, text, latent_frames=None, cameras=path)
+    wanted = Projections.of(path.from_first())
+    for start in (0, 20, 42):
+        found = ours._block_input(np.zeros((2, 2, 16, 4, 6), np.float32), start, 0).projections
+        frames = [min(start + i, len(path) - 1) for i in range(2)]
+        assert found.shape == (2, 2, 2, 4, 4) and found.dtype == np.float32
+        np.testing.assert_array_equal(found[1, :, 0], wanted.matrices[0, frames])
+        np.testing.assert_array_equal(found[1, :, 1], wanted.inverses[0, frames])
 
 
 @pytest.mark.parametrize(
     "views,focal,message",
     [
-        (np.eye(4), (1, 1), r"views must be \[F, 4, 4\] or \[B=1, F, 4, 4\]"),
-        (np.eye(4)[None].repeat(0, 0), (1, 1), "with F > 0"),
-        (np.eye(4)[None, None].repeat(3, 0), (1, 1), r"B=1.*got \[3, 1, 4, 4\]"),
-        (2 * np.eye(4)[None], (1, 1), "finite and rigid"),
-        (np.eye(4)[None] * np.nan, (1, 1), "finite and rigid"),
-        (np.diag([1.0, 1, -1, 1])[None], (1, 1), "finite and rigid"),
-        (np.eye(4)[None], (1, 0), "focal must be"),
-        (np.eye(4)[None], (1, np.inf), "focal must be"),
-        (np.eye(4)[None], (1, 1, 1), "focal must be"),
+        (np.eye(4), (1, 1), r"views must be \[B, F, 4, 4\] or \[F, 4, 4\]"),
+        (np.eye(4)[None].repeat(0, 0), (1, 1), "none of them 0"),
+        (np.eye(4)[None, None].repeat(3, 0), (1, 1), r"cameras must be of 1 video or of 1, got 3"),
+        (2 * np.eye(4)[None], (1, 1), "views must be rigid"),
+        (np.eye(4)[None] * np.nan, (1, 1), "views must be finite"),
+        (np.diag([1.0, 1, -1, 1])[None], (1, 1), "views must be rigid"),
+        (np.eye(4)[None], (1, 0), "intrinsics must be"),
+        (np.eye(4)[None], (1, np.inf), "intrinsics must be"),
+        (np.eye(4)[None], (1, 1, 1), "intrinsics must be"),
     ],
 )
-def test_what_is_no_camera_is_refused(views, focal, message):
+def test_what_is_no_camera_is_refused(published, views, focal, message):
     with pytest.raises(InputError, match=message):
-        EngineCameras.of(views, focal)
+        BundleRollout(
+            published[0], published[1]["prompt_embeds"].numpy(), latent_frames=6, cameras=Cameras.of(views, focal)
+        )
 
 
 def test_bad_cameras_are_named(published, moving, tmp_path):
     embeds = published[1]["prompt_embeds"].numpy()
-    two = EngineCameras.of(np.eye(4)[None].repeat(2, 0), (1, 1))
+    two = Cameras.of(np.eye(4)[None].repeat(2, 0), (1, 1))
     with pytest.raises(InputError, match="cameras must be given for a model with the camera branch"):
         BundleRollout(published[0], embeds, latent_frames=6)
     with pytest.raises(InputError, match="cameras must be one per latent frame, 6, or a single one, got 2"):
@@ -174,7 +180,7 @@ def test_bad_cameras_are_named(published, moving, tmp_path):
 @needs_tensorrt
 def test_every_pass_is_proven(tmp_path):
     """Two attentions per layer, each with caches of its own, each cache updated once and in place."""
-    from cfpp_rt.export.trt.check_network import prove
+    from cfpp_rt.export.trt.check_network import check_network
     from cfpp_rt.export.trt.library import load_library
     from cfpp_rt.export.trt.parser import parse
 
@@ -182,9 +188,9 @@ def test_every_pass_is_proven(tmp_path):
     export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 6), latent_frames=None)
     library, bundle = load_library("tensorrt-rtx"), open_bundle(tmp_path / "b")
     for name in ("embed_time", "embed_text"):
-        assert not prove(library, parse(library, bundle.path(name)), bundle.card.graphs[name]).sites
+        assert not check_network(library, parse(library, bundle.path(name)), bundle.card.graphs[name]).sites
     for name in PASSES:
-        report = prove(library, parse(library, bundle.path(name)), bundle.card.graphs[name])
+        report = check_network(library, parse(library, bundle.path(name)), bundle.card.graphs[name])
         layers = 1 if name == "refresh" else 2
         wanted = [f"{kind}.{layer}" for layer in range(layers) for kind in ("keys", "camera_keys")]
         assert [site.key_cache for site in report.sites] == wanted
@@ -194,8 +200,8 @@ def test_every_pass_is_proven(tmp_path):
 @needs_tensorrt
 def test_an_engine_of_a_camera_model_is_built(tmp_path):
     """The fused pass: four attentions with a mask, none of whose caches is another's."""
+    from cfpp_rt.export.trt.build import build_engine
     from cfpp_rt.export.trt.build_worker import Job
-    from cfpp_rt.export.trt.builder_process import build_engine
 
     model = random_model(SMALL, seed=0, dtype=torch.bfloat16)
     export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 6), latent_frames=None)
@@ -205,18 +211,18 @@ def test_an_engine_of_a_camera_model_is_built(tmp_path):
     assert (tmp_path / "engine").read_bytes()[:4] == b"vtrt"
 
 
-def test_a_film_by_command(tmp_path, capsys):
+def test_a_video_by_command(tmp_path, capsys):
     folder, embeds = tmp_path / "b", torch.randn(1, SMALL.text_len, SMALL.text_dim)
     model = random_model(dataclasses.replace(SMALL, patch_size=(1, 1, 1)), seed=0, dtype=torch.float32)
     export_onnx(model, RUN, folder, latent_size=(6, 6), latent_frames=None, codec=patches())
     save_file({"embeds": embeds}, tmp_path / "embeds.safetensors")
-    film = ["generate", "--engine", str(folder), "--embeds", str(tmp_path / "embeds.safetensors"), "--quiet"]
-    film += ["-o", str(tmp_path / "film.rgb")]
-    assert main([*film, "--trajectory", "w*2,l*3", "--intrinsics", "0.5,0.9"]) == 0
-    moved = np.fromfile(tmp_path / "film.rgb", np.uint8)
+    command = ["generate", "--engine", str(folder), "--embeds", str(tmp_path / "embeds.safetensors"), "--quiet"]
+    command += ["-o", str(tmp_path / "video.rgb")]
+    assert main([*command, "--trajectory", "w*2,l*3", "--intrinsics", "0.5,0.9"]) == 0
+    moved = np.fromfile(tmp_path / "video.rgb", np.uint8)
     assert moved.size == 6 * 48 * 48 * 3
-    assert main([*film, "--trajectory", "s*2,l*3"]) == 0
-    assert "needs --trajectory" in fault(capsys, film)
+    assert main([*command, "--trajectory", "s*2,l*3"]) == 0
+    assert "needs --trajectory" in fault(capsys, command)
     assert "one per latent frame, 4, or a single one, got 6" in fault(
-        capsys, [*film, "--trajectory", "w*2,l*3", "--frames", "4"]
+        capsys, [*command, "--trajectory", "w*2,l*3", "--frames", "4"]
     )

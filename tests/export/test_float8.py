@@ -33,7 +33,7 @@ WEIGHTS = TINY.num_layers * (6 * TINY.dim**2 + 2 * TINY.dim * TINY.ffn_dim)  # o
 
 
 @pytest.fixture(scope="module")
-def rollout_preset(tmp_path_factory):
+def student(tmp_path_factory):
     model = random_model(TINY, seed=0, dtype=torch.float32)
     folder = tmp_path_factory.mktemp("float8") / "bundle"
     export_onnx(model, RUN, folder, latent_size=(4, 6), latent_frames=None, linear_dtype=FLOAT8)
@@ -62,7 +62,7 @@ def test_graphs_compute_as_pytorch_does_in_8_bits(student):
     for name in PASSES:
         spec = bundle.card.graphs[name]
         inputs = fixed_inputs(bundle.card, spec)
-        ours = GraphSession(bundle, name, 1)(**inputs)
+        ours = GraphSession(bundle, name, 1).run_on_copies(**inputs)
         theirs, exact = (run_in_torch(network, bundle.card, spec, inputs) for network in (in_8_bits, model))
         for tensor in (tensor.name for tensor in spec.outputs):
             cost, apart = (np.abs(theirs[tensor] - other[tensor]).mean() for other in (exact, ours))
@@ -145,8 +145,8 @@ def test_other_linears_are_refused(tmp_path):
 @pytest.mark.parametrize("dtype,target", [("bfloat16", "sm89"), ("float16", "sm120")])
 def test_an_engine_multiplies_in_8_bits(tmp_path, dtype, target):
     """The text in an engine names every tensor: the weights of all linears are in 8 bits, and so are their inputs."""
+    from cfpp_rt.export.trt.build import build_engine
     from cfpp_rt.export.trt.build_worker import Job
-    from cfpp_rt.export.trt.builder_process import build_engine
 
     model = random_model(TINY, seed=0, dtype=getattr(torch, dtype))
     export_onnx(model, ROLLING, tmp_path / "b", latent_size=(4, 6), latent_frames=None, linear_dtype=FLOAT8)
@@ -164,16 +164,16 @@ def test_an_engine_multiplies_in_8_bits(tmp_path, dtype, target):
 
 @needs_tensorrt
 def test_a_network_that_lost_a_product_in_8_bits_is_refused(student):
-    from cfpp_rt.export.trt.check_network import prove
+    from cfpp_rt.export.trt.check_network import check_network
     from cfpp_rt.export.trt.library import load_library
     from cfpp_rt.export.trt.parser import parse
 
     library, (_, bundle) = load_library("tensorrt-rtx"), student
     network = parse(library, bundle.path("fused"))
-    assert prove(library, network, bundle.card.graphs["fused"]).float8_linears == 8 * TINY.num_layers
+    assert check_network(library, network, bundle.card.graphs["fused"]).float8_linears == 8 * TINY.num_layers
     lost = dataclasses.replace(network, source_float8=network.source_float8 + 1)
     with pytest.raises(InputError, match="the graph has 17 products of operands in 8 bits, the network 16"):
-        prove(library, lost, bundle.card.graphs["fused"])
+        check_network(library, lost, bundle.card.graphs["fused"])
 
 
 @needs_tensorrt

@@ -1,4 +1,4 @@
-"""The exporter and its bundles: valid, deterministic, whole or not at all; damage is found and named in one line."""
+"""The exporter and its bundles: valid, deterministic, complete or not at all; damage is found and named in one line."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ RUN = RolloutConfig(steps=(1000, 500), window=3)
 
 def export(folder, dtype=torch.float32, run=RUN, **options):
     model = random_model(ACTING, seed=0, dtype=dtype)
-    return export_onnx(model, run, folder, **{"latent_size": (4, 4), "frames": None, **options})
+    return export_onnx(model, run, folder, **{"latent_size": (4, 4), "latent_frames": None, **options})
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_graphs_are_what_the_contract_says(tmp_path, dtype):
 def test_the_card_tells_all_that_the_exporter_knew(bundle):
     values = json.loads((bundle / CARD).read_text())
     card = Card.from_dict(values)
-    assert card.sizes.model == ACTING and card.rollout == RUN and card.sizes.slots == 3
+    assert card.sizes.model == ACTING and card.config == RUN and card.sizes.slots == 3
     assert [card.timesteps[step.timestep] for step in card.steps] == pytest.approx([1000.0, 833.333], abs=1e-2)
     assert [step.sigma for step in card.steps] == pytest.approx([1.0, 0.83333], abs=1e-4)
     assert values["about"]["versions"].keys() == {"cfpp_rt", "onnx", "opset"}
@@ -78,7 +78,7 @@ def test_the_card_tells_all_that_the_exporter_knew(bundle):
         (RUN.replace(kv_dtype="float8_e4m3"), {}, "kv_dtype must be None"),
         (RolloutConfig(frames_per_block=2, window=3), {}, "whole blocks of 2 frames.*got window=3"),
         (RolloutConfig(), {}, "window must be given for a rollout without end"),
-        (RolloutConfig(frames_per_block=3), {"frames": 4}, "frames must be a multiple >= 3"),
+        (RolloutConfig(frames_per_block=3), {"latent_frames": 4}, "latent_frames must be a multiple >= 3"),
         (RUN, {"latent_size": (5, 4)}, "multiple of the patch"),
         (RUN, {"batch": 0}, "batch must be an integer >= 1"),
     ],
@@ -121,32 +121,33 @@ def change_card(folder, **changes):
 def test_a_wrong_card_is_named(copied, tmp_path):
     with pytest.raises(InputError, match="no bundle, it has no card.json"):
         open_bundle(tmp_path)
-    whole = (copied / CARD).read_text()
+    complete = (copied / CARD).read_text()
     for text, message in (
-        (whole[:100], "truncated or no card"),
+        (complete[:100], "truncated or no card"),
         ("[]", "must be the card of a"),
-        (whole.replace("ONNX bundle", "other"), "must be the card of a"),
-        (whole.replace('"format_version": 2', '"format_version": 9'), "format_version must be 2, got 9"),
+        (complete.replace("ONNX bundle", "other"), "must be the card of a"),
+        (complete.replace('"format_version": 2', '"format_version": 9'), "format_version must be 2, got 9"),
         (
-            whole.replace('"linear_dtype": null', '"linear_dtype": "int4"'),
+            complete.replace('"linear_dtype": null', '"linear_dtype": "int4"'),
             "linear_dtype must be None or float8_e4m3, got 'int4'",
         ),
-        (whole.replace('"rollout"', '"rolled"'), "does not fit together: lacks 'rollout'"),
-        (whole.replace('"dim": 128', '"dim": 127'), "does not fit together: dim must be"),
-        (whole.replace('"context": 2', '"context": 7'), "timesteps must be"),
-        (whole.replace('"sigma": 1.0', '"sigma": NaN'), "sigma of a step must be in 0..1"),
-        (whole.replace('"sigma": 1.0', '"sigma": "one"'), "does not fit together: could not convert"),
-        (whole.replace('"temporal_factor": 1', '"temporal_factor": 0'), "temporal_factor must be >= 1, got 0"),
-        (whole.replace('"fused.onnx"', '"../fused.onnx"'), "files must list fused.onnx"),
+        (complete.replace('"rollout"', '"rolled"'), "does not fit together: lacks 'rollout'"),
+        (complete.replace('"dim": 128', '"dim": 127'), "does not fit together: dim must be"),
+        (complete.replace('"context": 2', '"context": 7'), "timesteps must be"),
+        (complete.replace('"sigma": 1.0', '"sigma": NaN'), "sigma of a step must be in 0..1"),
+        (complete.replace('"sigma": 1.0', '"sigma": "one"'), "does not fit together: could not convert"),
+        (complete.replace('"temporal_factor": 1', '"temporal_factor": 0'), "temporal_factor must be >= 1, got 0"),
+        (complete.replace('"fused.onnx"', '"../fused.onnx"'), "files must list fused.onnx"),
     ):
-        assert text != whole, message
+        assert text != complete, message
         (copied / CARD).write_text(text)
         with pytest.raises(InputError, match=message):
             open_bundle(copied)
 
 
 def test_a_card_of_other_sizes_does_not_load(copied):
-    from cfpp_rt.export.bundle_rollout import BundleRollout, OnnxRunner
+    from cfpp_rt.export.bundle_rollout import BundleRollout
+    from cfpp_rt.export.onnx_runner import OnnxRunner
 
     sizes = json.loads((copied / CARD).read_text())["sizes"]
     change_card(copied, sizes={**sizes, "latent_size": [4, 8]})
@@ -170,7 +171,8 @@ def test_damage_is_found(copied):
 
 
 def test_bfloat16_says_what_runs_here(tmp_path):
-    from cfpp_rt.export.bundle_rollout import BundleRollout, OnnxRunner
+    from cfpp_rt.export.bundle_rollout import BundleRollout
+    from cfpp_rt.export.onnx_runner import OnnxRunner
 
     export(tmp_path / "b", torch.bfloat16)
     with pytest.raises(InputError, match="no bfloat16 on the CPU: export with --dtype float32 or float16"):
@@ -231,6 +233,6 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch, arguments, message
 
 def test_make_card_keeps_the_first_block_and_the_context(model):
     run = RolloutConfig(steps=(1000,), first_steps=(1000, 500), context_noise=100)
-    card = make_card(model, run, latent_size=(8, 12), frames=5)
+    card = make_card(model, run, latent_size=(8, 12), latent_frames=5)
     assert card.timesteps[card.context] == 100.0 and card.timesteps[card.given] == 0.0
-    assert len(card.steps) == 1 and len(card.first_steps) == 2 and card.sizes.slots == card.frames == 5
+    assert len(card.steps) == 1 and len(card.first_steps) == 2 and card.sizes.slots == card.latent_frames == 5

@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from cfpp_rt.errors import InputError
-from cfpp_rt.export.trt import build_worker, builder_process, parser
+from cfpp_rt.export.trt import build, build_worker, parser
+from cfpp_rt.export.trt.build import build_engine
 from cfpp_rt.export.trt.build_worker import Job
-from cfpp_rt.export.trt.builder_process import build_engine
 from tests.export.graphs import cached_attention, contract
 from tests.export.needs import needs_tensorrt
 
@@ -28,7 +28,7 @@ def test_an_engine_is_built_ahead_of_time(tmp_path, dtype, target):
     built = build_engine(wanted)
     engine = (tmp_path / "graph.engine").read_bytes()
     assert engine[:4] == b"vtrt" and built.bytes == len(engine) > 100_000
-    assert f"accelerators={{{target} }}".encode() in engine, "compiled for the architecture that was asked for"
+    assert f"accelerators={{{target} }}".encode() in engine, "compiled for the architecture that was requested"
     assert len(built.network["sites"]) == 2 and built.peak_mib > 50 and built.build_s > 0 and built.activation_mib
     assert built.library == "tensorrt-rtx" and built.target == target
 
@@ -71,7 +71,7 @@ def test_a_log_that_admits_an_ignored_input_stops_the_build(tmp_path, monkeypatc
     """In the process itself: parsed without lengths and with the proof switched off, only the log knows."""
 
     monkeypatch.setattr(parser, "_restore_lengths", lambda *arguments: [])
-    monkeypatch.setattr(build_worker, "prove", lambda *arguments: None)
+    monkeypatch.setattr(build_worker, "check_network", lambda *arguments: None)
     with pytest.raises(InputError, match="would ignore a part of the graph: .*length"):
         build_worker.compile_engine(job(tmp_path))
     assert not (tmp_path / "graph.engine").exists()
@@ -90,7 +90,7 @@ def test_a_log_that_admits_an_ignored_input_stops_the_build(tmp_path, monkeypatc
 def test_a_builder_that_crashes_or_hangs_is_one_line(tmp_path, monkeypatch, body, limit_s, message):
     start = subprocess.Popen
     monkeypatch.setattr(
-        builder_process.subprocess, "Popen", lambda command, **options: start([sys.executable, "-c", body], **options)
+        build.subprocess, "Popen", lambda command, **options: start([sys.executable, "-c", body], **options)
     )
     with pytest.raises(InputError, match=message):
         build_engine(job(tmp_path), time_limit_s=limit_s)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from cfpp_rt.cli.main import main
-from cfpp_rt.export.trt import build, gate
-from cfpp_rt.export.trt.bundle import open_bundle
+from cfpp_rt.export import commands, parity
+from cfpp_rt.export.trt import build
+from cfpp_rt.export.trt.bundle import open_engine_bundle
 from cfpp_rt.export.trt.library import load_library
 from cfpp_rt.export.trt.messages import FAULTS
 from tests.export.needs import needs_tensorrt
@@ -40,21 +41,21 @@ def test_a_student_to_engines(tmp_path, capsys):
     assert main(command(tmp_path / "engines", "--graphs", "step", "fused", "--keep-onnx", str(tmp_path / "onnx"))) == 0
     said = capsys.readouterr().out
     assert "rollout" in said and "sm89 fused: " in said and "engines for sm89" in said
-    opened = open_bundle(
+    opened = open_engine_bundle(
         tmp_path / "engines", architecture="sm89", library="tensorrt-rtx", version=load_library("tensorrt-rtx").version
     )
     assert set(opened.engines) == {"step", "fused"}
     assert opened.card.sizes.dtype == "bfloat16" and opened.card.sizes.latent_size == (4, 6)
-    parity = opened.values["parity"]
-    assert parity["passed"] and parity["dtype"] == "float32" and parity["rollout"]["ring_wraps"]
-    assert parity["worst"]["max_error"] <= 1e-4
+    result = opened.values["parity"]
+    assert result["passed"] and result["dtype"] == "float32" and result["rollout"]["ring_wraps"]
+    assert result["worst"]["max_error"] <= 1e-4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["engines", "onnx"]
     assert json.loads((tmp_path / "onnx" / "card.json").read_text())["sizes"] == opened.values["student"]["sizes"]
 
 
 def test_a_graph_that_disagrees_is_never_built(tmp_path, capsys, monkeypatch):
     """One weight of the exported graphs is not the model's: the comparison sees it, and no builder starts."""
-    export = gate.export_onnx
+    export = parity.export_onnx
 
     def spoil(model, *arguments, **options):
         kept = model.blocks[1].self_attn.v.weight[0].clone()
@@ -63,7 +64,7 @@ def test_a_graph_that_disagrees_is_never_built(tmp_path, capsys, monkeypatch):
             export(model, *arguments, **options)
             model.blocks[1].self_attn.v.weight[0] = kept
 
-    monkeypatch.setattr(gate, "export_onnx", spoil)
+    monkeypatch.setattr(parity, "export_onnx", spoil)
     monkeypatch.setattr(build, "build_engine", lambda *arguments, **options: pytest.fail("an engine was built"))
     assert "does not agree with PyTorch" in fault(capsys, command(tmp_path / "engines"))
     assert not list(tmp_path.iterdir())
@@ -83,7 +84,7 @@ def test_the_comparison_is_at_the_size_that_the_student_knows_or_smaller(tmp_pat
         assert latent_size == wanted
         raise Stop
 
-    monkeypatch.setattr(gate, "require_parity", compare)
+    monkeypatch.setattr(commands, "require_parity", compare)
     with pytest.raises(Stop):
         main(["export", "tensorrt", "--random-weights", *options, "--targets", "sm89", "-o", str(tmp_path / "engines")])
     assert not list(tmp_path.iterdir())
@@ -106,7 +107,7 @@ def test_the_comparison_is_at_the_size_that_the_student_knows_or_smaller(tmp_pat
     ],
 )
 def test_what_cannot_be_built_is_refused_before_any_work(tmp_path, capsys, monkeypatch, extra, message):
-    monkeypatch.setattr(gate, "verify", lambda *arguments, **options: pytest.fail("the comparison was started"))
+    monkeypatch.setattr(parity, "verify", lambda *arguments, **options: pytest.fail("the comparison was started"))
     assert message in fault(capsys, command(tmp_path / "engines", *extra))
     assert not list(tmp_path.iterdir())
 

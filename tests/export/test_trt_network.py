@@ -7,7 +7,7 @@ import pytest
 from cfpp_rt.errors import InputError, MissingExtraError
 from cfpp_rt.export.trt import library as libraries
 from cfpp_rt.export.trt import parser
-from cfpp_rt.export.trt.check_network import prove
+from cfpp_rt.export.trt.check_network import check_network
 from cfpp_rt.export.trt.library import Library, load_library
 from cfpp_rt.export.trt.messages import explain
 from cfpp_rt.export.trt.parser import parse
@@ -28,7 +28,7 @@ def parsed(library, tmp_path, **options):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_sound_graph_is_proven(library, tmp_path, dtype):
-    report = prove(library, parsed(library, tmp_path, dtype=dtype), contract(dtype))
+    report = check_network(library, parsed(library, tmp_path, dtype=dtype), contract(dtype))
     assert [(site.key_cache, site.value_cache) for site in report.sites] == [
         ("keys_0", "values_0"),
         ("keys_1", "values_1"),
@@ -44,7 +44,7 @@ def test_the_parser_alone_drops_the_length(library, tmp_path, monkeypatch):
     """The reason why `parse` mends the network: without that step the length reaches nothing, and the proof says so."""
     monkeypatch.setattr(parser, "_restore_lengths", lambda *arguments: [])
     with pytest.raises(InputError, match="a0 sees the whole cache.*input length reaches no output"):
-        prove(library, parsed(library, tmp_path), contract())
+        check_network(library, parsed(library, tmp_path), contract())
 
 
 @pytest.mark.parametrize(
@@ -63,14 +63,14 @@ def test_the_parser_alone_drops_the_length(library, tmp_path, monkeypatch):
 )
 def test_a_planted_fault_is_one_line(library, tmp_path, fault, message):
     with pytest.raises(InputError, match=message) as caught:
-        prove(library, parsed(library, tmp_path, fault=fault), contract())
+        check_network(library, parsed(library, tmp_path, fault=fault), contract())
     assert "\n" not in str(caught.value)
 
 
 def test_a_network_of_another_dtype_shape_or_name_is_refused(library, tmp_path):
     found = parsed(library, tmp_path, dtype="bfloat16")
     with pytest.raises(InputError, match=r"input x must be float16 \[1, 8, 32\], got bfloat16.*and 9 more"):
-        prove(library, found, contract("float16"))
+        check_network(library, found, contract("float16"))
     spec = contract("bfloat16")
     shorter = dataclasses.replace(spec.inputs[5], shape=(1, 2, 24, 16))
     renamed = dataclasses.replace(spec.inputs[0], name="tokens")
@@ -79,7 +79,7 @@ def test_a_network_of_another_dtype_shape_or_name_is_refused(library, tmp_path):
         ((renamed, *spec.inputs[1:]), "input tokens is missing; input x is not in the contract"),
     ):
         with pytest.raises(InputError, match=message):
-            prove(library, found, dataclasses.replace(spec, inputs=wrong))
+            check_network(library, found, dataclasses.replace(spec, inputs=wrong))
 
 
 def test_an_output_that_continues_another_cache_is_refused(library, tmp_path):
@@ -87,7 +87,7 @@ def test_an_output_that_continues_another_cache_is_refused(library, tmp_path):
     keys, values = spec.outputs[1], spec.outputs[2]
     crossed = (spec.outputs[0], dataclasses.replace(keys, updates=values.updates), *spec.outputs[2:])
     with pytest.raises(InputError, match="keys_0_out must be values_0 updated in place, it is keys_0"):
-        prove(library, parsed(library, tmp_path), dataclasses.replace(spec, outputs=crossed))
+        check_network(library, parsed(library, tmp_path), dataclasses.replace(spec, outputs=crossed))
 
 
 def test_missing_and_broken_files(library, tmp_path):

@@ -6,10 +6,9 @@ import pytest
 
 from cfpp_rt.errors import InputError
 from cfpp_rt.export.contract import PASSES
-from cfpp_rt.export.trt.build import make_bundle
-from cfpp_rt.export.trt.builder_process import build_engine
-from cfpp_rt.export.trt.bundle import open_bundle
-from cfpp_rt.export.trt.check_network import prove
+from cfpp_rt.export.trt.build import build_engine, build_engine_bundle
+from cfpp_rt.export.trt.bundle import open_engine_bundle
+from cfpp_rt.export.trt.check_network import check_network
 from cfpp_rt.export.trt.library import load_library
 from cfpp_rt.export.trt.parser import parse, weight_bytes
 from tests.export.needs import needs_tensorrt
@@ -22,10 +21,12 @@ pytestmark = needs_tensorrt
 def test_engines_of_a_student_for_three_architectures(tmp_path):
     source = exported(tmp_path / "graphs", dtype="bfloat16")
     targets, said = ("sm80", "sm89", "sm120"), []
-    make_bundle(source, tmp_path / "bundle", {"max": 0.0}, targets=targets, library="tensorrt-rtx", say=said.append)
+    build_engine_bundle(
+        source, tmp_path / "bundle", {"max": 0.0}, targets=targets, library="tensorrt-rtx", log=said.append
+    )
     version = load_library("tensorrt-rtx").version
     for target in targets:
-        opened = open_bundle(tmp_path / "bundle", architecture=target, library="tensorrt-rtx", version=version)
+        opened = open_engine_bundle(tmp_path / "bundle", architecture=target, library="tensorrt-rtx", version=version)
         assert opened.card == source.card and opened.values["parity"] == {"max": 0.0}
         assert set(opened.engines) == {"embed_time", "embed_text", *PASSES}
         for name, path in opened.engines.items():
@@ -54,7 +55,7 @@ def test_every_pass_is_proven(tmp_path, config, rollout, batch, dtype):
     library = load_library("tensorrt-rtx")
     source = exported(tmp_path / "graphs", config, rollout, dtype, batch=batch)
     for name in PASSES:
-        report = prove(library, parse(library, source.path(name)), source.card.graphs[name])
+        report = check_network(library, parse(library, source.path(name)), source.card.graphs[name])
         layers = 1 if name == "refresh" else 2  # its last layer stops at keys and values
         assert [site.key_cache for site in report.sites] == [f"keys.{layer}" for layer in range(layers)]
         assert [site.value_cache for site in report.sites] == [f"values.{layer}" for layer in range(layers)]
@@ -64,7 +65,7 @@ def test_every_pass_is_proven(tmp_path, config, rollout, batch, dtype):
 
 @pytest.mark.parametrize("name", PASSES)
 def test_a_pass_that_forgets_what_is_valid_is_refused(tmp_path, name):
-    """A fault planted in a whole student: one attention of the exported graph loses its length or mask."""
+    """A fault planted in a real student: one attention of the exported graph loses its length or mask."""
     import onnx
 
     source = exported(tmp_path / "graphs")
@@ -74,7 +75,7 @@ def test_a_pass_that_forgets_what_is_valid_is_refused(tmp_path, name):
     onnx.save(graph, source.path(name))
     library = load_library("tensorrt-rtx")
     with pytest.raises(InputError, match="attention blocks.0.self_attn.* sees the whole cache"):
-        prove(library, parse(library, source.path(name)), source.card.graphs[name])
+        check_network(library, parse(library, source.path(name)), source.card.graphs[name])
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,9 @@ def source(tmp_path_factory):
 )
 def test_a_bundle_that_cannot_be_made_leaves_nothing(tmp_path, source, options, message):
     with pytest.raises((InputError, ImportError), match=message):
-        make_bundle(source, tmp_path / "bundle", {}, **{"targets": ("sm89",), "library": "tensorrt-rtx", **options})
+        build_engine_bundle(
+            source, tmp_path / "bundle", {}, **{"targets": ("sm89",), "library": "tensorrt-rtx", **options}
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -106,7 +109,7 @@ def test_a_full_disk_is_one_line(tmp_path, source, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: Full)
         with pytest.raises(InputError, match="the disk has 1 MiB free"):
-            make_bundle(source, tmp_path / "bundle", {}, targets=("sm89",), library="tensorrt-rtx")
+            build_engine_bundle(source, tmp_path / "bundle", {}, targets=("sm89",), library="tensorrt-rtx")
     assert not list(tmp_path.iterdir())
 
 
@@ -118,7 +121,7 @@ def test_a_failed_engine_takes_the_others_with_it(tmp_path, source, monkeypatch)
 
     monkeypatch.setattr("cfpp_rt.export.trt.build.build_engine", fail_at_last)
     with pytest.raises(InputError, match="crashed"):
-        make_bundle(
+        build_engine_bundle(
             source, tmp_path / "x", {}, targets=("sm89",), graphs=("embed_time", "fused"), library="tensorrt-rtx"
         )
     assert not list(tmp_path.iterdir())

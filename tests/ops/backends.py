@@ -1,4 +1,4 @@
-"""On what a pointwise op is tested: plain PyTorch, the C++ kernel, the Triton kernel on the CPU and on a GPU."""
+"""The backends that tests of pointwise ops run: plain PyTorch, the C++ kernel, the Triton kernel on CPU and GPU."""
 
 import importlib
 import importlib.util
@@ -24,7 +24,7 @@ BACKENDS = [*COMPILED, INTERPRETER]
 
 
 def implementation(op: str, backend: str, function: str | None = None) -> Callable[..., Any]:
-    """The public function, or what it launches on CUDA; "reference" is plain PyTorch. function: another of the room."""
+    """The function of an op on a backend; "interpreter" is its Triton kernel. function: its name, None = the op."""
     rooms = {"reference": f"cfpp_rt.reference.{op}", "interpreter": f"cfpp_rt.ops.{op}_triton"}
     return getattr(importlib.import_module(rooms.get(backend, f"cfpp_rt.ops.{op}")), function or op)
 
@@ -38,7 +38,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def assert_as_good(actual: Tensor, plain: Tensor, oracle: Tensor, backend: str, name: str) -> None:
-    """At most twice plain PyTorch's error, or one float32 rounding where that happens to be smaller still."""
+    """Assert at most twice the error of plain PyTorch, or one float32 rounding if that is larger."""
     narrow = torch.float32
     if backend == "interpreter" and actual.dtype == torch.bfloat16:
         narrow = torch.bfloat16  # the interpreter cuts bits off where a GPU rounds

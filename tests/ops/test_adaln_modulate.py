@@ -95,7 +95,7 @@ def test_the_reference_is_no_worse_than_separate_layers(case: Case, dtype: torch
 
 @pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_whole_frame_is_right_and_two_runs_are_bit_equal(dtype: torch.dtype, backend: str):
+def test_a_frame_of_480x832_is_right_and_two_runs_are_bit_equal(dtype: torch.dtype, backend: str):
     arguments = LARGE.arguments(dtype, device_of(backend))
     first, second = adaln_modulate(*arguments, EPS), adaln_modulate(*arguments, EPS)
     assert torch.equal(bits(first), bits(second))
@@ -112,7 +112,7 @@ def test_threads_do_not_change_a_bit():
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def test_float64_is_served_by_the_reference():
+def test_float64_runs_the_reference():
     arguments = Case(frames=2).arguments(torch.float64)
     assert torch.equal(adaln_modulate(*arguments, EPS), reference(*arguments, EPS))
 
@@ -152,7 +152,7 @@ def test_a_bad_argument_is_named(index, change, message, checked_by):
 
 
 @pytest.mark.parametrize("backend", COMPILED)
-def test_the_way_round_the_dispatcher_changes_nothing(backend: str):
+def test_bypassing_the_dispatcher_changes_nothing(backend: str):
     arguments = Case(frames=2, batch=2).arguments(torch.bfloat16, device_of(backend))
     through_the_dispatcher = torch.ops.cfpp_rt.adaln_modulate(*arguments, EPS)
     with torch.no_grad():
@@ -181,7 +181,7 @@ def test_gradients_reach_every_argument():
 
 
 @pytest.mark.skipif(os.environ.get("CFPP_BACKEND", "auto") != "auto", reason="a backend is forced")
-def test_the_kernel_is_what_runs(monkeypatch):
-    """Without it every comparison above would compare the reference with itself."""
+def test_the_kernel_runs_and_not_the_reference(monkeypatch):
+    """Otherwise every comparison above would compare the reference with itself."""
     monkeypatch.setattr("cfpp_rt.ops.adaln_modulate.reference", None)
     assert bool(adaln_modulate(*Case().arguments(torch.float32), EPS).isfinite().all())

@@ -197,11 +197,11 @@ NEEDED = {
 
 @pytest.mark.parametrize("line", NEEDED.values(), ids=NEEDED.keys())
 def test_the_emulator_sees_a_missing_barrier(emulated, line: str, tmp_path: Path):
-    source = next(path for path in SOURCES if path.name == "sm80.cu")
+    source = next(path for path in SOURCES if path.parent.name == "sm80")
     text = source.read_text()
     assert text.count(line) == 1
-    (tmp_path / "block_attention").mkdir()
-    broken = tmp_path / "block_attention" / "sm80.cu"
+    (tmp_path / "sm80").mkdir()
+    broken = tmp_path / "sm80" / source.name
     broken.write_text(text.replace(line, "//"))
     changed = compile_for_host(broken, tmp_path)
     objects = [changed if path.name == changed.name else path for path in emulated.objects]

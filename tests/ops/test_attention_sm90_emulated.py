@@ -16,7 +16,7 @@ from tests.ops.test_attention_emulated import Case, one, run
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no host compiler")
 
-KERNEL = ROOT / "csrc/block_attention/sm90.cu"
+KERNEL = ROOT / "csrc/block_attention/sm90/kernel.cu"
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +97,12 @@ HAZARDS = {
 def with_change(emulated: EmulatedAttention, folder: Path, line: str, instead: str) -> EmulatedAttention:
     """The kernels, with another line in a role of the Hopper kernel."""
     text = KERNEL.read_text()
-    headers = {role: KERNEL.with_name(role).read_text() for role in ("sm90_consumer.cuh", "sm90_producer.cuh")}
+    headers = {role: KERNEL.with_name(role).read_text() for role in ("consumer.cuh", "producer.cuh")}
     assert sum(header.count(line) for header in headers.values()) == 1
     for role, header in headers.items():
         changed = header.replace("#pragma once", "").replace(line, instead)
-        text = text.replace(f'#include "block_attention/{role}"', changed)
-    source = folder / "block_attention" / KERNEL.name
+        text = text.replace(f'#include "block_attention/sm90/{role}"', changed)
+    source = folder / "sm90" / KERNEL.name
     source.parent.mkdir()
     source.write_text(text)
     kernel = compile_for_host(source, folder)

@@ -1,6 +1,7 @@
-"""block_attention against its plain PyTorch twin; float64 is the oracle."""
+"""block_attention against plain PyTorch; float64 is the oracle."""
 
 import dataclasses
+import importlib.util
 import sys
 
 import pytest
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from cfpp_rt.errors import InputError
 from cfpp_rt.ops import backends
-from cfpp_rt.ops.attention_libraries import LIBRARIES, attend_gathered, flash_version
-from cfpp_rt.ops.attention_table import BACKENDS, Problem, choose_attention, kernel_takes
+from cfpp_rt.ops.attention_libraries import FLASH_MODULES, LIBRARY_BACKENDS, attend_gathered, flash_module
+from cfpp_rt.ops.attention_table import BACKENDS, Problem, choose_attention, kernel_supports
 from cfpp_rt.ops.block_attention import block_attention
 from cfpp_rt.ops.token_ranges import TokenRanges
 from cfpp_rt.reference.block_attention import block_attention as reference
@@ -43,7 +44,7 @@ class Case:
         return max(last for visible in self.ranges for _, last in visible) + self.slack
 
     def arguments(self, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, TokenRanges]:
-        """q and the caches are strided views of larger buffers; every row that no group sees is NaN."""
+        """q and the caches are strided views of larger buffers; every row outside the ranges of all groups is NaN."""
         generator = torch.Generator().manual_seed(11)
         total = self.queries * len(self.ranges)
         q = torch.randn(self.batch, self.heads, total + 3, self.head_dim, generator=generator) * self.sharpness
@@ -75,7 +76,7 @@ CASES = {
     "176 keys": Case(65, one((5, 181)), head_dim=128),
     "177 keys": Case(65, one((5, 182)), head_dim=128),
     "353 keys": Case(200, one((0, 353)), head_dim=128),
-    "the whole capacity": Case(40, one((0, 300)), slack=0),
+    "the full capacity": Case(40, one((0, 300)), slack=0),
     "130 keys, odd query tile": Case(33, one((1, 131)), head_dim=128),
     "257 keys": Case(17, one((0, 257))),
     "ranges that touch": Case(20, one((0, 10), (10, 20))),
@@ -120,7 +121,7 @@ def test_kernel_agrees_with_float64(case: Case, device: str, dtype: torch.dtype)
 
 @pytest.mark.parametrize("device,dtype", TARGETS)
 @pytest.mark.parametrize("scale", [0.0, -0.3])
-def test_any_scale_will_do_on_the_cpu(scale: float, device: str, dtype: torch.dtype):
+def test_any_scale_is_supported_on_the_cpu(scale: float, device: str, dtype: torch.dtype):
     q, keys, values, ranges = CASES["three ranges"].arguments(dtype, device)
     if device == "cuda":
         with pytest.raises(InputError, match=f"scale must be above 0 on CUDA, got {scale}"):
@@ -132,7 +133,7 @@ def test_any_scale_will_do_on_the_cpu(scale: float, device: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("device,dtype", TARGETS)
-def test_a_visible_nan_shows_and_only_to_those_who_see_it(device: str, dtype: torch.dtype):
+def test_nan_reaches_exactly_the_groups_that_attend_to_it(device: str, dtype: torch.dtype):
     q, keys, values, ranges = Case(20, (((0, 40),), ((0, 41),))).arguments(dtype, device)
     values[:, :, 40] = float("nan")
     out = kernel(q, keys, values, ranges, 0.1)
@@ -141,22 +142,24 @@ def test_a_visible_nan_shows_and_only_to_those_who_see_it(device: str, dtype: to
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", SMALL_HEADS.values(), ids=SMALL_HEADS.keys())
-def test_cpu_kernel_takes_any_even_head(case: Case, dtype: torch.dtype):
+def test_cpu_kernel_supports_every_even_head_dim(case: Case, dtype: torch.dtype):
     check(case, dtype, "cpu", kernel)
 
 
 @pytest.mark.parametrize("case", [*CASES.values(), *SMALL_HEADS.values()], ids=[*CASES, *SMALL_HEADS])
-def test_the_public_function_agrees_whatever_the_table_picks(case: Case):
+def test_the_public_function_agrees_for_every_choice_of_the_table(case: Case):
     check(case, torch.float32, "cpu", block_attention)
 
 
-@pytest.mark.parametrize("device,library", [("cpu", "sdpa"), *(pytest.param("cuda", n, marks=GPU) for n in LIBRARIES)])
+@pytest.mark.parametrize(
+    "device,library", [("cpu", "sdpa"), *(pytest.param("cuda", n, marks=GPU) for n in LIBRARY_BACKENDS)]
+)
 def test_libraries_agree_with_float64(device: str, library: str):
-    if library == "flash" and not flash_version():
+    if library == "flash" and flash_module() is None:
         pytest.skip("FlashAttention is not installed")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     case = CASES["two groups that see different windows"]
-    check(case, dtype, device, lambda *arguments: attend_gathered(LIBRARIES[library], *arguments))
+    check(case, dtype, device, lambda *arguments: attend_gathered(LIBRARY_BACKENDS[library], *arguments))
 
 
 @pytest.mark.parametrize("device,dtype", TARGETS)
@@ -235,7 +238,7 @@ def test_bad_ranges_are_refused(pairs, message, attend):
         ([[(-1, 3)]], r"got \[-1, 3\]"),
         ([[(3, 3)]], r"not empty, got \[3, 3\]"),
         ([[(0, 4)], [(0, 4), (3, 5)]], "group 1 must not overlap"),
-        ([[(0, 4)], []], "group 1 must hold at least one token"),
+        ([[(0, 4)], []], "group 1 must contain at least one token"),
         ([], "at least one group"),
     ],
 )
@@ -266,14 +269,14 @@ def test_a_bad_argument_is_named(index, change, message):
         torch.ops.cfpp_rt.block_attention(*arguments, 1.0)
 
 
-def test_gradients_are_refused_rather_than_lost():
+def test_gradients_are_refused():
     q, keys, values, ranges = Case(4, one((0, 40))).arguments(torch.float32, "cpu")
     with pytest.raises(InputError, match="has no gradient"):
         block_attention(q.clone().requires_grad_(), keys, values, ranges)
 
 
-def test_the_kernel_is_what_runs():
-    """Without it every comparison above would compare the reference with itself."""
+def test_the_kernel_runs_and_not_the_reference():
+    """Otherwise every comparison above would compare the reference with itself."""
     assert backends()["block_attention"]["cpu"][0] == "cpu", backends()
 
 
@@ -285,12 +288,12 @@ def test_the_table_names_known_backends_for_every_problem():
                     problem = Problem(device_type, capability, dtype, head_dim, queries, 3 * queries)
                     name, reason = choose_attention(problem)
                     assert name in BACKENDS and reason
-                    assert name != "kernel" or kernel_takes(problem)
+                    assert name != "kernel" or kernel_supports(problem)
 
 
 @pytest.fixture
 def forget_choices():
-    """CFPP_BACKEND is read once per process: let a test change it, and later tests not see it."""
+    """Clear the cached CFPP_BACKEND, which is read once per process, before and after a test that changes it."""
     module = sys.modules[block_attention.__module__]
     module._forced.cache_clear()
     yield
@@ -301,9 +304,15 @@ def forget_choices():
 def test_an_attention_backend_can_be_forced(backend: str, monkeypatch, forget_choices):
     monkeypatch.setenv("CFPP_BACKEND", backend)
     if backend == "flash":
-        if flash_version():
+        if flash_module() is not None:
             pytest.skip("FlashAttention is installed, and takes CUDA tensors only")
         with pytest.raises(InputError, match="CFPP_BACKEND=flash cannot be met"):
             check(CASES["three ranges"], torch.float32, "cpu", block_attention)
     else:
         check(CASES["three ranges"], torch.float32, "cpu", block_attention)
+
+
+@pytest.mark.parametrize("version,module", FLASH_MODULES)
+def test_flash_attention_is_found_under_each_of_its_names(version: int, module: str, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == module or None)
+    assert flash_module.__wrapped__() == (version, module)

@@ -11,9 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = sorted(ROOT.glob("csrc/*/*.cu"))
+SOURCES = sorted(ROOT.glob("csrc/**/*.cu"))
 ARCHS = ("80", "89", "90a", "120")
 FLAGS = ["-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-Werror=all-warnings"]
+
+
+def label(source: Path) -> str:
+    return "-".join(source.relative_to(ROOT / "csrc").with_suffix("").parts)
+
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 
@@ -25,7 +30,7 @@ def compiled(tmp_path_factory):
 
     def compile_once(source: Path, arch: str) -> tuple[Path, str]:
         if (source, arch) not in done:
-            cubin = folder / f"{source.stem}.{arch}.cubin"
+            cubin = folder / f"{label(source)}.{arch}.cubin"
             command = ["nvcc", *FLAGS, "-Xptxas=-v", f"-arch=sm_{arch}", "-cubin", str(source), "-o", str(cubin)]
             run = subprocess.run(command, capture_output=True, text=True)
             assert run.returncode == 0, run.stderr
@@ -36,7 +41,7 @@ def compiled(tmp_path_factory):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("source", SOURCES, ids=label)
 def test_device_code_has_no_spills(compiled, source: Path, arch: str):
     _, log = compiled(source, arch)
     found = re.findall(r"entry function '(\w+)' for 'sm_(\w+)'[^']*?(\d+) bytes spill stores, (\d+) bytes spill", log)
@@ -48,7 +53,7 @@ def test_device_code_has_no_spills(compiled, source: Path, arch: str):
     assert not re.findall(r".*C75(?:08|1[0-5]).*", log)
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("source", SOURCES, ids=label)
 def test_host_code_compiles_clean(source: Path, tmp_path: Path):
     flags = [*FLAGS, "-Xcompiler=-Wall,-Wextra", "-gencode=arch=compute_80,code=compute_80"]
     run = subprocess.run(["nvcc", *flags, "-c", source, "-o", tmp_path / "object.o"], capture_output=True, text=True)
@@ -85,8 +90,8 @@ def instructions(cubin: Path) -> dict[str, Counter]:
     return kernels
 
 
-def attention_source(stem: str) -> Path:
-    return next(path for path in SOURCES if path.stem == stem and path.parent.name == "block_attention")
+def attention_source(architecture: str) -> Path:
+    return ROOT / "csrc/block_attention" / architecture / "kernel.cu"
 
 
 @pytest.mark.parametrize("arch", ["80", "89", "120"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cfpp_rt.core.schedule import add_noise, to_clean
+from cfpp_rt.core.schedule import add_noise
 from cfpp_rt.errors import InputError
 from cfpp_rt.ops.denoise_update import denoise_update
 from cfpp_rt.reference.denoise_update import denoise_update as reference
@@ -54,7 +54,7 @@ def assert_all_as_good(results, plain, wanted, backend: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_agrees_with_float64(shape, strided: bool, dtype: torch.dtype, backend: str):
     if strided and backend == "interpreter":
-        pytest.skip("the public function makes arguments contiguous before the kernel sees them")
+        pytest.skip("the public function makes arguments contiguous before it calls the kernel")
     for levels_batch in {1, shape[0]}:
         arguments = make_arguments(shape, dtype, device_of(backend), levels_batch, strided)
         results = implementation("denoise_update", backend)(*arguments)
@@ -73,18 +73,18 @@ def test_after_the_last_step_there_is_no_noise(backend: str):
 
 def test_without_noise_the_next_input_is_the_clean_estimate():
     x, velocity, sigma, *_ = make_arguments((1, 2, 5), torch.float32)
-    clean, following = denoise_update(x, velocity, sigma, None, None)
-    assert following is clean
+    clean, next_input = denoise_update(x, velocity, sigma, None, None)
+    assert next_input is clean
     assert torch.equal(clean, denoise_update(x, velocity, sigma, None, torch.full((1, 2), float("nan")))[0])
 
 
-def test_it_is_the_schedules_two_formulas():
+def test_equals_the_formulas_of_the_schedule():
     x, velocity, _, noise, _ = make_arguments((1, 2, 40), torch.bfloat16)
     levels = torch.tensor([0.9375, 0.25]).expand(2, 2)
-    clean, following = denoise_update(x, velocity, levels[:1, :1].expand(1, 2), noise, levels[:1, 1:].expand(1, 2))
-    wanted = to_clean(x, velocity, 0.9375)
+    clean, next_input = denoise_update(x, velocity, levels[:1, :1].expand(1, 2), noise, levels[:1, 1:].expand(1, 2))
+    wanted = x - 0.9375 * velocity.float()
     torch.testing.assert_close(clean, wanted, rtol=0, atol=1e-6)
-    torch.testing.assert_close(following, add_noise(wanted, noise, 0.25), rtol=0, atol=1e-6)
+    torch.testing.assert_close(next_input, add_noise(wanted, noise, 0.25), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", COMPILED)
@@ -104,7 +104,7 @@ def test_threads_do_not_change_a_bit():
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def test_float64_is_served_by_the_reference():
+def test_float64_runs_the_reference():
     arguments = [t.double() for t in make_arguments((2, 3, 5), torch.float32)]
     pairs = zip(denoise_update(*arguments), oracle(*arguments), strict=True)
     assert all(torch.allclose(a, b, rtol=0, atol=1e-15) for a, b in pairs)
@@ -139,7 +139,7 @@ def test_a_bad_argument_is_named(index, change, message, checked_by):
 
 
 @pytest.mark.parametrize("backend", COMPILED)
-def test_the_way_round_the_dispatcher_changes_nothing(backend: str):
+def test_bypassing_the_dispatcher_changes_nothing(backend: str):
     arguments = make_arguments((2, 3, 4, 7, 9), torch.bfloat16, device_of(backend))
     through_the_dispatcher = torch.ops.cfpp_rt.denoise_update(*arguments)
     with torch.no_grad():
@@ -171,7 +171,7 @@ def test_gradients_reach_latents_velocity_and_noise():
 
 
 @pytest.mark.skipif(os.environ.get("CFPP_BACKEND", "auto") != "auto", reason="a backend is forced")
-def test_the_kernel_is_what_runs(monkeypatch):
-    """Without it every comparison above would compare the reference with itself."""
+def test_the_kernel_runs_and_not_the_reference(monkeypatch):
+    """Otherwise every comparison above would compare the reference with itself."""
     monkeypatch.setattr("cfpp_rt.ops.denoise_update.reference", None)
     assert all(bool(t.isfinite().all()) for t in denoise_update(*make_arguments((1, 2, 5), torch.float32)))

@@ -72,7 +72,7 @@ def test_the_reference_is_no_worse_than_separate_layers(dtype: torch.dtype, form
 
 @pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_whole_frame_is_right_and_two_runs_are_bit_equal(dtype: torch.dtype, backend: str):
+def test_a_frame_of_480x832_is_right_and_two_runs_are_bit_equal(dtype: torch.dtype, backend: str):
     arguments = make_arguments(LARGE, FORMS[0], dtype, device_of(backend))
     first, second = gated_residual(*arguments, EPS), gated_residual(*arguments, EPS)
     assert all(torch.equal(bits(a), bits(b)) for a, b in zip(first, second, strict=True))
@@ -80,8 +80,8 @@ def test_a_whole_frame_is_right_and_two_runs_are_bit_equal(dtype: torch.dtype, b
 
 
 @pytest.mark.parametrize("backend", COMPILED)
-def test_the_norm_is_of_the_sum_before_it_is_rounded(backend: str):
-    """y is far below the last bit of x: it leaves no trace in the sum, and all there is in the norm."""
+def test_the_norm_is_of_the_unrounded_sum(backend: str):
+    """y is far below the last bit of x: the rounded sum does not contain it, and the norm consists of it."""
     device = device_of(backend)
     x = torch.full((1, 1, 64), 256.0, dtype=torch.bfloat16, device=device)
     y = torch.linspace(-0.25, 0.25, 64, device=device).to(torch.bfloat16).expand(1, 1, -1)
@@ -91,7 +91,7 @@ def test_the_norm_is_of_the_sum_before_it_is_rounded(backend: str):
     assert torch.allclose(normed.float(), y.float() / y.float().std(correction=0), atol=0.02)
 
 
-def test_arguments_are_left_alone():
+def test_arguments_are_not_modified():
     arguments = make_arguments(Case(packed=False), FORMS[0], torch.float32)
     before = [t.clone() for t in arguments]
     results = gated_residual(*arguments, EPS)
@@ -99,7 +99,7 @@ def test_arguments_are_left_alone():
     assert not {t.data_ptr() for t in results} & {t.data_ptr() for t in arguments}
 
 
-def test_float64_is_served_by_the_reference():
+def test_float64_runs_the_reference():
     arguments = make_arguments(Case(frames=2), FORMS[0], torch.float64)
     pairs = zip(gated_residual(*arguments, EPS), reference(*arguments, EPS), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -133,7 +133,7 @@ def test_a_bad_argument_is_named(form, index, change, message, checked_by):
 
 
 @pytest.mark.parametrize("backend", COMPILED)
-def test_the_way_round_the_dispatcher_changes_nothing(backend: str):
+def test_bypassing_the_dispatcher_changes_nothing(backend: str):
     arguments = make_arguments(Case(frames=2, batch=2), FORMS[0], torch.bfloat16, device_of(backend))
     through_the_dispatcher = torch.ops.cfpp_rt.gated_residual(*arguments, EPS)
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_gradients_reach_every_argument(form: str):
 
 
 @pytest.mark.skipif(os.environ.get("CFPP_BACKEND", "auto") != "auto", reason="a backend is forced")
-def test_the_kernel_is_what_runs(monkeypatch):
+def test_the_kernel_runs_and_not_the_reference(monkeypatch):
     """Without it every comparison above would compare the reference with itself."""
     monkeypatch.setattr("cfpp_rt.ops.gated_residual.reference", None)
     results = gated_residual(*make_arguments(Case(), FORMS[0], torch.float32), EPS)

@@ -1,4 +1,4 @@
-"""kv_dequantize_ against plain PyTorch, and what attention over a float8 cache loses against float64."""
+"""kv_dequantize_ against plain PyTorch, and the error of attention over a float8 cache against float64."""
 
 import dataclasses
 
@@ -64,7 +64,7 @@ def call(*arguments: Tensor) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_equals_plain_pytorch_and_leaves_the_rest_alone(case: Case, dtype: torch.dtype, device: str):
+def test_equals_plain_pytorch_and_changes_nothing_else(case: Case, dtype: torch.dtype, device: str):
     ours, plain = case.arguments(dtype, device), case.arguments(dtype, device)
     call(*ours)
     reference(*plain)
@@ -122,7 +122,7 @@ def test_one_captured_graph_serves_changing_ranges():
         assert torch.equal(arguments[0]._base.nan_to_num(nan=1.0), fresh[0]._base.nan_to_num(nan=1.0))
 
 
-def test_float64_is_served_by_the_reference():
+def test_float64_runs_the_reference():
     ours = [t.double() if i < 2 else t for i, t in enumerate(Case().arguments(torch.float32, "cpu"))]
     plain = [t.clone() for t in ours]
     call(*ours)
@@ -180,14 +180,14 @@ def test_compiles_as_one_graph():
     assert torch.equal(eager[0]._base.nan_to_num(nan=1.0), compiled[0]._base.nan_to_num(nan=1.0))
 
 
-def test_the_kernel_is_what_runs():
+def test_the_kernel_runs_and_not_the_reference():
     assert backends()["kv_dequantize_"]["cpu"][0] == "cpu", backends()
 
 
 def filled_cache(
     dtype: torch.dtype, device: str, heads: int = 4, head_dim: int = 64, frames: int = 6, tokens: int = 260
 ):
-    """A cache of one layer with poison in every row, then random keys and values in those of `visible`."""
+    """A cache of one layer with NaN in every row, then random keys and values in the visible rows."""
     shape = CacheShape(1, 1, heads, frames, tokens, head_dim)
     cache = KVCache(shape, FrameRing(0, frames, 1), dtype, device, torch.float8_e4m3fn)
     layer = cache.layers[0]
@@ -197,7 +197,7 @@ def filled_cache(
     q = torch.randn(1, heads, tokens, head_dim, generator=generator).to(dtype).to(device)
     layer.set_scales(keys.new_ones(heads * head_dim), values.transpose(1, 2).flatten(2))
     cache.data.view(torch.uint8).fill_(0x7F)
-    for tensor in layer._wide:
+    for tensor in layer._dequantized:
         tensor.fill_(float("nan"))
     groups = [[(0, tokens), (2 * tokens, 4 * tokens)]]
     ranges = TokenRanges.of(groups, capacity=frames * tokens, batch=1, device=device)
@@ -209,14 +209,14 @@ def filled_cache(
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_attention_loses(dtype: torch.dtype, device: str):
+def test_error_of_attention_over_a_float8_cache(dtype: torch.dtype, device: str):
     """Against float64 over unquantised keys and values: numbers that err by 2.5 % (rms) make outputs that err by less
     than 5 %. Against float64 over the stored numbers, attention is as good as over an ordinary cache."""
     layer, q, keys, values, ranges = filled_cache(dtype, device)
     scale = q.shape[-1] ** -0.5
     read = layer.readable(ranges)
     out = block_attention(q, *read, ranges).double()
-    assert bool(out.isfinite().all()), "unused rows hold NaN, stored and widened"
+    assert bool(out.isfinite().all()), "unused rows are NaN, stored and dequantized"
 
     def exact(k: Tensor, v: Tensor) -> Tensor:
         return attention_reference(q.double(), k.double(), v.double(), ranges.device, scale)

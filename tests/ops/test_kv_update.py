@@ -1,4 +1,4 @@
-"""kv_update_ against its plain PyTorch twin; float64 is the oracle."""
+"""kv_update_ against plain PyTorch; float64 is the oracle."""
 
 import dataclasses
 import os
@@ -78,7 +78,7 @@ CASES = {
 
 
 def copied(arguments: list[Tensor]) -> list[Tensor]:
-    """The same call on copies of the whole cache buffers; the views keep strides and offset."""
+    """The same call on copies of the entire cache buffers; the views keep strides and offset."""
     base = arguments[0]._base.clone()
     caches = [base.as_strided(c.shape, c.stride(), c.storage_offset()) for c in arguments[:2]]
     return [*caches, *arguments[2:]]
@@ -120,8 +120,8 @@ def test_two_runs_are_bit_equal(device: str):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_narrowing_matches_pytorch_for_every_kind_of_value(dtype: torch.dtype):
-    """Weights chosen so that results run through subnormal, normal, overflowing, and non-finite values."""
+def test_rounding_matches_pytorch_for_every_kind_of_value(dtype: torch.dtype):
+    """Weights are chosen so that results include subnormal, normal, overflowing and non-finite values."""
     arguments = Case(head_dim=128, heads=2).arguments(dtype, "cpu")
     scale = torch.logspace(-12, 6, arguments[5].numel(), dtype=torch.float64)
     arguments[5] = scale.clamp(max=torch.finfo(dtype).max).to(dtype)
@@ -136,7 +136,7 @@ def test_narrowing_matches_pytorch_for_every_kind_of_value(dtype: torch.dtype):
     assert bool(kv_update_(*arguments, EPS).isnan().all())
 
 
-def test_float64_is_served_by_the_reference():
+def test_float64_runs_the_reference():
     arguments = [t.double() if t.is_floating_point() else t for t in Case(columns=4).arguments(torch.float32, "cpu")]
     arguments[7:10] = [t.float() for t in arguments[7:10]]
     twin = [arguments[0].clone(), arguments[1].clone(), *arguments[2:]]
@@ -179,7 +179,7 @@ def test_a_bad_argument_is_named_and_nothing_is_written(name, change, message):
 def test_opcheck(device: str):
     arguments = Case(frames=2, rows=2, columns=3, groups=2).arguments(torch.float32, device)
     arguments[:2] = [t.contiguous().nan_to_num() for t in arguments[:2]]
-    torch.library.opcheck(torch.ops.cfpp_rt.kv_update_.default, (*arguments, EPS))
+    torch.library.opcheck(torch.ops.cfpp_rt.kv_update_.default, (*arguments, EPS, None, None))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -214,8 +214,8 @@ CALL = (
 
 
 @pytest.mark.skipif(os.environ.get("CFPP_BACKEND", "auto") != "auto", reason="a backend is forced")
-def test_the_kernel_is_what_runs():
-    """Without it every comparison above would compare the reference with itself."""
+def test_the_kernel_runs_and_not_the_reference():
+    """Otherwise every comparison above would compare the reference with itself."""
     assert backends()["kv_update_"]["cpu"][0] == "cpu", backends()
 
 
@@ -226,14 +226,14 @@ def test_a_backend_can_be_forced(backend: str):
     assert run.stdout.strip() == f"{backend} True", run.stderr
 
 
-def test_a_missing_kernel_is_said_once():
+def test_a_missing_kernel_warns_once():
     run = run_python("import sys; sys.modules['cfpp_rt._C'] = None\n" + CALL + "call(); call(); print(call())")
     assert run.stdout.strip() == "True" and run.stderr.count("run in plain PyTorch") == 1, run.stderr
     run = run_python("import sys; sys.modules['cfpp_rt._C'] = None\n" + CALL + "call()", CFPP_BACKEND="cpu")
     assert "CFPP_BACKEND=cpu cannot be met" in run.stderr
 
 
-def test_gradients_are_refused_rather_than_lost():
+def test_gradients_are_refused():
     arguments = Case(columns=3).arguments(torch.float32, "cpu")
     arguments[2] = arguments[2].clone().requires_grad_()
     with pytest.raises(InputError, match="has no gradient"):

@@ -15,7 +15,7 @@ SENTINEL = 0xA5  # a byte of the cache that nobody writes by chance
 
 
 def arguments_of(case: Case, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """Those of the ordinary call, with caches that are views of one float8 buffer, eps, and scales of every kind."""
+    """The arguments of the ordinary call, with caches that are views of one float8 buffer, eps, and varied scales."""
     ordinary = case.arguments(dtype, device)
     shape = ordinary[0]._base.shape
     buffer = torch.full(shape, SENTINEL, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
@@ -35,7 +35,7 @@ def buffer(arguments: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_stored_numbers_are_the_nearest_ones(case: Case, dtype: torch.dtype, device: str):
+def test_values_are_rounded_to_nearest(case: Case, dtype: torch.dtype, device: str):
     ours, plain, ordinary = (
         arguments_of(case, dtype, device),
         arguments_of(case, dtype, device),
@@ -59,8 +59,8 @@ def test_stored_numbers_are_the_nearest_ones(case: Case, dtype: torch.dtype, dev
     assert bool((buffer(ours)[~mask] == SENTINEL).all()) and int(mask.sum()) == 2 * q.numel()
 
 
-def every_kind_of_number(dtype: torch.dtype) -> Tensor:
-    """All numbers of a 16-bit dtype; of float32 the neighbourhood of every tie, and random bits. 2^16 of them."""
+def numbers_of_every_kind(dtype: torch.dtype) -> Tensor:
+    """All 2^16 numbers of a 16-bit dtype; for float32 as many: neighbours of every tie, and random bits."""
     if dtype != torch.float32:
         return torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     numbers = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
@@ -76,8 +76,8 @@ def every_kind_of_number(dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [32, 22], ids=["vectors", "tail"])
 def test_bytes_are_equal_for_every_kind_of_number(head_dim: int, dtype: torch.dtype, scale: float, device: str):
-    """k is +1 or -1 before its norm and is not turned, so that the norm's weights come out exactly."""
-    numbers = every_kind_of_number(dtype)
+    """k is +1 or -1 before its norm and is not rotated, so that the result is exactly the weights of the norm."""
+    numbers = numbers_of_every_kind(dtype)
     heads = len(numbers) // head_dim
     width = heads * head_dim
     numbers = numbers[:width].to(device)
@@ -108,7 +108,7 @@ def test_two_runs_are_bit_equal(device: str):
     assert torch.equal(kv_update_(*first), kv_update_(*second)) and torch.equal(buffer(first), buffer(second))
 
 
-def test_float64_is_served_by_the_reference():
+def test_float64_runs_the_reference():
     ours = [
         t.double() if i in range(2, 7) else t for i, t in enumerate(arguments_of(Case(columns=4), torch.float32, "cpu"))
     ]

@@ -1,4 +1,4 @@
-"""quantize_rows, and the norms that quantise what they make, against the reference; float64 bounds the reference."""
+"""quantize_rows, and the norms that quantise their output, against the reference; float64 bounds its error."""
 
 import os
 from collections.abc import Callable
@@ -26,7 +26,7 @@ BACKENDS = ["reference", *COMPILED]
 
 
 def assert_quantized(codes: Tensor, scales: Tensor, exact: Tensor, error: float = 0.0) -> None:
-    """Codes and scales of the float64 rows `exact`, which may be off by `error` before they are rounded.
+    """Assert that codes and scales are those of the float64 rows `exact`, up to `error` before rounding.
 
     A code has 4 significant bits, so it is off by 2^-4 of itself at most; below 2^-6 steps are 2^-9, of which rounding
     loses half.
@@ -42,7 +42,7 @@ def assert_quantized(codes: Tensor, scales: Tensor, exact: Tensor, error: float 
 
 @pytest.fixture
 def quantizing(monkeypatch) -> Callable[[str, str, str], Quantize]:
-    """A function of a room on a backend; its results in a flat list, the last two of them codes and scales.
+    """A function of an op on a backend; it returns a flat list, of which the last two are codes and scales.
 
     Triton's interpreter loses the carry where rounding to float8 reaches the next power of two, which the GPU's
     instruction does not: there the kernels leave codes in float32, and torch rounds them.
@@ -82,7 +82,7 @@ FUSED = ["cpu", *COMPILED]  # on the CPU the public function runs the reference
 
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("name", ["7 channels", "129 channels", "three frames", "batch of 2, rows of its own"])
-def test_the_norm_is_quantised_without_rounding_between(quantizing, name: str, backend: str):
+def test_the_norm_is_quantised_without_rounding_in_between(quantizing, name: str, backend: str):
     arguments = CASES[name].arguments(torch.bfloat16, device_of(backend))
     codes = quantizing("adaln_modulate", backend, "adaln_modulate_quantized")(*arguments, EPS)
     assert_quantized(*codes, adaln_modulate(*(t.double() for t in arguments), EPS), error=1e-5)
@@ -90,7 +90,7 @@ def test_the_norm_is_quantised_without_rounding_between(quantizing, name: str, b
 
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("form", FORMS)
-def test_the_sum_is_kept_and_its_norm_quantised(quantizing, form: str, backend: str):
+def test_the_sum_is_returned_and_its_norm_quantised(quantizing, form: str, backend: str):
     arguments = make_arguments(CASES["batch of 2, rows of its own"], form, torch.bfloat16, device_of(backend))
     total, *codes = quantizing("gated_residual", backend, "gated_residual_quantized")(*arguments, EPS)
     assert torch.equal(total, implementation("gated_residual", backend)(*arguments, EPS)[0])
@@ -99,7 +99,7 @@ def test_the_sum_is_kept_and_its_norm_quantised(quantizing, form: str, backend: 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_row_of_zeros_and_what_is_not_finite(quantizing, backend: str):
+def test_rows_of_zeros_and_non_finite_rows(quantizing, backend: str):
     x = torch.randn(1, 4, 40, generator=torch.Generator().manual_seed(0), device="cpu").to(device_of(backend))
     x[0, 0], x[0, 1, 3], x[0, 2, 5] = 0.0, float("nan"), float("-inf")
     codes, scales = quantizing("quantize_rows", backend, "quantize_rows")(x)
@@ -117,7 +117,7 @@ def test_opcheck(backend: str):
     torch.library.opcheck(ops.gated_residual_quantized.default, (x, x, shift, shift, scale, EPS))
 
 
-def test_the_way_round_the_dispatcher_changes_nothing():
+def test_bypassing_the_dispatcher_changes_nothing():
     x, shift, scale = CASES["batch of 2"].arguments(torch.bfloat16)
 
     def results() -> list[Tensor]:
@@ -138,5 +138,5 @@ def test_a_bad_argument_is_named():
 
 
 @pytest.mark.skipif(os.environ.get("CFPP_BACKEND", "auto") != "auto", reason="a backend is forced")
-def test_doctor_says_that_the_cpu_has_no_kernel_of_it():
+def test_backends_reports_the_reference_on_the_cpu():
     assert backends()["quantize_rows"]["cpu"][0] == "reference"

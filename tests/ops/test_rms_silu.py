@@ -1,4 +1,4 @@
-"""rms_silu_ on every backend; a formula in float64 is the oracle, diffusers' layers tell the bits on the CPU."""
+"""rms_silu_ on every backend; a formula in float64 is the oracle, on the CPU the layers of diffusers give the bits."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ class Case:
     scale: float = 1.0
 
     def arguments(self, dtype: torch.dtype, device: str = "cpu", *, bias: bool = True) -> tuple[Tensor, ...]:
-        """A buffer of NaN, of which the third frame and on is for the result; x, gamma and bias."""
+        """A buffer of NaN, which takes the result from its third frame on; x, gamma and bias."""
         generator = torch.Generator().manual_seed(7)
         shape = (self.batch, self.channels, self.frames, self.height, self.width)
         x = (self.scale * torch.randn(shape, generator=generator)).to(dtype)
@@ -55,7 +55,7 @@ def oracle(x: Tensor, gamma: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def run(backend: str, buffer: Tensor, x: Tensor, *vectors: Tensor) -> Tensor:
-    """The result; nothing else in the buffer may have changed."""
+    """Return the result, and assert that nothing else in the buffer has changed."""
     out = buffer[:, :, 2 : 2 + x.shape[2]]
     if backend == "interpreter":
         from cfpp_rt.ops.rms_silu_triton import rms_silu_ as kernel
@@ -82,7 +82,7 @@ def test_agrees_with_float64(case: Case, dtype: torch.dtype, backend: str):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_the_bits_on_the_cpu_are_the_librarys(dtype: torch.dtype, channels_last: bool):
+def test_the_bits_on_the_cpu_are_those_of_diffusers(dtype: torch.dtype, channels_last: bool):
     norms = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl_wan")
     _, x, gamma = Case(channels=24, batch=2, frames=3, height=9, width=7).arguments(dtype, bias=False)
     if not channels_last:

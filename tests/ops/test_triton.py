@@ -1,4 +1,4 @@
-"""When the Triton kernels run, and that they compile for the shipped architectures with accesses of 16 bytes."""
+"""The choice of the Triton kernels, and their compilation for the supported architectures with 16-byte accesses."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ CHANNELS = (96, 192, 384)  # of the VAE
 
 
 def compile_all() -> None:
-    """Print [kernel, whether it makes float8, arch, width of every access to global memory in bits] as JSON lines."""
+    """Print [kernel, writes float8, arch, bits of every access to global memory] as JSON lines."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -101,10 +101,10 @@ def test_compiles_with_vector_accesses(tmp_path):
 @pytest.mark.parametrize(
     ("backend", "installed", "runs"), [("auto", True, True), ("auto", False, False), ("reference", True, False)]
 )
-def test_triton_runs_where_it_is_installed_and_not_refused(monkeypatch, backend, installed, runs):
+def test_triton_runs_if_installed_and_not_disabled(monkeypatch, backend, installed, runs):
     monkeypatch.setenv("CFPP_BACKEND", backend)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed or None)
-    assert _triton.choose.__wrapped__()[0] is runs
+    assert _triton.choose_backend.__wrapped__()[0] is runs
 
 
 def test_triton_without_a_compiler_does_not_run(monkeypatch):
@@ -112,14 +112,14 @@ def test_triton_without_a_compiler_does_not_run(monkeypatch):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     monkeypatch.setenv("PATH", "")
-    assert _triton.choose.__wrapped__() == (False, "Triton lacks a C compiler (gcc, clang or $CC)")
+    assert _triton.choose_backend.__wrapped__() == (False, "Triton lacks a C compiler (gcc, clang or $CC)")
 
 
-def test_a_demand_for_kernels_without_triton_is_refused(monkeypatch):
+def test_requiring_kernels_without_triton_is_refused(monkeypatch):
     monkeypatch.setenv("CFPP_BACKEND", "cuda")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="CFPP_BACKEND=cuda cannot be met: triton is not installed"):
-        _triton.choose.__wrapped__()
+        _triton.choose_backend.__wrapped__()
 
 
 def test_the_package_imports_without_triton():

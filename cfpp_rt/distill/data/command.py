@@ -79,7 +79,7 @@ def _prompts(arguments: argparse.Namespace) -> None:
 def _negative(arguments: argparse.Namespace) -> None:
     from safetensors.torch import save_file
 
-    from cfpp_rt.io.checkpoint import write_atomically
+    from cfpp_rt.io.atomic import write_atomically
 
     prompt_embeds = _encoder(arguments)([arguments.source]).cpu().contiguous()
     with write_atomically(arguments.out) as temporary:

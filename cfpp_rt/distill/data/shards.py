@@ -9,7 +9,6 @@ consist mostly of such rows.
 
 import bisect
 import dataclasses
-import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,8 @@ import torch
 from torch import Tensor
 
 from cfpp_rt.errors import CheckpointError, InputError
-from cfpp_rt.io.checkpoint import write_atomically
+from cfpp_rt.io.atomic import write_atomically
+from cfpp_rt.io.digest import sha256_of
 
 INDEX = "index.json"
 _FORMAT = "cfpp-shards-1"
@@ -143,7 +143,7 @@ class ShardWriter:
         try:
             with write_atomically(path) as temporary:
                 save_file(tensors, temporary, metadata={_TEXTS: json.dumps(self._texts)})
-                size, digest = temporary.stat().st_size, _sha256(temporary)
+                size, digest = temporary.stat().st_size, sha256_of(temporary)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: the shard cannot be written ({' '.join(str(error).split())})") from error
         self._shards.append({"file": path.name, "rows": len(self._rows), "bytes": size, "sha256": digest})
@@ -198,7 +198,7 @@ class ShardFolder:
             path = self._path(number)
             try:
                 self._require_size(number, shard)
-                if _sha256(path) != shard["sha256"]:
+                if sha256_of(path) != shard["sha256"]:
                     yield path, "its bytes have changed since it was written"
             except (CheckpointError, OSError) as error:
                 yield path, str(error).removeprefix(f"{path}: ")
@@ -284,11 +284,3 @@ def _trimmed_length(rows: Tensor) -> int:
     """Return the number of rows without the zero rows at the end."""
     filled = rows.flatten(1).ne(0).any(dim=1).nonzero() if rows.ndim > 1 else rows.nonzero()
     return int(filled[-1, 0]) + 1 if len(filled) else 0
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest()

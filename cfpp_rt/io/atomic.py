@@ -1,0 +1,80 @@
+"""Files and folders that appear complete or not at all: written under a temporary name, then renamed."""
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from cfpp_rt.errors import InputError
+
+_SPACE_MARGIN = 64 << 20  # bytes that must stay free on the disk
+
+
+@contextlib.contextmanager
+def write_atomically(path: str | Path) -> Iterator[Path]:
+    """Yield an empty temporary file in the folder of `path`, which replaces `path` if the body succeeds.
+
+    The temporary name keeps the suffix. A body that raises leaves `path` as it was and no temporary file. A pipe or
+    device is yielded itself: it must not be replaced by a file.
+
+    Raises InputError before the body runs if `path` cannot be written.
+    """
+    target = Path(path)
+    try:
+        special = target.exists() and not target.is_file()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    if special:
+        if target.is_dir():
+            raise InputError(f"{target}: is a folder, a file name is needed")
+        yield target
+        return
+    target = target.resolve()  # a link stays, the file that it points to is replaced
+    temporary = _temporary_name(target, target.suffix)
+    try:
+        temporary.open("xb").close()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(target: str | Path, needed_bytes: int) -> Iterator[Path]:
+    """Yield an empty temporary folder, which is renamed to `target` if the body succeeds and removed if it raises.
+
+    Raises InputError if `target` exists or cannot be made, or the disk has no room for `needed_bytes`.
+    """
+    target = Path(target).resolve()
+    if target.exists():
+        raise InputError(f"{target}: exists already, and a bundle is never written over: choose another name")
+    temporary = _temporary_name(target)
+    try:
+        temporary.mkdir()
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written ({error.strerror})") from error
+    try:
+        free = shutil.disk_usage(temporary).free
+        if free < needed_bytes + _SPACE_MARGIN:
+            needed = needed_bytes + _SPACE_MARGIN >> 20
+            raise InputError(f"{target}: needs {needed} MiB, a margin included, the disk has {free >> 20} MiB free")
+        yield temporary
+        os.rename(temporary, target)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise InputError(f"{target}: no space left on the disk") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary_name(target: Path, suffix: str = "") -> Path:
+    """Return a hidden, unused name in the folder of `target`. suffix: the end of the name of `target` to keep."""
+    stem = target.name.removesuffix(suffix)
+    return target.with_name(f".{stem[:100]}.{secrets.token_hex(4)}{suffix}")

@@ -1,0 +1,20 @@
+// Tile sizes, roles and registers of the Hopper kernel: every number that was tuned.
+#pragma once
+
+namespace cfpp {
+namespace sm90 {
+
+// One producer warpgroup and two consumers, each of which owns 64 of the tile's queries. 176 keys: 9 tiles of them are
+// one frame of 1560 tokens with 1.5 % to spare, and 176 is near the widest whose logits, probabilities and output fit
+// in the registers of two consumers. ptxas reserves 168 registers per thread for 384 threads; the producer gives up
+// most of its own.
+constexpr int kWarpgroup = 128, kConsumers = 2, kThreads = kWarpgroup * (1 + kConsumers);
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+constexpr int kGroupRows = 64, kRows = kConsumers * kGroupRows, kKeys = 176;
+// Tiles of K, and of V, in shared memory: what fits in 227 KiB.
+constexpr int stages_of(int head_dim) { return head_dim == 128 ? 2 : 4; }
+
+constexpr int kConsumerBarrier = 1;  // a named barrier; 0 is __syncthreads()
+
+}  // namespace sm90
+}  // namespace cfpp
