@@ -101,10 +101,10 @@ def open_codec(settings: SampleSettings, data_source: DataSource, device: torch.
     module, colon, function = settings.codec.partition(":")
     if colon and not Path(settings.codec).exists():
         try:
-            made: Any = getattr(importlib.import_module(module), function)()
+            codec: Any = getattr(importlib.import_module(module), function)()
         except (ImportError, AttributeError, ValueError) as error:
             raise InputError(f"samples.codec must be a path or module:function, got {settings.codec!r}") from error
-        return made
+        return codec
     from cfpp_rt.pipeline import load_codec
 
     path = Path(settings.codec)

@@ -189,7 +189,7 @@ def test_samples_with_a_codec_are_a_video(files, tmp_path):
 
 def test_samples_need_av_before_training_begins(files, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'cfpp-rt\[wan\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'cfpp-rt\[video\]'"):
         samples_of(files, tmp_path, Upscaler())
 
 

@@ -67,7 +67,7 @@ def batch(config):
     return Batch(Condition(torch.randn(1, config.text_len, config.text_dim, generator=generator)), latents)
 
 
-def test_only_the_student_learns_and_the_same_draws_give_the_same_loss(model, batch):
+def test_only_the_student_learns_and_the_same_seed_gives_the_same_loss(model, batch):
     student, ema = (copy.deepcopy(model).requires_grad_(True) for _ in range(2))
     stage = CausalCD(Denoiser(student), Denoiser(ema), Denoiser(model), schedule=SCHEDULE, timesteps=timestep_table())
     losses = []

@@ -268,6 +268,17 @@ def test_the_world_config_is_whole(config):
     assert set(settings.stages) == {"base", "ar", "cd", "dmd"} and settings.rollout.window == settings.layout.window
 
 
+def test_configs_with_earlier_names_of_data_sources_load(config):
+    config.write_text(CONFIG.replace("world.data_source:open_data_source", "world.feed:open_feed"))
+    assert Settings.read(config).data["source"] == "cfpp_rt.world.data_source:open_data_source"
+    stored = '{source: "cfpp_rt.distill.data.feed:open_feed", folder: clips}'
+    config.write_text(CONFIG.replace("ar: {steps: 20,", f"ar: {{steps: 20, data: {stored},"))
+    assert Settings.read(config).stages["ar"].data == {
+        "source": "cfpp_rt.distill.data.data_source:open_data_source",
+        "folder": "clips",
+    }
+
+
 def test_a_student_without_its_files_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="student"):
         load_world_pipeline(tmp_path)

@@ -88,7 +88,7 @@ def test_a_video_by_command(tmp_path, capsys):
         (["--student", "world", "--actions", "fly*3"], "of none, up, down, left, right, interact; got 'fly*3'"),
         (["--student", "world", "--actions", "up", "--prompt", "a cat"], "--student world takes no --prompt"),
         (["--student", "world"], "actions must be names with counts"),
-        (["--actions", "up", "--prompt", "a cat"], "--actions is for --student world"),
+        (["--actions", "up", "--prompt", "a cat"], "--student framewise-2step takes no --actions"),
         (["--student", "world", "--actions", "up", "--checkpoint", "nowhere"], "nowhere"),
     ],
 )
