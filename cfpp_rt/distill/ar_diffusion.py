@@ -125,25 +125,21 @@ class ArDiffusion:
     ) -> Iterator[tuple[str, Tensor]]:
         batch = next_batch()
         clean = clean_latents(batch)
-        batch_size, latent_frames = clean.shape[:2]
-        levels = block_indices(TABLE_SIZE, batch_size, latent_frames, self.student.layout.block, generator).to(
-            clean.device
-        )
+        frames_per_block = self.student.layout.block
+        levels = block_indices(TABLE_SIZE, *clean.shape[:2], frames_per_block, generator).to(clean.device)
         noise = normal_like(clean, generator)
         context = draw_context(clean, self.max_context_noise, generator)
-        yield (
-            "student",
-            ar_diffusion_loss(
-                self.student,
-                clean,
-                noise,
-                levels,
-                batch.condition,
-                self.schedule,
-                cell_weights=batch.weights,
-                context=context,
-            ),
+        loss = ar_diffusion_loss(
+            self.student,
+            clean,
+            noise,
+            levels,
+            batch.condition,
+            self.schedule,
+            cell_weights=batch.weights,
+            context=context,
         )
+        yield "student", loss
 
 
 class Bidirectional:

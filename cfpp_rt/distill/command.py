@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     if name not in settings.stages:
         raise InputError(f"{arguments.config}: stages must have {name}, got {', '.join(settings.stages)}")
     if not arguments.resume and checkpoints(folder):
-        raise InputError(f"--out {folder} holds a run already: give --resume to go on with it, or another folder")
+        raise InputError(f"--out {folder} contains a run already: give --resume to continue it, or another folder")
     with process_group(settings.device) as device:
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where float32 remains, as published

@@ -201,7 +201,7 @@ def _read_model_config(where: str, values: Any) -> ModelConfig:
 
 def _read_data(where: str, data: Any) -> dict[str, Any]:
     if not isinstance(data, dict) or not isinstance(data.get("source"), str):
-        raise InputError(f"{where} must hold a source, module:function, got {data!r}")
+        raise InputError(f"{where} must have a source, module:function, got {data!r}")
     return {**data, "source": _MOVED_SOURCES.get(data["source"], data["source"])}
 
 

@@ -34,5 +34,5 @@ class Stage(Protocol):
 def clean_latents(batch: Batch) -> Tensor:
     """Return the batch's clean clips [B, F, C, h, w]. Raise InputError if it has none."""
     if batch.latents is None:
-        raise InputError("batch must hold latents for this stage, got prompts alone")
+        raise InputError("batch must have latents for this stage, got prompts alone")
     return batch.latents

@@ -81,5 +81,5 @@ def test_checkpointing_changes_no_gradient(model, batch):
 
 def test_prompts_alone_are_refused(model, batch):
     stage = ArDiffusion(Denoiser(model), model, schedule=FlowMatchSchedule(5.0))
-    with pytest.raises(InputError, match="batch must hold latents"):
+    with pytest.raises(InputError, match="batch must have latents"):
         next(stage.updates(lambda: Batch(batch.condition), torch.Generator(), 0))

@@ -139,7 +139,7 @@ def test_an_interrupted_writer_is_refused_and_goes_on(tmp_path):
         raise KeyboardInterrupt
     with pytest.raises(InputError, match="only half-written, 4 rows so far"):
         ShardFolder(tmp_path / "d")
-    with pytest.raises(InputError, match="holds data already"):
+    with pytest.raises(InputError, match="contains data already"):
         ShardWriter(tmp_path / "d", columns)
     with pytest.raises(InputError, match="columns must be"):
         ShardWriter(tmp_path / "d", {"latents": Column("float32", CLIP)}, resume=True)

@@ -136,7 +136,7 @@ def test_a_termination_signal_saves_and_leaves(config, tmp_path):
     step, _ = newest(tmp_path / "out")
     assert code in (0, 143) and (code == 0) == (step == 20)
     code, _, err = finish(command(config, "ar", tmp_path / "out"))
-    assert code == 2 and "holds a run already" in err
+    assert code == 2 and "contains a run already" in err
 
 
 def trainer_of(tmp_path, losses, **settings):

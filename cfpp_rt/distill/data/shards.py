@@ -78,7 +78,7 @@ class ShardWriter:
         self._shards: list[dict[str, Any]] = []
         exists = (self.folder / INDEX).exists()
         if exists and not resume:
-            raise InputError(f"{self.folder} holds data already: resume it, or name another folder")
+            raise InputError(f"{self.folder} contains data already: resume it, or name another folder")
         if exists:
             index = _read_index(self.folder)
             if index.whole:
@@ -170,7 +170,7 @@ class ShardFolder:
         self._ends = list(itertools.accumulate(shard["rows"] for shard in index.shards))
         if not index.whole:
             so_far = self._ends[-1] if self._ends else 0
-            raise InputError(f"{self.folder}: only half-written, {so_far} rows so far: go on with --resume")
+            raise InputError(f"{self.folder}: only half-written, {so_far} rows so far: continue with --resume")
         self.columns, self._shards = index.columns, index.shards
         self._open: dict[int, Any] = {}
         for number, shard in enumerate(self._shards):
