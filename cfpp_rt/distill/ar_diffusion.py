@@ -125,8 +125,8 @@ class ArDiffusion:
     ) -> Iterator[tuple[str, Tensor]]:
         batch = next_batch()
         clean = clean_latents(batch)
-        frames_per_block = self.student.layout.block
-        levels = block_indices(TABLE_SIZE, *clean.shape[:2], frames_per_block, generator).to(clean.device)
+        (batch_size, latent_frames), frames_per_block = clean.shape[:2], self.student.layout.block
+        levels = block_indices(TABLE_SIZE, batch_size, latent_frames, frames_per_block, generator).to(clean.device)
         noise = normal_like(clean, generator)
         context = draw_context(clean, self.max_context_noise, generator)
         loss = ar_diffusion_loss(
