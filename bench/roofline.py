@@ -3,7 +3,7 @@
 from cfpp_rt.config import ModelConfig, RolloutConfig
 
 
-def pass_flops(config: ModelConfig, tokens: int, visible_tokens: int) -> tuple[float, float]:
+def cached_pass_flops(config: ModelConfig, tokens: int, visible_tokens: int) -> tuple[float, float]:
     """Return the FLOPs of one pass over the KV cache: those of the linear layers, and those of both attentions.
 
     Text and time embeddings, text keys and values, patch embedding and head are not counted: they are computed once
@@ -30,9 +30,9 @@ def block_flops(config: ModelConfig, rollout_config: RolloutConfig, tokens: int,
     """
     n = rollout_config.frames_per_block
     own = n * tokens
-    flops = steps * sum(pass_flops(config, own, visible * tokens))
+    flops = steps * sum(cached_pass_flops(config, own, visible * tokens))
     if visible > n and rollout_config.refresh != "skip":
         before = visible if visible == rollout_config.window else visible - n  # a full window has moved on by one block
-        layers = sum(pass_flops(config, own, before * tokens)) * (config.num_layers - 1) / config.num_layers
+        layers = sum(cached_pass_flops(config, own, before * tokens)) * (config.num_layers - 1) / config.num_layers
         flops += layers + 4.0 * own * config.dim**2
     return flops

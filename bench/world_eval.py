@@ -17,7 +17,7 @@ from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import InputError
 from cfpp_rt.options import parse_steps
 from cfpp_rt.pipeline import Pipeline, choose_threads
-from cfpp_rt.world.evaluate import LOOKED_AT, pace, play, score
+from cfpp_rt.world.evaluate import ERROR_FRAMES, pace, run_episodes, score
 from cfpp_rt.world.sprites import SIZE
 from cfpp_rt.world.student import SHIPPED, load_world_pipeline
 
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     device = torch.device(arguments.device)
     hidden = {"first_ms", "fps"} if arguments.no_pace else set()
-    hidden |= {f"error_{n}_px" for n in LOOKED_AT if n > arguments.frames}
+    hidden |= {f"error_{n}_px" for n in ERROR_FRAMES if n > arguments.frames}
     shown = [key for key in _COLUMNS if key not in hidden]
     print(f"{'student':<16}{'steps':<22}" + "".join(f"{_COLUMNS[key][0]:>10}" for key in shown))
     for name, folder in students.items():
@@ -77,7 +77,9 @@ def _row(
 ) -> dict[str, Any]:
     n = config.frames_per_block
     num_frames = -(-arguments.frames // n) * n
-    played = play(pipeline, config, episodes=arguments.episodes, num_frames=num_frames, seed=seed, noise_seed=seed)
+    episodes = run_episodes(
+        pipeline, config, episodes=arguments.episodes, num_frames=num_frames, seed=seed, noise_seed=seed
+    )
     return {
         "bench": "world_eval",
         "student": name,
@@ -86,7 +88,7 @@ def _row(
         "frames": num_frames,
         "episodes": arguments.episodes,
         "seed": seed,
-        **score(played),
+        **score(episodes),
         **({} if arguments.no_pace else pace(pipeline, config, num_frames=60, seed=seed)),
     }
 

@@ -19,14 +19,14 @@ from cfpp_rt.values import KV_DTYPES
 
 _FLOAT8_MAX = 448.0
 _MAX_RUNS = 3  # the sinks, the end of the ring and its beginning
-_VALUE_HEADROOM = 16.0  # how far later values may outgrow those of the first pass before they saturate
+_VALUE_HEADROOM = 16.0  # later values may be so many times larger than those of the first pass before they saturate
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheShape:
     """Size of a KV cache before it is allocated.
 
-    capacity: in latent frames. camera: with the keys and values of the camera branch, which are as many again.
+    capacity: in latent frames. camera: with the keys and values of the camera branch, which doubles the size.
     """
 
     layers: int
@@ -116,7 +116,7 @@ class LayerCache:
     def readable(self, ranges: TokenRanges) -> tuple[Tensor, Tensor]:
         """Return keys and values [B, H, capacity * T, D] in the model's dtype.
 
-        Of a float8 cache only the tokens in `ranges` are valid, until the next call.
+        Of a float8 cache only the tokens in `ranges` are valid, and only until the next call on any layer.
         """
         if self._dequantized is None:
             return self.keys, self.values
@@ -133,12 +133,11 @@ class KVCache:
     camera_data: like data, for the camera branch and in the same slots; None without cameras.
     ring: which latent frame lies in which slot.
 
-    With kv_dtype float8_e4m3fn the cache is approximate: data holds x / scale in 8 bits, 4 of them significant, and
-    what a layer is about to read is dequantized into a buffer in the model's dtype that all layers share. There is one
-    scale per layer, batch row and head, for keys and for values. Since the format is a floating-point one, its relative
-    error of at most 2^-4 does not depend on the scale as long as numbers neither saturate nor fall below scale / 64.
-    Hence scales are set once (see `LayerCache.set_scales`), nothing is ever rescaled, and because they are powers of
-    two, dequantization is exact.
+    With kv_dtype float8_e4m3fn the cache is approximate. `data` stores x / scale in 8 bits, 4 of them significant.
+    What a layer is about to read is dequantized into a buffer in the model's dtype that all layers share. Keys and
+    values have one scale each per layer, batch row and head. The relative error is at most 2^-4 whatever the scale, as
+    long as numbers neither saturate nor fall below scale / 64. Hence the scales are set once, by the first pass (see
+    `LayerCache.set_scales`). They are powers of two, so that dequantization is exact.
     """
 
     def __init__(
@@ -173,7 +172,7 @@ class KVCache:
         except RuntimeError as error:
             wanted = shape.bytes(dtype, kv_dtype) / 2**30
             raise OutOfMemoryError(
-                f"the KV cache of {shape.capacity} frames needs {wanted:.2f} GiB on {device}, which cannot be"
+                f"the KV cache of {shape.capacity} latent frames needs {wanted:.2f} GiB on {device}, which cannot be"
                 " allocated: a smaller window, frame size or batch is needed"
             ) from error
         self.layers = [
@@ -206,7 +205,7 @@ class KVCache:
         if self.layers[0].scales or self.camera_data is not None:
             raise InputError("rows: the cache must be neither float8 nor for cameras")
         part = copy.copy(self)
-        part.ring = FrameRing(self.ring.sinks, self.ring.ring, self.ring.frames_per_block)
+        part.ring = FrameRing(self.ring.sinks, self.ring.ring_slots, self.ring.frames_per_block)
         part.data = self.data[:, :, first:last]
         part.layers = [LayerCache(data, None, None) for data in part.data]
         return part
@@ -228,9 +227,9 @@ class KVCache:
     def token_ranges(self, groups: list[list[int]]) -> TokenRanges:
         """Return the token ranges of the latent frames that each group of queries attends to.
 
-        groups: visible latent frames of each group. Each becomes as few ranges as its slots allow. The result always
-        has room for the ranges that sinks and a window across the ring's end need, so that one CUDA graph serves every
-        frame.
+        groups: visible latent frames of each group. Consecutive slots are merged into one range. The result is
+        always padded to 3 ranges per group (sinks, end and start of the ring), so that one CUDA graph serves every
+        latent frame.
         """
         t = self.tokens_per_frame
         runs = [[(first * t, last * t) for first, last in self.ring.runs(frames)] for frames in groups]
@@ -261,7 +260,7 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def require_cache_fits(shape: CacheShape, dtype: torch.dtype, device: torch.device, config: RolloutConfig) -> None:
-    """Raise OutOfMemoryError, saying which window would fit, if the cache does not fit in free memory."""
+    """Raise OutOfMemoryError, with the largest window that fits, if the cache does not fit in free memory."""
     available = available_bytes(device)
     per_frame = shape.bytes_per_frame(dtype, None if config.kv_dtype is None else KV_DTYPES[config.kv_dtype])
     wanted = per_frame * shape.capacity
@@ -271,9 +270,12 @@ def require_cache_fits(shape: CacheShape, dtype: torch.dtype, device: torch.devi
     spare = block if config.refresh == "fused" else 0
     window = fits // block * block - spare
     least = config.sinks + block
-    remedy = f"a window of {window} frames fits" if window >= least else "a smaller frame size or batch is needed"
+    remedy = (
+        f"a window of {window} latent frames fits" if window >= least else "a smaller frame size or batch is needed"
+    )
     raise OutOfMemoryError(
-        f"the KV cache of {shape.capacity} frames x batch {shape.batch} needs {wanted / 2**30:.2f} GiB on {device},"
+        f"the KV cache of {shape.capacity} latent frames x batch {shape.batch} needs {wanted / 2**30:.2f} GiB"
+        f" on {device},"
         f" {available / 2**30:.2f} GiB are free: {remedy}"
     )
 

@@ -125,8 +125,8 @@ class RolloutConfig:
     sinks: first latent frames of the video, which stay visible when the window has moved on.
     shift: timestep shift of the flow-matching table.
     context_noise: timestep (0..1000) of the clean pass.
-    refresh: "fused" runs the clean pass of a block in one forward with the first step of the next: highest throughput.
-        "separate" runs it in a forward of its own, with the same result: lowest latency from input to frame, if
+    refresh: "fused" computes the clean pass of a block in one pass with the first step of the next block: highest
+        throughput. "separate" runs it as a pass of its own, with the same result: lowest latency from input to frame if
         `refresh()` is called in the idle time between frames. "skip" leaves it out, which is approximate.
     kv_dtype: dtype of keys and values: None = the model's, "float8_e4m3" = 8 bits, which takes about half the memory
         and some time per pass, and is approximate (see `KVCache`).

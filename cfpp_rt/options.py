@@ -45,7 +45,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": f"of the trajectory: {', '.join(INTRINSICS)}, or FX,FY by width and height (default: training)",
     },
     "--size": {"metavar": "HxW", "help": "height x width, multiples of 16 (default: 480x832)"},
-    "--frames": {"type": int, "metavar": "N", "help": "frames of the video, 4 n + 1 (default: 81)"},
+    "--frames": {
+        "type": int,
+        "metavar": "N",
+        "help": "frames of the video, in whole blocks: 4 n + 1 for Wan (default: 81)",
+    },
     "--steps": {"metavar": "LIST", "help": "as 1000,500; the first block keeps the student's own"},
     "--window": {"type": int, "metavar": "N", "help": "latent frames that attention sees (default: all)"},
     "--sinks": {"type": int, "metavar": "N", "help": "first latent frames that stay visible (default: 0)"},

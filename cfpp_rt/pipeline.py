@@ -139,7 +139,8 @@ class Pipeline:
 
         prompt: one text, or several, which makes one video each in one batch.
         prompt_embeds: text embeddings [B, text_len, text_dim] in place of a prompt.
-        num_frames: frames in all, 4 * n - 3 for n latent frames; None = without end, which needs a window.
+        num_frames: frames in all, 1 + temporal_factor * (n - 1) for n latent frames in whole blocks (81 are 21 latent
+            frames of Wan); None = without end, which needs a window.
         height, width: in pixels, multiples of 16.
         seed: see `Rollout`.
         initial_frames: float pixels [1 or B, T, 3, height, width] in [-1, 1] that the video continues, with
@@ -147,9 +148,9 @@ class Pipeline:
         cameras: for a model with the camera branch, one per latent frame or a single one; see `Rollout`.
         config: rollout settings; default: those of the student.
         noise, renoise: see `Rollout`.
-        ahead: 0..8. Blocks that are computed while the caller still uses an earlier one; no more than that pile up if
-            the caller is slow. On CUDA a block is then decoded beside the passes of the next. Prompts, actions and
-            cameras that are set meanwhile take effect that much later: use 0 for interaction.
+        ahead: number of blocks, 0..8, that are launched before the caller requests them. On CUDA a block is then
+            decoded concurrently with the passes of the next. Prompts, actions and cameras that are set meanwhile take
+            effect that many blocks later: use 0 for interaction.
         cuda_graphs: False launches every pass from Python, on CUDA too.
         """
         given = require_prompt(prompt, prompt_embeds)
@@ -208,9 +209,11 @@ def load_codec(
 
 
 def choose_threads(pipeline: Pipeline, config: RolloutConfig, size: tuple[int, int], batch: int = 1) -> None:
-    """Set the number of torch's CPU threads for streams of a pipeline by the rule of `cfpp_rt.device.threads`.
+    """Set the number of torch's CPU threads for streams of a pipeline, with the rule in `cfpp_rt.device.threads`.
 
-    For the commands: a program that uses the package keeps its own setting. size: (height, width) in pixels. batch:
+    Only the commands call this; a program that uses the package keeps its own setting.
+
+    size: (height, width) in pixels. batch:
     videos in one batch. The codec and the text encoder are not counted.
     """
     sizes, (height, width) = pipeline.model.config, (side // pipeline.codec.spatial_factor for side in size)

@@ -116,7 +116,7 @@ class BundleRollout:
         self.caches = {tensor.updates: Buffer.zeros(tensor) for tensor in step.outputs if tensor.updates is not None}
         self._velocity = Buffer.zeros(step.outputs[0])
         self._text = runner.embed_text(prompt_embeds)
-        self.next_frame = 0
+        self.next_latent_frame = 0
         self._actions = no_actions(sizes.batch, n, sizes.model.num_actions)
         self._pending_refresh: _BlockInput | None = None  # the finished block that waits for its clean pass
         self._generated = False  # True once a block has been generated: later ones take `card.steps`
@@ -159,7 +159,7 @@ class BundleRollout:
         """Take these cameras from the next block on, one per latent frame; see `Rollout.set_cameras`."""
         if self._path is None:
             raise InputError("cameras must not be given to a model without the camera branch")
-        self._path.follow(cameras.rows(self.card.sizes.batch), self.next_frame)
+        self._path.follow(cameras.rows(self.card.sizes.batch), self.next_latent_frame)
 
     @property
     def waits_for_refresh(self) -> bool:
@@ -169,19 +169,19 @@ class BundleRollout:
     @property
     def finished(self) -> bool:
         """True if all latent frames have been made; never for a rollout without end."""
-        return self.latent_frames is not None and self.next_frame >= self.latent_frames
+        return self.latent_frames is not None and self.next_latent_frame >= self.latent_frames
 
     @contextmanager
     def _poison_on_error(self) -> Iterator[None]:
         """Run the body; if it raises, the cache is half written and all further calls are refused."""
         if self._failed:
-            raise InputError(f"the rollout broke off at latent frame {self.next_frame}: start another")
+            raise InputError(f"the rollout broke off at latent frame {self.next_latent_frame}: start another")
         self._failed = True
         yield
         self._failed = False
 
     def _generate_block(self) -> Latents:
-        start, n = self.next_frame, self.card.sizes.frames_per_block
+        start, n = self.next_latent_frame, self.card.sizes.frames_per_block
         steps = self.card.steps if self._generated else self.card.first_steps
         if self.config.refresh == "separate":
             self._run_refresh()
@@ -195,13 +195,13 @@ class BundleRollout:
             if index + 1 < len(steps):
                 sigma = np.float32(steps[index + 1].sigma)
                 x = (1 - sigma) * clean + sigma * self._noise.between_steps(n)
-        self.next_frame, self._generated = start + n, True
+        self.next_latent_frame, self._generated = start + n, True
         if self.config.refresh != "skip":
             self._pending_refresh = self._block_input(clean.copy(), start, self.card.context)
         return Latents(clean, start)
 
     def _prefill(self, latents: Floats) -> None:
-        start, self.next_frame = self.next_frame, self.next_frame + latents.shape[1]
+        start, self.next_latent_frame = self.next_latent_frame, self.next_latent_frame + latents.shape[1]
         self._pending_refresh = self._block_input(latents, start, self.card.given)
         self._run_refresh()
 

@@ -21,7 +21,7 @@ from cfpp_rt.runtime.clip import Clip
 from cfpp_rt.values import Frames
 from cfpp_rt.world import scripted
 from cfpp_rt.world.actions import parse_actions
-from cfpp_rt.world.student import first_picture
+from cfpp_rt.world.student import first_frames
 
 DEFAULT_NUM_FRAMES = 81  # as `cfpp generate` without --frames
 # Options of `cfpp generate` that a bundle leaves open; the exporter has settled the others.
@@ -86,7 +86,7 @@ def open_clip(arguments: argparse.Namespace) -> Clip:
             num_frames = min(num_frames, count_frames(card.latent_frames, temporal_factor))
     initial_latents = None
     if has_actions:  # a video of the world begins with a given block
-        first_block = [encode_first(runner, first_picture([arguments.seed]).numpy())] * n
+        first_block = [encode_first(runner, first_frames([arguments.seed]).numpy())] * n
         initial_latents = np.concatenate(first_block, axis=1)
     stream = TimedBundleStream(
         BundleStream(

@@ -246,7 +246,7 @@ def test_memory_that_runs_out_on_the_way(small, monkeypatch, graphed):
 
 
 def test_where_there_are_no_graphs_the_reason_is_reported(small, monkeypatch):
-    assert start(small, RING).why_no_cuda_graphs == "none were asked for"
+    assert start(small, RING).why_no_cuda_graphs == "none were requested"
     why = "CUDA graphs need a CUDA GPU, the model is on cpu"
     with pytest.warns(RuntimeWarning, match=f"rollout without CUDA graphs: {why}"):
         assert start(small, RING, CudaGraphCache(small)).why_no_cuda_graphs == why

@@ -40,12 +40,12 @@ def stream(model):
 def test_nothing_is_made_before_it_is_requested(stream):
     passes = []
     hook = stream.rollout.model.register_forward_hook(lambda *_: passes.append(1))
-    assert stream.rollout.next_frame == 0
+    assert stream.rollout.next_latent_frame == 0
     for requested in range(1, 5):
         next(stream)
         made = len(passes)
         time.sleep(0.05)  # a consumer that is busy
-        assert len(passes) == made == 2 * requested and stream.rollout.next_frame == requested
+        assert len(passes) == made == 2 * requested and stream.rollout.next_latent_frame == requested
     hook.remove()
 
 
@@ -58,7 +58,7 @@ def test_blocks_made_ahead_are_the_same_and_no_more_than_requested(model, ahead:
         got = next(stream)
         assert torch.equal(got.pixels, wanted.pixels) and got.start == wanted.start
         # The first two parts, the given pictures in one of them, are one block.
-        assert stream.rollout.next_frame == min(8, 2 + number + ahead)
+        assert stream.rollout.next_latent_frame == min(8, 2 + number + ahead)
     assert next(stream, None) is None and stream.rollout.closed
 
 

@@ -129,7 +129,7 @@ class EagerRollout:
         ]
         with torch.inference_mode():
             self._text = model.embed_text(prompt_embeds)
-        self.next_frame = 0
+        self.next_latent_frame = 0
         self._local = 0  # frame slot of the cache that the next block is written to
         self._pending: Tensor | None = None  # the newest block, until its clean pass
 
@@ -139,17 +139,17 @@ class EagerRollout:
     @torch.inference_mode()
     def refresh(self) -> None:
         """Run the clean pass of the newest block, if it is pending and another block follows."""
-        if self._pending is not None and self.next_frame < self.latent_frames:
+        if self._pending is not None and self.next_latent_frame < self.latent_frames:
             n = self.config.frames_per_block
-            self._forward(self._pending, float(self.config.context_noise), self.next_frame - n, self._local - n)
+            self._forward(self._pending, float(self.config.context_noise), self.next_latent_frame - n, self._local - n)
         self._pending = None
 
     @torch.inference_mode()
     def __next__(self) -> Latents:
-        if self.next_frame >= self.latent_frames:
+        if self.next_latent_frame >= self.latent_frames:
             raise StopIteration
         self.refresh()
-        config, n, start = self.config, self.config.frames_per_block, self.next_frame
+        config, n, start = self.config, self.config.frames_per_block, self.next_latent_frame
         if self._local + n > self._window:
             self._shift(self._local + n - self._window)
         timesteps = self._schedule.warp(config.first_steps or config.steps if start == 0 else config.steps)
@@ -159,7 +159,7 @@ class EagerRollout:
             velocity = self._forward(x, timestep, start, self._local)
             noise = None if levels[step + 1] is None else self.noise.between_steps(n)
             clean, x = denoise_update(x, velocity, levels[step], noise, levels[step + 1])
-        self.next_frame, self._local = start + n, self._local + n
+        self.next_latent_frame, self._local = start + n, self._local + n
         self._pending = None if config.refresh == "skip" else clean
         return Latents(clean, start)
 
@@ -222,7 +222,7 @@ class EagerStream:
         if (
             self._delivered
             and self.rollout.config.refresh != "skip"
-            and self.rollout.next_frame < self.rollout.latent_frames
+            and self.rollout.next_latent_frame < self.rollout.latent_frames
         ):
             with self.timings.stage("refresh"):
                 self.rollout.refresh()

@@ -94,7 +94,7 @@ def _latency(arguments: argparse.Namespace) -> None:
     curves = {name: metrics.window_fill(measured, requests, peak) for name, requests in times.items()}
     row_facts = {**measured.facts, "repeats": arguments.repeats, "roof_tflops": peak}
     print(_title(measured.facts))
-    requests_each = f"{arguments.repeats} requests to each backend, interleaved"
+    requests_each = f"requests to each backend: {arguments.repeats}, interleaved"
     print(f"peak: one large matrix product reaches {peak:.3g} TFLOP/s; {requests_each}")
     print(metrics.table(results))
     _print_curves(curves)

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from cfpp_rt.bench import harness
-from cfpp_rt.bench.roofline import pass_flops
+from cfpp_rt.bench.roofline import cached_pass_flops
 from cfpp_rt.config import MODELS, RolloutConfig
 from cfpp_rt.device.peak import peak_matmul_flops
 from cfpp_rt.device.timing import peak_memory_mib
@@ -49,7 +49,7 @@ def main() -> None:
     print(f"{'visible':>8} {'pass_ms':>10} {'GFLOP/s':>9} {'% of peak':>9}")
     for visible in range(1, min(arguments.frames, arguments.capacity) + 1):
         pass_ms = harness.time_synchronized(partial(next, rollout), device)
-        linear, attention = pass_flops(config, tokens, visible * tokens)
+        linear, attention = cached_pass_flops(config, tokens, visible * tokens)
         rate = (linear + attention) / pass_ms / 1e6
         print(f"{visible:>8} {pass_ms:>10.1f} {rate:>9.0f} {100 * rate / peak:>9.0f}")
         rows.append(

@@ -116,7 +116,7 @@ def plain_loop(
         noisy = (1 - sigma) * clean + sigma * noise
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             velocity = teacher_forced(
-                weights, case.config, clean, noisy, timesteps[levels], batch.condition.embeds, mask
+                weights, case.config, clean, noisy, timesteps[levels], batch.condition.prompt_embeds, mask
             )
         error = (velocity.float() - (noise - clean)).square().mean(dim=(2, 3, 4))
         loss = (error * level_weights[levels]).mean()

@@ -64,7 +64,11 @@ class Study:
     def settings_of(self, settings: dict[str, Any], layout: str, seed: int) -> dict[str, Any]:
         """Return the training config of one layout and seed, derived from that of the study."""
         block, window = LAYOUTS[layout]
-        stored = {"source": "cfpp_rt.distill.data.feed:open_feed", "folder": str(self.work / "clips"), "seed": seed}
+        stored = {
+            "source": "cfpp_rt.distill.data.data_source:open_data_source",
+            "folder": str(self.work / "clips"),
+            "seed": seed,
+        }
         stages = {name: {**own, "seed": seed} for name, own in settings["stages"].items()}
         for name, steps in self.steps.items():
             stages[name]["steps"] = steps

@@ -144,7 +144,7 @@ def write_clip(clip: Clip, output: Path, sheet: str | Path | None, *, quiet: boo
         writers: list[FrameWriter] = [stack.enter_context(video)]
         if sheet is not None:
             writers.append(stack.enter_context(SheetWriter(sheet, clip.num_frames)))
-        advance = stack.enter_context(progress_bar(clip.num_frames, output.name, "frame", quiet=quiet))
+        advance = stack.enter_context(progress_bar(output.name, clip.num_frames, unit="frame", enabled=not quiet))
         for frames in clip.frames:
             with timings.outside():
                 for writer in writers:

@@ -27,18 +27,18 @@ class FrameRing:
             raise InputError(
                 f"sinks and ring must be multiples of the block of {frames_per_block} frames, got {sinks} and {ring}"
             )
-        self.sinks, self.ring, self.frames_per_block = sinks, ring, frames_per_block
+        self.sinks, self.ring_slots, self.frames_per_block = sinks, ring, frames_per_block
         self.end = 0
         self.stored_frames: list[int | None] = [None] * (sinks + ring)
 
     @property
     def capacity(self) -> int:
         """Number of slots."""
-        return self.sinks + self.ring
+        return self.sinks + self.ring_slots
 
     def slot(self, frame: int) -> int:
         """Return the slot of a frame."""
-        return frame if frame < self.sinks else self.sinks + (frame - self.sinks) % self.ring
+        return frame if frame < self.sinks else self.sinks + (frame - self.sinks) % self.ring_slots
 
     def write(self, start: int) -> int:
         """Record that the block starting at frame `start` is written and return its first slot.

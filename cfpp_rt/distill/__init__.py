@@ -1,1 +1,1 @@
-"""The distillation pipeline: from a diffusion model to a few-step autoregressive student, stage by stage."""
+"""The distillation pipeline: trains a diffusion model into a few-step autoregressive student, stage by stage."""

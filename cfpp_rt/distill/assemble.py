@@ -1,4 +1,4 @@
-"""The stages put together from settings and weights."""
+"""Builds the stages from settings and weights."""
 
 import copy
 import dataclasses
@@ -11,28 +11,32 @@ from torch import Tensor
 from cfpp_rt.config import ModelConfig
 from cfpp_rt.core.schedule import FlowMatchSchedule
 from cfpp_rt.distill.ar_diffusion import ArDiffusion, Bidirectional
+from cfpp_rt.distill.batch import DataSource
 from cfpp_rt.distill.causal_cd import CausalCD, Guidance, timestep_table
-from cfpp_rt.distill.causal_ode import KEPT, CausalODE
+from cfpp_rt.distill.causal_ode import STORED_ENTRIES, CausalODE
 from cfpp_rt.distill.dmd import DMD
 from cfpp_rt.distill.forward import Denoiser
-from cfpp_rt.distill.processes import count, shard
+from cfpp_rt.distill.processes import shard, world_size
 from cfpp_rt.distill.self_rollout import SelfRollout
 from cfpp_rt.distill.settings import Settings, StageSettings
 from cfpp_rt.distill.stage import Stage
-from cfpp_rt.distill.train import Feed
 from cfpp_rt.errors import InputError
 from cfpp_rt.io.checkpoint import read_tensors
 from cfpp_rt.model.transformer import CausalWanTransformer, add_camera_branch, random_model
 from cfpp_rt.model.weights import load_model
 from cfpp_rt.values import DTYPES
 
-_FROM_NOTHING = ("base", "ar")  # what these learn does not have to be there before
+_FROM_SCRATCH = ("base", "ar")  # stages that need no weights to start from
 
 
 @dataclasses.dataclass(frozen=True)
-class Weights:
-    """Files that a stage starts from. init: the student's. teacher: of stages ode and cd, default init. real: the
-    bidirectional score of stage dmd. critic: what its critic starts from, default real.
+class InitPaths:
+    """Weight files that a stage starts from.
+
+    init: the student.
+    teacher: the teacher of stage cd; None = init.
+    real: the bidirectional model that gives the real score of stage dmd.
+    critic: initial weights of the critic of stage dmd; None = real.
     """
 
     init: Path | None = None
@@ -42,7 +46,7 @@ class Weights:
 
 
 def fresh_model(config: ModelConfig, seed: int) -> CausalWanTransformer:
-    """A model that has learnt nothing: its velocity is 0, a timestep changes little at first, a camera nothing."""
+    """Return an untrained float32 model: its velocity is 0, timesteps have little effect at first, cameras none."""
     model = random_model(config, seed=seed, dtype=torch.float32)
     with torch.no_grad():
         model.head.head.weight.zero_()
@@ -57,95 +61,105 @@ def fresh_model(config: ModelConfig, seed: int) -> CausalWanTransformer:
 def build_stage(
     name: str,
     settings: Settings,
-    weights: Weights,
+    paths: InitPaths,
     latent_size: tuple[int, int, int],
     device: torch.device | None = None,
 ) -> Stage:
-    """The stage `name` of `STAGES`, its networks on `device` (default: the CPU) and shared out among the processes.
+    """Build a stage, with its networks on a device and sharded among the processes.
 
-    What is trained and its moving average have float32 weights; what is frozen has those of the settings' dtype.
-    latent_size: (C, h, w) of the clips. Raises InputError for weights or guidance that it lacks.
+    Trained networks and the moving average have float32 weights; frozen networks have the settings' dtype.
+    name: one of `STAGES`.
+    latent_size: (C, h, w) of the clips.
+    device: None = the CPU.
+    Raise InputError if weights or the negative prompt are missing.
     """
-    own, device = settings.stages[name], device or torch.device("cpu")
-    if weights.init is None and name not in _FROM_NOTHING:
+    stage_settings, device = settings.stages[name], device or torch.device("cpu")
+    if paths.init is None and name not in _FROM_SCRATCH:
         raise InputError(f"--init must be given for stage {name}: the weights that its student starts from")
-    if name == "dmd" and weights.real is None:
-        raise InputError("--real must be given for stage dmd: the bidirectional model whose score is the real one")
-    guidance = guidance_of(settings, own) if name in ("cd", "dmd") else None
-    if own.guidance != 1 and name in ("base", "ar"):
-        raise InputError(f"stages.{name}.guidance must be 1, since it has no teacher to guide, got {own.guidance}")
-    student = _learning(settings, weights.init, settings.model, own, grow=name in _FROM_NOTHING)
+    if name == "dmd" and paths.real is None:
+        raise InputError("--real must be given for stage dmd: the bidirectional model that gives the real score")
+    guidance = guidance_of(settings, stage_settings) if name in ("cd", "dmd") else None
+    if stage_settings.guidance != 1 and name in ("base", "ar"):
+        raise InputError(
+            f"stages.{name}.guidance must be 1, since it has no teacher to guide, got {stage_settings.guidance}"
+        )
+    student = _trainable(settings, paths.init, settings.model, stage_settings, add_cameras=name in _FROM_SCRATCH)
     ema = copy.deepcopy(student).requires_grad_(False)
     for network in (student, ema):
-        _place(network, settings, device)
+        _move_and_shard(network, settings, device)
     schedule = FlowMatchSchedule(settings.rollout.shift)
-    learner = _denoiser(student, settings, own)
+    student_denoiser = _denoiser(student, settings, stage_settings)
     if name == "base":
-        return Bidirectional(learner, ema, schedule=schedule)
+        return Bidirectional(student_denoiser, ema, schedule=schedule)
     if name == "ar":
-        return ArDiffusion(learner, ema, schedule=schedule, most_context_noise=own.context_noise)
-    timesteps = timestep_table(own.table, settings.rollout.shift)
+        return ArDiffusion(student_denoiser, ema, schedule=schedule, max_context_noise=stage_settings.context_noise)
+    timesteps = timestep_table(stage_settings.table, settings.rollout.shift)
     if name == "ode":
-        return CausalODE(learner, ema, schedule=schedule, timesteps=timesteps[list(KEPT)])
+        return CausalODE(student_denoiser, ema, schedule=schedule, timesteps=timesteps[list(STORED_ENTRIES)])
     if name == "cd":
-        path = weights.teacher or weights.init
-        teacher = _denoiser(load_frozen(settings, path, device), settings, own)
-        target = _denoiser(ema, settings, own)
+        path = paths.teacher or paths.init
+        teacher = _denoiser(load_frozen(settings, path, device), settings, stage_settings)
+        target = _denoiser(ema, settings, stage_settings)
         return CausalCD(
-            learner,
+            student_denoiser,
             target,
             teacher,
             schedule=schedule,
             timesteps=timesteps,
             guidance=guidance,
-            most_context_noise=own.context_noise,
+            max_context_noise=stage_settings.context_noise,
         )
-    real_sizes = settings.real or settings.model
-    critic_sizes = real_sizes if weights.critic is None else settings.model
-    critic = _learning(settings, weights.critic or weights.real, critic_sizes, own)
-    _place(critic, settings, device)
+    real_config = settings.real or settings.model
+    critic_config = real_config if paths.critic is None else settings.model
+    critic = _trainable(settings, paths.critic or paths.real, critic_config, stage_settings)
+    _move_and_shard(critic, settings, device)
     return DMD(
-        SelfRollout(student, settings.rollout, checkpointing=own.checkpointing),
+        SelfRollout(student, settings.rollout, checkpointing=stage_settings.checkpointing),
         ema,
-        _denoiser(load_frozen(settings, weights.real, device, real_sizes), settings, own),
-        _denoiser(critic, settings, own),
-        frames=own.frames,
+        _denoiser(load_frozen(settings, paths.real, device, real_config), settings, stage_settings),
+        _denoiser(critic, settings, stage_settings),
+        latent_frames=stage_settings.frames,
         latent_size=latent_size,
-        initial_frames=own.initial_frames,
+        initial_latent_frames=stage_settings.initial_frames,
         guidance=guidance,
-        ratio=own.ratio,
+        ratio=stage_settings.ratio,
     )
 
 
-def guidance_of(settings: Settings, own: StageSettings) -> Guidance | None:
-    """The guidance of a stage's teacher, None for weight 1. Raises InputError where the negative prompt is missing."""
-    if own.guidance == 1:
+def guidance_of(settings: Settings, stage_settings: StageSettings) -> Guidance | None:
+    """Return the guidance of a stage's teacher, None for weight 1. Raise InputError without the negative prompt."""
+    if stage_settings.guidance == 1:
         return None
     if settings.negative is None:
-        raise InputError(f"negative must be a file with embeds of the negative prompt for guidance {own.guidance}")
-    embeds = read_tensors(settings.negative).get("embeds")
+        raise InputError(
+            f"negative must be a file with embeds of the negative prompt for guidance {stage_settings.guidance}"
+        )
+    prompt_embeds = read_tensors(settings.negative).get("embeds")
     wanted = [1, settings.model.text_len, settings.model.text_dim]
-    if not isinstance(embeds, Tensor) or list(embeds.shape) != wanted or not settings.model.text_len:
-        got = list(embeds.shape) if isinstance(embeds, Tensor) else "none"
+    if not isinstance(prompt_embeds, Tensor) or list(prompt_embeds.shape) != wanted or not settings.model.text_len:
+        got = list(prompt_embeds.shape) if isinstance(prompt_embeds, Tensor) else "none"
         raise InputError(f"negative {settings.negative}: wanted embeds {wanted} of a model with text, got {got}")
-    return Guidance(own.guidance, embeds)
+    return Guidance(stage_settings.guidance, prompt_embeds)
 
 
 def load_frozen(
-    settings: Settings, path: Path | None, device: torch.device | None = None, sizes: ModelConfig | None = None
+    settings: Settings, path: Path | None, device: torch.device | None = None, model_config: ModelConfig | None = None
 ) -> CausalWanTransformer:
-    """A network that only runs, in the settings' dtype; sizes: default those of the settings' model."""
+    """Load a network that is not trained, in the settings' dtype. model_config: None = that of the settings."""
     assert path is not None
     device = device or torch.device("cpu")
-    where = device if count() == 1 else torch.device("cpu")  # sharded networks reach the GPU block by block
-    network = load_model(path, config=sizes or settings.model, dtype=DTYPES[settings.dtype], device=where)
+    where = device if world_size() == 1 else torch.device("cpu")  # sharded networks reach the GPU block by block
+    network = load_model(path, config=model_config or settings.model, dtype=DTYPES[settings.dtype], device=where)
     shard(network, DTYPES[settings.dtype])
     return network
 
 
-def open_feed(settings: Settings, own: StageSettings) -> Feed:
-    """What `data.source`, module:function, gives when called with the stage's batch and the rest of `data`."""
-    data = settings.data_of(own)
+def open_data_source(settings: Settings, stage_settings: StageSettings) -> DataSource:
+    """Call `data.source`, module:function, with the stage's batch and the other keys of `data`; return the result.
+
+    Raise InputError if the function cannot be imported or does not take these keys.
+    """
+    data = settings.data_of(stage_settings)
     source = data["source"]
     module, _, function = source.partition(":")
     try:
@@ -154,30 +168,38 @@ def open_feed(settings: Settings, own: StageSettings) -> Feed:
         raise InputError(f"data.source must be module:function, got {source!r} ({error})") from error
     rest = {name: value for name, value in data.items() if name != "source"}
     try:
-        return make(batch=own.batch, **rest)
+        return make(batch=stage_settings.batch, **rest)
     except TypeError as error:
         raise InputError(f"data: {error}") from error
 
 
-def _learning(
-    settings: Settings, path: Path | None, sizes: ModelConfig, own: StageSettings, *, grow: bool = False
+def _trainable(
+    settings: Settings,
+    path: Path | None,
+    model_config: ModelConfig,
+    stage_settings: StageSettings,
+    *,
+    add_cameras: bool = False,
 ) -> CausalWanTransformer:
-    """grow: weights without the camera branch may get one, where the sizes have it."""
+    """Load a trainable float32 network, or make an untrained one if there is no path.
+
+    add_cameras: give weights without the camera branch one, if model_config has it.
+    """
     if path is None:
-        return fresh_model(sizes, own.seed).requires_grad_(True)
-    if grow and sizes.camera:
-        model = load_model(path, config=dataclasses.replace(sizes, camera=False), dtype=torch.float32)
+        return fresh_model(model_config, stage_settings.seed).requires_grad_(True)
+    if add_cameras and model_config.camera:
+        model = load_model(path, config=dataclasses.replace(model_config, camera=False), dtype=torch.float32)
         model = model if model.config.camera else add_camera_branch(model)
     else:
-        model = load_model(path, config=sizes, dtype=torch.float32)
+        model = load_model(path, config=model_config, dtype=torch.float32)
     return model.requires_grad_(True)
 
 
-def _place(network: CausalWanTransformer, settings: Settings, device: torch.device) -> None:
-    if count() == 1:
+def _move_and_shard(network: CausalWanTransformer, settings: Settings, device: torch.device) -> None:
+    if world_size() == 1:
         network.to(device)
     shard(network, DTYPES[settings.dtype])
 
 
-def _denoiser(network: CausalWanTransformer, settings: Settings, own: StageSettings) -> Denoiser:
-    return Denoiser(network, settings.layout, checkpointing=own.checkpointing)
+def _denoiser(network: CausalWanTransformer, settings: Settings, stage_settings: StageSettings) -> Denoiser:
+    return Denoiser(network, settings.layout, checkpointing=stage_settings.checkpointing)

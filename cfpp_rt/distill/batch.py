@@ -1,21 +1,23 @@
-"""What a training step is fed with."""
+"""Training batches and the type of what makes them."""
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from cfpp_rt.device.transfer import to_device
 from cfpp_rt.distill.forward import Condition
-from cfpp_rt.distill.rng import sent
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Clips and what they are conditioned on.
+    """Clips and their conditions. A batch without latents has prompts alone.
 
-    latents: float32 [B, F, C, h, w], clean clips; None for prompts alone. trajectory: float32 [B, K, F, C, h, w],
-    states of an ODE solution from noisy to its end point, for causal ODE distillation. weights: float32 [B, F, h, w],
-    loss weight of every latent cell, of mean 1; None = all 1.
+    condition: prompt embeddings, actions and cameras of B clips.
+    latents: float32 [B, F, C, h, w], clean clips, or None.
+    trajectory: float32 [B, K, F, C, h, w], states of an ODE solution from noisy to its end point, for stage ode.
+    weights: float32 [B, F, h, w], loss weight of every latent cell, mean 1; None = all 1.
     """
 
     condition: Condition
@@ -24,9 +26,10 @@ class Batch:
     weights: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        """The same on another device."""
-        return Batch(self.condition.to(device), *_moved(device, self.latents, self.trajectory, self.weights))
+        """Return this batch on another device."""
+        tensors = (self.latents, self.trajectory, self.weights)
+        moved = [None if tensor is None else to_device(tensor, device) for tensor in tensors]
+        return Batch(self.condition.to(device), *moved)
 
 
-def _moved(device: torch.device, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else sent(tensor, device) for tensor in tensors]
+DataSource = Callable[[int], Batch]  # returns batch number n of a run; the same n must give the same batch

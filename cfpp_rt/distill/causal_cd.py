@@ -1,8 +1,8 @@
 """Stage 2: causal consistency distillation, without stored trajectories (Causal Forcing++, arXiv 2605.15141).
 
-The teacher takes one step of its probability-flow ODE between two adjacent timesteps of a table; the student's clean
-estimate at the first is drawn to that of its own moving average at the second. All run under teacher forcing. The
-estimate x - sigma * v meets the boundary condition at sigma = 0 by itself.
+The teacher takes one step of its probability-flow ODE between two adjacent timesteps of a table. The student's clean
+estimate at the first timestep is trained towards that of its moving average at the second. All networks run under
+teacher forcing. The estimate x - sigma v is x at sigma = 0, so the boundary condition holds without further terms.
 """
 
 import dataclasses
@@ -16,22 +16,25 @@ from cfpp_rt.distill.ar_diffusion import draw_context, mix, noised_context
 from cfpp_rt.distill.batch import Batch
 from cfpp_rt.distill.forward import Condition, Denoiser
 from cfpp_rt.distill.rng import block_indices, normal_like
-from cfpp_rt.distill.stage import clips
+from cfpp_rt.distill.stage import clean_latents
 
 STEPS = 48
 
 
 def timestep_table(steps: int = STEPS, shift: float = 5.0) -> Tensor:
-    """Timesteps float32 [steps], descending from 1000, of which 0 would be the next: 1000 s u / (1 + (s - 1) u)."""
+    """Return timesteps t = 1000 s u / (1 + (s - 1) u), float32 [steps], with s = shift and u = 1, 1 - 1 / steps, ...
+
+    They descend from 1000; the next one would be 0.
+    """
     u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
     return (TABLE_SIZE * shift * u / (1 + (shift - 1) * u)).float()
 
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance of a teacher: v(negative) + weight * (v(text) - v(negative)).
+    """Classifier-free guidance of a teacher: v(negative) + weight (v(text) - v(negative)).
 
-    negative: embeds [1 or B, text_len, text_dim] of the negative prompt. Actions and cameras stay in both.
+    negative: [1 or B, text_len, text_dim], embeddings of the negative prompt. Both passes have the actions and cameras.
     """
 
     weight: float
@@ -39,11 +42,11 @@ class Guidance:
 
 
 def guided(velocity: Callable[[Condition], Tensor], condition: Condition, guidance: Guidance | None) -> Tensor:
-    """The guided velocity; without guidance the conditional one, at half the cost."""
+    """Return the guided velocity (see `Guidance`); without guidance the conditional one, in a single pass."""
     if guidance is None:
         return velocity(condition)
-    negative = guidance.negative.to(condition.embeds).expand_as(condition.embeds)
-    without = velocity(dataclasses.replace(condition, embeds=negative))
+    negative = guidance.negative.to(condition.prompt_embeds).expand_as(condition.prompt_embeds)
+    without = velocity(dataclasses.replace(condition, prompt_embeds=negative))
     return without + guidance.weight * (velocity(condition) - without)
 
 
@@ -56,10 +59,12 @@ def clean_estimate(
     schedule: FlowMatchSchedule,
     clean_timesteps: Tensor | None = None,
 ) -> Tensor:
-    """X(x, t) = x - sigma(t) * v(x, t) under teacher forcing: [B, F, C, h, w].
+    """Return the clean estimate X(x, t) = x - sigma(t) v(x, t) under teacher forcing: [B, F, C, h, w].
 
-    timesteps: float32, one for all frames or [B, F], equal within a block. sigma(t) is that of the schedule's nearest
-    entry, as when the student runs. clean_timesteps: as `Denoiser.teacher_forced`.
+    clean, noisy: [B, F, C, h, w]; noisy is x.
+    timesteps: float32, t, a scalar or [B, F], equal within a block. sigma(t) is that of the schedule's nearest entry,
+        as in the runtime.
+    clean_timesteps: see `Denoiser.teacher_forced`.
     """
     velocity = network.teacher_forced(clean, noisy, _per_frame(timesteps, clean), condition, clean_timesteps)
     return noisy - _per_frame(schedule.sigma(timesteps), clean)[:, :, None, None, None] * velocity
@@ -75,8 +80,11 @@ def ode_step(
     guidance: Guidance | None,
     clean_timesteps: Tensor | None = None,
 ) -> Tensor:
-    """One Euler step of the teacher's ODE from `timesteps` to `next_timesteps`, each one for all frames or [B, F]:
-    [B, F, C, h, w]. clean_timesteps: as `Denoiser.teacher_forced`.
+    """Return x after one Euler step of the teacher's ODE, x - (t - t') / 1000 v(x, t): [B, F, C, h, w].
+
+    clean, noisy: [B, F, C, h, w]; noisy is x.
+    timesteps, next_timesteps: float32, t and t', each a scalar or [B, F].
+    clean_timesteps: see `Denoiser.teacher_forced`.
     """
     here, there = _per_frame(timesteps, clean), _per_frame(next_timesteps, clean)
     velocity = guided(lambda c: teacher.teacher_forced(clean, noisy, here, c, clean_timesteps), condition, guidance)
@@ -84,23 +92,30 @@ def ode_step(
 
 
 def _per_frame(values: Tensor, clips: Tensor) -> Tensor:
-    """A value for all frames, or [B, F], as [B, F] on the clips' device."""
+    """Expand a scalar or [B, F] to [B, F] on the clips' device."""
     return values.to(clips.device).expand(clips.shape[:2])
 
 
-def consistency_loss(here: Tensor, there: Tensor, cell_weights: Tensor | None = None) -> Tensor:
-    """Mean square of the student's estimate minus its target's; here, there [B, F, C, h, w], weights [B, F, h, w]."""
-    error = (here - there.detach()).square().mean(dim=2)
+def consistency_loss(estimate: Tensor, target: Tensor, cell_weights: Tensor | None = None) -> Tensor:
+    """Return the consistency loss mean(w (X - stopgrad(X'))^2), a scalar (Causal Forcing++, arXiv 2605.15141, stage 2).
+
+    estimate, target: [B, F, C, h, w], X and X', the clean estimates of the student and of its target.
+    cell_weights: [B, F, h, w], w; None = all 1.
+    """
+    error = (estimate - target.detach()).square().mean(dim=2)
     return (error if cell_weights is None else error * cell_weights).mean()
 
 
 class CausalCD:
-    """The stage. teacher: frozen, from stage 1; the moving average of the student, `ema`, is the target.
+    """Stage cd: one `consistency_loss` of the student per step.
 
-    schedule: what the student runs on. timesteps: the table, float32, descending; its last interval, to 0, is not
-    used, as published. Every block draws an interval of its own; the published code draws one for the whole batch.
-    Under teacher forcing a block sees no other noisy one, so the loss is the same in the mean, and less noisy.
-    most_context_noise: as `ArDiffusion`, for teacher, student and target alike; the published code has none here.
+    Every block draws an interval of the table; the published code draws one for the whole batch. Under teacher forcing
+    a block attends to no other noisy block, so the mean of the loss is the same and its variance smaller.
+    ema: the moving average of the student, which is the target.
+    teacher: the frozen model of stage ar.
+    schedule: the schedule that the student runs on.
+    timesteps: float32, the table, descending. Its last interval, to 0, is not used, as published.
+    max_context_noise: see `ArDiffusion`; applies to teacher, student and target. The published code has none here.
     """
 
     def __init__(
@@ -112,26 +127,26 @@ class CausalCD:
         schedule: FlowMatchSchedule,
         timesteps: Tensor,
         guidance: Guidance | None = None,
-        most_context_noise: float = 0.0,
+        max_context_noise: float = 0.0,
     ):
         self.student, self.target, self.teacher = student, ema, teacher
         self.schedule, self.timesteps, self.guidance = schedule, timesteps, guidance
-        self.most_context_noise = most_context_noise
+        self.max_context_noise = max_context_noise
         self.ema: nn.Module = ema.network
         self.trained: dict[str, nn.Module] = {"student": student.network}
 
     def updates(
-        self, next_batch: Callable[[], Batch], draws: torch.Generator, step: int
+        self, next_batch: Callable[[], Batch], generator: torch.Generator, step: int
     ) -> Iterator[tuple[str, Tensor]]:
         batch = next_batch()
-        clean = clips(batch)
-        count, frames = clean.shape[:2]
-        m = block_indices(len(self.timesteps) - 1, count, frames, self.student.layout.block, draws)
-        here, there = self.timesteps[m], self.timesteps[m + 1]
-        noisy = mix(clean, normal_like(clean, draws), (here / TABLE_SIZE).to(clean.device))
-        seen, seen_timesteps = noised_context(clean, draw_context(clean, self.most_context_noise, draws))
+        clean = clean_latents(batch)
+        batch_size, latent_frames = clean.shape[:2]
+        entry = block_indices(len(self.timesteps) - 1, batch_size, latent_frames, self.student.layout.block, generator)
+        here, there = self.timesteps[entry], self.timesteps[entry + 1]
+        noisy = mix(clean, normal_like(clean, generator), (here / TABLE_SIZE).to(clean.device))
+        past, past_timesteps = noised_context(clean, draw_context(clean, self.max_context_noise, generator))
         with torch.no_grad():
-            stepped = ode_step(self.teacher, seen, noisy, here, there, batch.condition, self.guidance, seen_timesteps)
-            wanted = clean_estimate(self.target, seen, stepped, there, batch.condition, self.schedule, seen_timesteps)
-        found = clean_estimate(self.student, seen, noisy, here, batch.condition, self.schedule, seen_timesteps)
-        yield "student", consistency_loss(found, wanted, batch.weights)
+            stepped = ode_step(self.teacher, past, noisy, here, there, batch.condition, self.guidance, past_timesteps)
+            target = clean_estimate(self.target, past, stepped, there, batch.condition, self.schedule, past_timesteps)
+        estimate = clean_estimate(self.student, past, noisy, here, batch.condition, self.schedule, past_timesteps)
+        yield "student", consistency_loss(estimate, target, batch.weights)

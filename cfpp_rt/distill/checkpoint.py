@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: folders that appear whole or not at all, and a resume that is exact."""
+"""Checkpoints of a training run: folders that are written atomically."""
 
 import os
 import re
@@ -17,25 +17,26 @@ _STATE = "state.pt"
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
-    """The complete checkpoints of a run, by step, ascending."""
-    found = {}
+    """Return the complete checkpoints of a run by step, in ascending order."""
+    complete = {}
     if folder.is_dir():
         for path in folder.iterdir():
             if (match := _NAME.fullmatch(path.name)) and (path / _STATE).is_file():
-                found[int(match[1])] = path
-    return dict(sorted(found.items()))
+                complete[int(match[1])] = path
+    return dict(sorted(complete.items()))
 
 
 def path_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
+    """Return the folder of the checkpoint of a step."""
     return folder / f"step-{step:07d}"
 
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint of a step, then forget all but the newest `keep`.
+    """Write the checkpoint of a step and delete all but the newest `keep`; return its folder.
 
-    state: nested mappings and lists of tensors and numbers. Raises InputError with the system's reason, a full disk
-    say, and leaves no trace of the attempt: earlier checkpoints stay as they are.
+    state: nested mappings and lists of tensors and numbers.
+    Raise InputError with the reason of the operating system, for example a full disk. Then no trace of the attempt is
+    left, and earlier checkpoints are unchanged.
     """
     target = path_of(folder, step)
     temporary = folder / f".{target.name}.{secrets.token_hex(4)}"
@@ -45,10 +46,10 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        if target.exists():  # of a run that was started again from an earlier step
+        if target.exists():  # made by a run that was resumed from an earlier step
             shutil.rmtree(target)
         os.replace(temporary, target)
-    except (OSError, RuntimeError) as error:  # torch.save tells a short write as a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a short write
         reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         raise InputError(f"{target}: the checkpoint cannot be written ({reason})") from error
     finally:
@@ -59,7 +60,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state of a checkpoint folder, read without running what is inside. Raises CheckpointError."""
+    """Return the state of a checkpoint folder, read without executing pickled code. Raise CheckpointError."""
     state = read_tensors(path / _STATE)
     missing = {"step", "position", "draws", "networks", "ema", "optimizers"} - set(state)
     if missing:

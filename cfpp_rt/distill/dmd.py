@@ -1,8 +1,9 @@
 """Stage 3: asymmetric distribution matching distillation with self-rollout.
 
-A few-step causal student is drawn towards the distribution of a bidirectional teacher: the gradient at a noised video
-of the student's own is the difference of two scores, of the frozen teacher (real) and of a critic that learns the
-student's distribution as it moves (fake) (Yin et al. 2024, arXiv 2311.18828; Self Forcing, arXiv 2506.08009).
+A few-step causal student is trained towards the distribution of a bidirectional teacher. The gradient at a video of the
+student is the difference of two scores of the noised video: that of the frozen teacher (real) and that of a critic,
+which is trained on the student's videos (fake). Sources: DMD (Yin et al. 2024, arXiv 2311.18828), Self Forcing (arXiv
+2506.08009).
 """
 
 from collections.abc import Callable, Iterator
@@ -17,24 +18,30 @@ from cfpp_rt.distill.causal_cd import Guidance, guided
 from cfpp_rt.distill.forward import Condition, Denoiser
 from cfpp_rt.distill.rng import normal_like, rows
 from cfpp_rt.distill.self_rollout import Exits, SelfRollout
-from cfpp_rt.distill.stage import clips
+from cfpp_rt.distill.stage import clean_latents
 
-_LEAST, _MOST = 20.0, 980.0  # timesteps between which scores are compared, as published
+_MIN_TIMESTEP, _MAX_TIMESTEP = 20.0, 980.0  # range of the timesteps at which scores are compared, as published
 
 
-def score_timesteps(batch: int, shift: float, draws: torch.Generator) -> Tensor:
-    """One timestep per video, evenly drawn from 0..999, shifted, then clamped to 20..980: float32 [B]."""
-    u = rows(lambda n: torch.randint(TABLE_SIZE, (n,), generator=draws), batch) / TABLE_SIZE
-    return (TABLE_SIZE * shift * u / (1 + (shift - 1) * u)).clamp(_LEAST, _MOST)
+def score_timesteps(batch: int, shift: float, generator: torch.Generator) -> Tensor:
+    """Draw one timestep per video: float32 [B].
+
+    With u uniform on {0, 1, ..., 999} / 1000 and s = shift, t = 1000 s u / (1 + (s - 1) u), clamped to 20..980
+    (published code of Causal Forcing).
+    """
+    u = rows(lambda n: torch.randint(TABLE_SIZE, (n,), generator=generator), batch) / TABLE_SIZE
+    return (TABLE_SIZE * shift * u / (1 + (shift - 1) * u)).clamp(_MIN_TIMESTEP, _MAX_TIMESTEP)
 
 
 def clean_score(
     network: Denoiser, noisy: Tensor, timesteps: Tensor, condition: Condition, guidance: Guidance | None = None
 ) -> Tensor:
-    """The clean video that a bidirectional network sees in a noisy one: x - sigma * v, [B, F, C, h, w] float32.
+    """Return a bidirectional network's estimate of the clean video, x - sigma v: [B, F, C, h, w] float32.
 
-    timesteps: float32 [B]. guidance: its weight is the usual one; the published code's 3 on top of the conditional
-    score is 4 here.
+    noisy: [B, F, C, h, w], x.
+    timesteps: float32 [B]; sigma = t / 1000.
+    guidance: its weight follows the usual convention; the published code's 3, which counts from the conditional score,
+        is 4 here.
     """
     levels = timesteps[:, None].expand(noisy.shape[:2])
     velocity = guided(lambda c: network.bidirectional(noisy, levels, c), condition, guidance)
@@ -42,10 +49,13 @@ def clean_score(
 
 
 def matching_loss(video: Tensor, real: Tensor, fake: Tensor, made: slice = slice(None)) -> Tensor:
-    """A loss whose gradient at `video` is (fake - real) / mean |video - real|, per video; a float64 scalar.
+    """Return the loss of the student, a float64 scalar: the mean square of x - stopgrad(x - g), halved.
 
-    video: the student's, with gradient; real, fake: the scores' clean videos; all [B, F, C, h, w]. made: the frames
-    that the student made, whose difference counts. A gradient that is not a number counts as 0, as published.
+    g = (fake - real) / mean |x - real|, with the mean over each video, so that the gradient at x is g over the number
+    of elements (DMD, arXiv 2311.18828). Elements of g that are not finite count as 0, as published.
+    video: [B, F, C, h, w], x, with gradient.
+    real, fake: [B, F, C, h, w], clean estimates of the two score networks.
+    made: latent frames that the student made; only these count.
     """
     x, real, fake = (part[:, made].double() for part in (video, real, fake))
     size = (x - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
@@ -54,11 +64,16 @@ def matching_loss(video: Tensor, real: Tensor, fake: Tensor, made: slice = slice
 
 
 class DMD:
-    """The stage: every `ratio`-th step one loss of the student, then, every step, one of the critic.
+    """Stage dmd: a loss of the student at every `ratio`-th step, then, at every step, a loss of the critic.
 
-    student: what `rollout` runs. real: frozen. critic: trained along. initial_frames: of the batch's clips that are
-    given to the student; 0 = it makes all, and prompts alone are enough. frames: length of its videos. latent_size:
-    (C, h, w).
+    rollout: makes videos with the student, its `network`.
+    real: the frozen bidirectional network of the real score.
+    critic: the network of the fake score, which is trained.
+    latent_frames: latent frames of the videos.
+    latent_size: (C, h, w).
+    initial_latent_frames: number of latent frames taken from the batch's clips; 0 = the student makes all, and batches
+        may have prompts alone.
+    guidance: guidance of `real`.
     """
 
     def __init__(
@@ -68,47 +83,49 @@ class DMD:
         real: Denoiser,
         critic: Denoiser,
         *,
-        frames: int,
+        latent_frames: int,
         latent_size: tuple[int, int, int],
-        initial_frames: int = 0,
+        initial_latent_frames: int = 0,
         guidance: Guidance | None = None,
         ratio: int = 5,
     ):
         self.rollout, self.ema, self.real, self.critic = rollout, ema, real, critic
-        self.frames, self.latent_size, self.initial_frames = frames, latent_size, initial_frames
-        self.guidance, self.ratio = guidance, ratio
+        self.latent_frames, self.initial_latent_frames = latent_frames, initial_latent_frames
+        self.latent_size, self.guidance, self.ratio = latent_size, guidance, ratio
         self.trained: dict[str, nn.Module] = {"student": rollout.network, "critic": critic.network}
 
     def updates(
-        self, next_batch: Callable[[], Batch], draws: torch.Generator, step: int
+        self, next_batch: Callable[[], Batch], generator: torch.Generator, step: int
     ) -> Iterator[tuple[str, Tensor]]:
         if step % self.ratio == 0:
-            yield "student", self._student_loss(next_batch(), draws)
-        yield "critic", self._critic_loss(next_batch(), draws)
+            yield "student", self._student_loss(next_batch(), generator)
+        yield "critic", self._critic_loss(next_batch(), generator)
 
-    def _student_loss(self, batch: Batch, draws: torch.Generator) -> Tensor:
-        video = self._videos(batch, draws, gradient=True)
+    def _student_loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        video = self._videos(batch, generator, gradient=True)
         with torch.no_grad():
-            timesteps = score_timesteps(len(video), self.rollout.schedule.shift, draws).to(video.device)
-            noisy = mix(video, normal_like(video, draws), (timesteps / TABLE_SIZE)[:, None])
+            timesteps = score_timesteps(len(video), self.rollout.schedule.shift, generator).to(video.device)
+            noisy = mix(video, normal_like(video, generator), (timesteps / TABLE_SIZE)[:, None])
             fake = clean_score(self.critic, noisy, timesteps, batch.condition)
             real = clean_score(self.real, noisy, timesteps, batch.condition, self.guidance)
-        return matching_loss(video, real, fake, slice(self.initial_frames, None))
+        return matching_loss(video, real, fake, slice(self.initial_latent_frames, None))
 
-    def _critic_loss(self, batch: Batch, draws: torch.Generator) -> Tensor:
-        video = self._videos(batch, draws, gradient=False)
-        timesteps = score_timesteps(len(video), self.rollout.schedule.shift, draws).to(video.device)
-        noise = normal_like(video, draws)
+    def _critic_loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        video = self._videos(batch, generator, gradient=False)
+        timesteps = score_timesteps(len(video), self.rollout.schedule.shift, generator).to(video.device)
+        noise = normal_like(video, generator)
         noisy = mix(video, noise, (timesteps / TABLE_SIZE)[:, None])
         velocity = self.critic.bidirectional(noisy, timesteps[:, None].expand(video.shape[:2]), batch.condition)
-        return flow_loss(velocity, video, noise, torch.ones(1, self.frames, device=video.device))
+        return flow_loss(velocity, video, noise, torch.ones(1, self.latent_frames, device=video.device))
 
-    def _videos(self, batch: Batch, draws: torch.Generator, *, gradient: bool) -> Tensor:
-        embeds = batch.condition.embeds
-        initial = None
-        if self.initial_frames:
-            initial = clips(batch)[:, : self.initial_frames]
-        made = self.frames - self.initial_frames
-        noise = normal_like(torch.empty(len(embeds), made, *self.latent_size, device=embeds.device), draws)
-        exits = Exits.draw(self.rollout.config, draws)
-        return self.rollout(noise, batch.condition, exits, draws, initial=initial, gradient=gradient)
+    def _videos(self, batch: Batch, generator: torch.Generator, *, gradient: bool) -> Tensor:
+        prompt_embeds = batch.condition.prompt_embeds
+        initial_latents = None
+        if self.initial_latent_frames:
+            initial_latents = clean_latents(batch)[:, : self.initial_latent_frames]
+        shape = (len(prompt_embeds), self.latent_frames - self.initial_latent_frames, *self.latent_size)
+        noise = normal_like(torch.empty(shape, device=prompt_embeds.device), generator)
+        exits = Exits.draw(self.rollout.config, generator)
+        return self.rollout(
+            noise, batch.condition, exits, generator, initial_latents=initial_latents, gradient=gradient
+        )

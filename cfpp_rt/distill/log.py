@@ -1,4 +1,4 @@
-"""What a run tells of itself: a CSV file, and TensorBoard where it is asked for."""
+"""The training log: a CSV file, and TensorBoard on request."""
 
 import csv
 from pathlib import Path
@@ -9,9 +9,10 @@ from cfpp_rt.io.atomic import write_atomically
 
 
 class Log:
-    """log.csv of a folder, one row per step. A resumed run drops what was logged after its checkpoint.
+    """The file log.csv of a folder, with one row per step. A resumed run drops rows logged after its checkpoint.
 
-    tensorboard: the same numbers under folder/tensorboard. Raises MissingExtraError without tensorboard.
+    step: step of the checkpoint, 0 for a new run.
+    tensorboard: write the numbers to folder/tensorboard, too. Raise MissingExtraError if it is not installed.
     """
 
     def __init__(self, folder: Path, step: int, *, tensorboard: bool = False):
@@ -25,6 +26,7 @@ class Log:
             self.columns = list(self.rows[0]) if self.rows else ["step"]
 
     def add(self, step: int, row: dict[str, float]) -> None:
+        """Add the row of a step; `flush` writes it."""
         self.rows.append({"step": step, **{name: f"{value:.6g}" for name, value in row.items()}})
         self.columns += [name for name in row if name not in self.columns]
         if self._board is not None:
@@ -32,6 +34,7 @@ class Log:
                 self._board.add_scalar(name, value, step)
 
     def flush(self) -> None:
+        """Write log.csv."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with write_atomically(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns, restval="")

@@ -1,4 +1,4 @@
-"""Muon with matrices of one shape orthogonalised together, so that a small network's step is not mostly launches."""
+"""Muon that orthogonalises matrices of one shape together, to save kernel launches for small networks."""
 
 from collections import defaultdict
 from typing import Any
@@ -9,7 +9,10 @@ from torch.optim import Muon
 
 
 class StackedMuon(Muon):
-    """`torch.optim.Muon` with the same state, its results within rounding; sharded matrices are left to torch's."""
+    """`torch.optim.Muon` with stacked matrices: the same state, results equal within rounding.
+
+    Sharded matrices are updated by torch's implementation.
+    """
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -38,19 +41,22 @@ class StackedMuon(Muon):
         updates = torch._foreach_lerp(gradients, buffers, momentum) if group["nesterov"] else buffers
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
-        alike: dict[torch.Size, list[int]] = defaultdict(list)
+        by_shape: dict[torch.Size, list[int]] = defaultdict(list)
         for index, parameter in enumerate(parameters):
-            alike[parameter.shape].append(index)
-        for (rows, columns), places in alike.items():
-            made = orthogonalised(
-                torch.stack([updates[i] for i in places]), group["ns_coefficients"], group["ns_steps"], group["eps"]
+            by_shape[parameter.shape].append(index)
+        for (rows, columns), indices in by_shape.items():
+            updates_of_shape = orthogonalised(
+                torch.stack([updates[i] for i in indices]), group["ns_coefficients"], group["ns_steps"], group["eps"]
             ).to(parameters[0].dtype)
             scale = lr * max(1.0, rows / columns) ** 0.5
-            torch._foreach_add_([parameters[i] for i in places], list(made.unbind()), alpha=-scale)
+            torch._foreach_add_([parameters[i] for i in indices], list(updates_of_shape.unbind()), alpha=-scale)
 
 
 def orthogonalised(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float = 1e-7) -> Tensor:
-    """Newton-Schulz iteration of each matrix [n, rows, columns], in bfloat16 as published (Jordan et al. 2024)."""
+    """Return matrices [n, rows, columns] orthogonalised by Newton-Schulz iteration, in bfloat16 (Jordan et al. 2024).
+
+    With x scaled to norm 1 and (a, b, c) = coefficients, a step is x <- a x + (b G + c G G) x, where G = x x^T.
+    """
     a, b, c = coefficients
     x = matrices.bfloat16()
     tall = x.shape[1] > x.shape[2]

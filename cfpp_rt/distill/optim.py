@@ -1,4 +1,4 @@
-"""Optimisers, their learning rate over time, and the student's moving average."""
+"""Optimisers, the learning rate over time, and the moving average of the student."""
 
 import math
 
@@ -9,11 +9,14 @@ from torch.optim import AdamW, Optimizer
 from cfpp_rt.distill.muon import StackedMuon
 from cfpp_rt.distill.settings import StageSettings
 
-_MUON_FACTOR = 10.0  # its updates are orthogonal matrices: the step that suits is larger than AdamW's
+_MUON_FACTOR = 10.0  # Muon's updates are orthogonal matrices, which need a larger step than AdamW's
 
 
 def make_optimizers(network: nn.Module, settings: StageSettings, lr: float) -> list[Optimizer]:
-    """AdamW for all weights; with muon, Muon for the matrices of the blocks and AdamW for the rest."""
+    """Return AdamW for all weights; with muon, AdamW and then Muon for the matrices of the blocks.
+
+    lr: peak learning rate of AdamW; that of Muon is 10 times as large. Groups store theirs under "peak".
+    """
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
     hidden: list[nn.Parameter] = []
     if settings.optimizer == "muon":
@@ -28,8 +31,11 @@ def make_optimizers(network: nn.Module, settings: StageSettings, lr: float) -> l
     return optimizers
 
 
-def rate(step: int, settings: StageSettings) -> float:
-    """Learning rate of a step, 0 for the first, as a share of the peak: linear rise, then a cosine down to `decay`."""
+def learning_rate_share(step: int, settings: StageSettings) -> float:
+    """Return the learning rate of a step (0 for the first) as a share of the peak.
+
+    It rises linearly for `warmup` steps, then falls along a cosine to the share `decay` at the last step.
+    """
     if step < settings.warmup:
         return (step + 1) / settings.warmup
     done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
@@ -38,7 +44,7 @@ def rate(step: int, settings: StageSettings) -> float:
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, network: nn.Module, step: int, settings: StageSettings) -> None:
-    """ema = decay * ema + (1 - decay) * network; before ema_start a copy of the network."""
+    """Set ema to decay * ema + (1 - decay) * network, in place; before step `ema_start`, to a copy of the network."""
     decay = settings.ema if step >= settings.ema_start else 0.0
-    kept, now = ([p.data for p in module.parameters()] for module in (ema, network))
-    torch._foreach_lerp_(kept, now, 1 - decay)
+    averages, weights = ([p.data for p in module.parameters()] for module in (ema, network))
+    torch._foreach_lerp_(averages, weights, 1 - decay)

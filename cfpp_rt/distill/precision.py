@@ -1,4 +1,4 @@
-"""Arithmetic in a dtype of 16 bits over weights of 32: an update is often smaller than half a step of bfloat16."""
+"""Arithmetic in a 16-bit dtype over float32 weights: an update is often smaller than half a step of bfloat16."""
 
 import copy
 
@@ -6,11 +6,12 @@ import torch
 from torch import nn
 
 
-class Master:
-    """The float32 weights of a network that computes in `dtype`: what optimiser, moving average and checkpoints see.
+class MasterWeights:
+    """The float32 weights of a network that computes in `dtype`.
 
-    module: those weights, as a network. In float32, and where the network is sharded (its shards are float32 and are
-    cast when they are gathered), that is the network itself. Else it is a copy; `network` is cast in place.
+    Optimiser, moving average and checkpoints use `module`, a network with these weights. `network` computes. They are
+    the same object in float32 and where the network is sharded: shards are float32 and are cast when they are
+    gathered. Otherwise `module` is a float32 copy and `network` is cast to `dtype` in place.
     """
 
     def __init__(self, network: nn.Module, dtype: torch.dtype = torch.float32):
@@ -21,17 +22,17 @@ class Master:
 
     @torch.no_grad()
     def take_gradients(self) -> None:
-        """Add the network's gradients to the master's, in float32, and forget them there."""
+        """Add the gradients of `network` to those of `module` in float32, and clear them in `network`."""
         if self.module is self.network:
             return
-        for kept, used in zip(self.module.parameters(), self.network.parameters(), strict=True):
-            if used.grad is not None:
-                kept.grad = used.grad.float() if kept.grad is None else kept.grad.add_(used.grad)
-                used.grad = None
+        for master, compute in zip(self.module.parameters(), self.network.parameters(), strict=True):
+            if compute.grad is not None:
+                master.grad = compute.grad.float() if master.grad is None else master.grad.add_(compute.grad)
+                compute.grad = None
 
     @torch.no_grad()
-    def publish(self) -> None:
-        """Round the master's weights into the network."""
+    def sync(self) -> None:
+        """Copy the weights of `module` into `network`, rounded to its dtype."""
         if self.module is not self.network:
-            for kept, used in zip(self.module.parameters(), self.network.parameters(), strict=True):
-                used.copy_(kept)
+            for master, compute in zip(self.module.parameters(), self.network.parameters(), strict=True):
+                compute.copy_(master)

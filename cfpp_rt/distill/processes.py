@@ -1,6 +1,6 @@
-"""The processes of one run: started by torchrun, each with its rows of every batch and its shard of every network.
+"""The processes of one training run: torchrun starts them; each has its rows of a batch and a shard of every network.
 
-A process alone is rank 0 of 1, and nothing here does anything to it.
+A single process is rank 0 of 1; these functions then leave everything as it is.
 """
 
 import contextlib
@@ -17,22 +17,24 @@ from torch import Tensor, nn
 from cfpp_rt.errors import InputError
 from cfpp_rt.model.transformer import CausalWanTransformer
 
-_WAIT = datetime.timedelta(minutes=30)  # for the slowest process: a checkpoint or a first compilation takes minutes
+_WAIT = datetime.timedelta(minutes=30)  # a checkpoint or a first compilation takes minutes
 
 
 def rank() -> int:
+    """Return the rank of this process, 0 if it is alone."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def count() -> int:
+def world_size() -> int:
+    """Return the number of processes of the run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @contextlib.contextmanager
-def joined(device: str = "auto") -> Iterator[torch.device]:
-    """Take part in the run that torchrun started, if it did; yields this process's device.
+def process_group(device: str = "auto") -> Iterator[torch.device]:
+    """Join the process group of torchrun, if torchrun started this process, and yield the device of this process.
 
-    device: cpu, cuda, or auto: cuda where there is one. Raises InputError where it cannot be used.
+    device: cpu, cuda, or auto (cuda if there is a GPU). Raise InputError if the device cannot be used.
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if kind == "cuda" and not torch.cuda.is_available():
@@ -50,22 +52,22 @@ def joined(device: str = "auto") -> Iterator[torch.device]:
     try:
         yield here or torch.device(kind)
     finally:
-        gc.collect()  # sharded networks hold the group in cycles: its threads are to end here, not with the interpreter
+        gc.collect()  # sharded networks refer to the group in cycles; its threads must end now, not at exit
         dist.destroy_process_group()
 
 
 def mean(value: Tensor) -> Tensor:
-    """The mean of a scalar over all processes; not a number anywhere is not a number everywhere."""
-    if count() == 1:
+    """Return the mean of a scalar over all processes; NaN in one process is NaN in all."""
+    if world_size() == 1:
         return value
     total = value.detach().double()
     dist.all_reduce(total)
-    return total / count()
+    return total / world_size()
 
 
 def any_of(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is up in any process."""
-    if count() == 1:
+    """Return True if the flag is set in any process."""
+    if world_size() == 1:
         return flag
     raised = torch.tensor(int(flag), device=device)
     dist.all_reduce(raised, op=dist.ReduceOp.MAX)
@@ -73,17 +75,17 @@ def any_of(flag: bool, device: torch.device) -> bool:
 
 
 def shard(network: CausalWanTransformer, dtype: torch.dtype) -> None:
-    """Share a network out among the processes, in place: each block is gathered when it runs, in `dtype`.
+    """Shard a network among the processes, in place (FSDP2): each block is gathered in `dtype` when it runs.
 
-    The shards stay in the dtype they have, float32 for what is trained, and gradients are summed in float32. Inputs
-    are not cast: timesteps are float32.
+    Shards keep their dtype, float32 for trained networks, and gradients are summed in float32. Inputs are not cast,
+    because timesteps are float32.
     """
-    if count() == 1:
+    if world_size() == 1:
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    mesh = init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (count(),))
+    mesh = init_device_mesh("cuda" if dist.get_backend() == "nccl" else "cpu", (world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*network.blocks, network):
         fully_shard(module, mesh=mesh, mp_policy=policy)
@@ -91,38 +93,41 @@ def shard(network: CausalWanTransformer, dtype: torch.dtype) -> None:
 
 
 def gather(network: nn.Module) -> None:
-    """Keep all of a sharded network here, for many passes in a row, until `release` or a backward pass."""
+    """Gather all blocks of a sharded network for many passes in a row, until `release` or a backward pass."""
     for part in _sharded(network):
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
 
 
 def release(network: nn.Module) -> None:
-    """Let go of what `gather`, or a pass that no backward pass followed, left here."""
+    """Free the blocks that `gather`, or a pass without a backward pass, has gathered."""
     for part in _sharded(network):
         part.set_reshard_after_forward(True, recurse=False)
         part.reshard()
 
 
-def whole(value: Any) -> Any:
-    """A nested state with every shard replaced by the whole tensor, on the CPU. A call of all processes."""
+def full_state(value: Any) -> Any:
+    """Return a nested state with shards replaced by full tensors, on the CPU. All processes must call this.
+
+    Processes other than rank 0 get None in their place, as only rank 0 writes.
+    """
     if isinstance(value, dict):
-        return {name: whole(one) for name, one in value.items()}
+        return {name: full_state(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [whole(one) for one in value]
+        return [full_state(item) for item in value]
     if hasattr(value, "full_tensor"):
         full = value.full_tensor()
-        return full.cpu() if rank() == 0 else None  # rank 0 writes: the others need no memory for it
+        return full.cpu() if rank() == 0 else None
     return value
 
 
-def whole_norm(value: Tensor) -> Tensor:
-    """A gradient norm, which is a tensor of its own kind where the gradients are sharded."""
+def full_tensor(value: Tensor) -> Tensor:
+    """Return the full tensor of a sharded one, such as the norm of sharded gradients; other tensors as they are."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def parted(value: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a whole tensor, sharded as `like` is; `value` itself where `like` is not."""
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
+    """Return this process's shard of a full tensor, sharded as `like` is; `value` itself if `like` is not sharded."""
     if not hasattr(like, "full_tensor") or value.shape != like.shape:
         return value
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -131,18 +136,18 @@ def parted(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def parted_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """A whole state dict of an optimiser as the one of this process."""
+def shard_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the state dict of an optimiser with its full tensors replaced by this process's shards."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    parts = {
-        index: {name: parted(v, parameters[index]) if torch.is_tensor(v) else v for name, v in entries.items()}
+    shards = {
+        index: {name: shard_like(v, parameters[index]) if torch.is_tensor(v) else v for name, v in entries.items()}
         for index, entries in state["state"].items()
     }
-    return {**state, "state": parts}
+    return {**state, "state": shards}
 
 
 def _sharded(network: nn.Module) -> list[Any]:
-    if count() == 1:
+    if world_size() == 1:
         return []
     from torch.distributed.fsdp import FSDPModule
 

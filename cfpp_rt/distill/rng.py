@@ -1,7 +1,7 @@
-"""The random numbers of training, all from one generator on the CPU, so that a resumed run draws what it would have.
+"""Random numbers of training. All come from one generator on the CPU, so that a resumed run continues the sequence.
 
-The generator is the same in every process. What is drawn per row of a batch is drawn for the rows of all processes, of
-which each takes its own: two processes with half the batch train as one with all of it.
+The generator is the same in every process. Numbers that belong to rows of a batch are drawn for the rows of all
+processes, and each process takes its own: two processes with half the batch train as one with the full batch.
 """
 
 from collections.abc import Callable
@@ -10,39 +10,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfpp_rt.distill.processes import count, rank
+from cfpp_rt.device.transfer import to_device
+from cfpp_rt.distill.processes import rank, world_size
 
 
 def rows(draw: Callable[[int], Tensor], batch: int) -> Tensor:
-    """This process's `batch` rows of what `draw` makes for a number of rows."""
-    return draw(batch * count())[rank() * batch : (rank() + 1) * batch]
+    """Return this process's `batch` rows of draw(n), called with n = the number of rows of all processes."""
+    return draw(batch * world_size())[rank() * batch : (rank() + 1) * batch]
 
 
-def normal_like(like: Tensor, draws: torch.Generator) -> Tensor:
-    """Standard normal noise, float32, of the shape and on the device of `like`, whose first axis are the rows.
+def normal_like(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Return standard normal noise, float32, in the shape of `like` [B, ...] and on its device.
 
-    A row's noise has a key of its own, so that no process makes the noise of others.
+    Every row's noise has a key of its own, so that no process makes the noise of another's rows.
     """
-    keys = rows(lambda n: torch.randint(2**62, (n,), generator=draws), len(like)).tolist()
+    keys = rows(lambda n: torch.randint(2**62, (n,), generator=generator), len(like)).tolist()
     noise = torch.empty(like.shape, dtype=torch.float32)
     for row, key in zip(noise, keys, strict=True):
         np.random.Generator(np.random.Philox(key=key)).standard_normal(dtype=np.float32, out=row.numpy())
-    return sent(noise, like.device)
+    return to_device(noise, like.device)
 
 
-def block_indices(count: int, batch: int, frames: int, block: int, draws: torch.Generator) -> Tensor:
-    """Indices 0..count - 1, one per block, repeated for its frames: int64 [batch, frames]."""
-    drawn = rows(lambda n: torch.randint(count, (n, frames // block), generator=draws), batch)
-    return drawn.repeat_interleave(block, dim=1)
+def block_indices(
+    count: int, batch: int, latent_frames: int, frames_per_block: int, generator: torch.Generator
+) -> Tensor:
+    """Draw an index in 0..count - 1 for every block and repeat it for the block's frames: int64 [batch, F]."""
+    per_block = rows(lambda n: torch.randint(count, (n, latent_frames // frames_per_block), generator=generator), batch)
+    return per_block.repeat_interleave(frames_per_block, dim=1)
 
 
-def index(count: int, draws: torch.Generator) -> int:
-    """One index 0..count - 1, the same in every process."""
-    return int(torch.randint(count, (), generator=draws))
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on a device; a GPU's queue takes the copy and the host goes on at once."""
-    if device.type != "cuda" or tensor.is_cuda:
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+def index(count: int, generator: torch.Generator) -> int:
+    """Draw one index in 0..count - 1, the same in every process."""
+    return int(torch.randint(count, (), generator=generator))

@@ -1,7 +1,6 @@
-"""What the student makes while it learns: the same clips every time, as its moving average makes them."""
+"""Sample videos during training: the same clips every time, made by the student's moving average."""
 
 import importlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,56 +10,63 @@ from torch import Tensor
 from cfpp_rt.codec.base import Codec
 from cfpp_rt.codec.streaming import to_uint8
 from cfpp_rt.config import RolloutConfig
-from cfpp_rt.distill.batch import Batch
+from cfpp_rt.distill.batch import Batch, DataSource
 from cfpp_rt.distill.rng import normal_like
 from cfpp_rt.distill.self_rollout import Exits, SelfRollout
 from cfpp_rt.distill.settings import SampleSettings
-from cfpp_rt.distill.stage import clips
+from cfpp_rt.distill.stage import clean_latents
 from cfpp_rt.errors import InputError, MissingExtraError
 from cfpp_rt.io.atomic import write_atomically
 from cfpp_rt.model.transformer import CausalWanTransformer
 from cfpp_rt.values import Frames
 
-_SEED = 2**31  # of the noise; the same at every step, so that what changes is the student
+_SEED = 2**31  # seed of the noise, the same at every step, so that samples differ only by the student
 
 
 class Samples:
-    """Videos of the network, from a batch's conditions, rolled out as the runtime does.
+    """Sample videos of a network for the conditions of one batch, rolled out as the runtime does.
 
-    frames: of a video. initial: clean frames that are given. latent_size: (C, h, w). codec: None = latents are kept as
-    they are. Files: folder/step-0001000.mp4, the clips of the batch side by side, or .safetensors with `latents`.
+    They are written to folder/step-0001000.mp4, the clips of the batch side by side, or without a codec to
+    folder/step-0001000.safetensors as `latents` [B, F, C, h, w].
+    latent_frames: latent frames of a video.
+    latent_size: (C, h, w).
+    initial_latent_frames: number of clean latent frames that are given.
+    fps: frames per second of the video file.
     """
 
     def __init__(
         self,
         network: CausalWanTransformer,
-        rollout: RolloutConfig,
+        config: RolloutConfig,
         batch: Batch,
         folder: Path,
         *,
-        frames: int,
+        latent_frames: int,
         latent_size: tuple[int, int, int],
-        initial: int = 0,
+        initial_latent_frames: int = 0,
         codec: Codec | None = None,
         fps: float = 16.0,
     ):
         if codec is not None:
             _require_av()
-        self.rollout, self.batch, self.folder = SelfRollout(network, rollout), batch, folder
-        self.frames, self.latent_size, self.initial = frames, latent_size, initial
-        self.codec, self.fps = codec, fps
+        self.rollout, self.batch, self.folder = SelfRollout(network, config), batch, folder
+        self.latent_frames, self.initial_latent_frames = latent_frames, initial_latent_frames
+        self.latent_size, self.codec, self.fps = latent_size, codec, fps
 
     @torch.no_grad()
     def __call__(self, step: int, *, write: bool = True) -> Path:
-        """Make and write those of a step; a call of all processes, of which one writes."""
+        """Make the samples of a step and return their path. All processes must call this; one passes write=True."""
         config = self.rollout.config
-        exits = Exits(len(config.first_steps or config.steps) - 1, len(config.steps) - 1)
-        draws = torch.Generator().manual_seed(_SEED)
-        embeds = self.batch.condition.embeds
-        noise = torch.empty(len(embeds), self.frames - self.initial, *self.latent_size, device=embeds.device)
-        initial = clips(self.batch)[:, : self.initial] if self.initial else None
+        last_steps = Exits(len(config.first_steps or config.steps) - 1, len(config.steps) - 1)
+        generator = torch.Generator().manual_seed(_SEED)
+        prompt_embeds = self.batch.condition.prompt_embeds
+        shape = (len(prompt_embeds), self.latent_frames - self.initial_latent_frames, *self.latent_size)
+        noise = normal_like(torch.empty(shape, device=prompt_embeds.device), generator)
+        initial_latents = None
+        if self.initial_latent_frames:
+            initial_latents = clean_latents(self.batch)[:, : self.initial_latent_frames]
         latents = self.rollout(
-            normal_like(noise, draws), self.batch.condition, exits, draws, initial=initial, gradient=False
+            noise, self.batch.condition, last_steps, generator, initial_latents=initial_latents, gradient=False
         )
         path = self.folder / f"step-{step:07d}.{'safetensors' if self.codec is None else 'mp4'}"
         if write:
@@ -77,25 +83,28 @@ class Samples:
             return
         from cfpp_rt.io.video import Mp4Writer
 
-        pictures = [to_uint8(self.codec.decode(clip[None])).cpu() for clip in latents]  # one by one: pixels are large
+        frames = [
+            to_uint8(self.codec.decode(clip[None])).cpu() for clip in latents
+        ]  # clip by clip, because pixels are large
         with Mp4Writer(path, self.fps) as writer:
-            writer.write(Frames(torch.cat(pictures, dim=3), 0))
+            writer.write(Frames(torch.cat(frames, dim=3), 0))
 
 
-def open_codec(settings: SampleSettings, feed: Callable[[int], Batch], device: torch.device) -> Codec | None:
-    """The codec of the settings, else the data source's own (its attribute `codec`), else None.
+def open_codec(settings: SampleSettings, data_source: DataSource, device: torch.device) -> Codec | None:
+    """Return the codec of the settings, else the data source's attribute `codec`, else None.
 
-    A path is the Wan2.1 directory or the tiny autoencoder's file; module:function is called without arguments.
+    settings.codec: the Wan2.1 directory, the file of the tiny autoencoder, or module:function, which is called without
+        arguments. Raise InputError if it is neither.
     """
     if settings.codec is None:
-        return getattr(feed, "codec", None)
+        return getattr(data_source, "codec", None)
     module, colon, function = settings.codec.partition(":")
     if colon and not Path(settings.codec).exists():
         try:
-            made: Any = getattr(importlib.import_module(module), function)()
+            codec: Any = getattr(importlib.import_module(module), function)()
         except (ImportError, AttributeError, ValueError) as error:
             raise InputError(f"samples.codec must be a path or module:function, got {settings.codec!r}") from error
-        return made
+        return codec
     from cfpp_rt.pipeline import load_codec
 
     path = Path(settings.codec)
@@ -104,6 +113,6 @@ def open_codec(settings: SampleSettings, feed: Callable[[int], Batch], device: t
 
 def _require_av() -> None:
     try:
-        import av  # noqa: F401  said before the training, not at its first sample
+        import av  # noqa: F401  fail before the training, not at its first sample
     except ImportError as error:
         raise MissingExtraError("av", "video", "writing samples as videos") from error

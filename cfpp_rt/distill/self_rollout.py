@@ -1,9 +1,9 @@
-"""Stage 3's videos: made by the student itself, through the runtime's own cache, a gradient at one step of each block.
+"""Videos that the student makes in stage dmd, through the cache of the runtime, with a gradient at one step per block.
 
-Every block is denoised as in the runtime; at a step drawn at random it stops, that step runs with gradient, and its
-clean estimate is the block. Then the clean pass writes the block's keys and values. Keys and values of earlier blocks
-are detached on purpose: a block answers for itself, not for what its predecessors left in the cache, as Self Forcing
-(arXiv 2506.08009) describes it. The published code leaves gradients to flow through a cache that is overwritten.
+Every block is denoised as in the runtime, up to a step drawn at random (the exit). That step runs with gradient, and
+its clean estimate is the block; then the clean pass writes the block's keys and values. Keys and values of earlier
+blocks are detached, so that the gradient of a block does not reach its predecessors, as Self Forcing (arXiv 2506.08009)
+describes it. In the published code gradients flow through a cache that is overwritten.
 """
 
 import dataclasses
@@ -27,20 +27,29 @@ from cfpp_rt.model.transformer import CausalWanTransformer, LayerText
 
 @dataclasses.dataclass(frozen=True)
 class Exits:
-    """The step, 0 for the first, at which a block ends: one for the first block, one for all others."""
+    """The denoising steps, counted from 0, at which blocks end.
+
+    first: exit of the first block that is made.
+    later: exit of all other blocks.
+    """
 
     first: int
     later: int
 
     @classmethod
-    def draw(cls, config: RolloutConfig, draws: torch.Generator) -> "Exits":
-        """Both drawn evenly; the same one where the first block has no steps of its own, as published."""
-        later = index(len(config.steps), draws)
-        return cls(later if config.first_steps is None else index(len(config.first_steps), draws), later)
+    def draw(cls, config: RolloutConfig, generator: torch.Generator) -> "Exits":
+        """Draw both uniformly; they are equal if the first block has no steps of its own, as published."""
+        later = index(len(config.steps), generator)
+        return cls(later if config.first_steps is None else index(len(config.first_steps), generator), later)
 
 
 class SelfRollout:
-    """Videos of a student as it runs. network: trained; config: how the runtime will run it, its `refresh` apart."""
+    """Rollouts of a student in training, with the passes of the runtime.
+
+    network: the student.
+    config: how the runtime will run it; `refresh` is "separate" here.
+    checkpointing: activation checkpointing of the passes with gradient.
+    """
 
     def __init__(self, network: CausalWanTransformer, config: RolloutConfig, *, checkpointing: bool = False):
         self.network, self.checkpointing = network, checkpointing
@@ -52,44 +61,50 @@ class SelfRollout:
         noise: Tensor,
         condition: Condition,
         exits: Exits,
-        draws: torch.Generator,
+        generator: torch.Generator,
         *,
-        initial: Tensor | None = None,
+        initial_latents: Tensor | None = None,
         gradient: bool = True,
     ) -> Tensor:
-        """Clean estimates float32 [B, F, C, h, w]: the given frames, then those made.
+        """Return videos, float32 [B, F, C, h, w]: the F0 given latent frames, then the clean estimates of those made.
 
-        noise: what each made block starts from, [B, F - F0, C, h, w]. condition: of all F frames. initial: given clean
-        frames [B, F0, C, h, w], whole blocks. gradient: with one at the exit steps, or none at all.
+        noise: [B, F - F0, C, h, w], noise of the blocks to make.
+        condition: conditions of all F latent frames.
+        generator: source of the noise that is added between steps.
+        initial_latents: clean latents [B, F0, C, h, w], complete blocks; None = F0 is 0.
+        gradient: compute the exit steps with gradient.
+        Raise InputError if noise or initial_latents are not complete blocks.
         """
-        given = 0 if initial is None else initial.shape[1]
-        block, frames = self.config.frames_per_block, given + noise.shape[1]
-        if frames % block or given % block or not noise.shape[1]:
-            raise InputError(f"noise and initial must be blocks of {block} frames, got {noise.shape[1]} and {given}")
-        gather(self.network)  # it runs many times in a row
-        run = _Run(self, noise, condition, frames)
-        made = [] if initial is None else [initial.float()]
-        for start in range(0, given, block):
-            run.keep(made[0][:, start : start + block], start, 0.0)
-        for start in range(given, frames, block):
+        given = 0 if initial_latents is None else initial_latents.shape[1]
+        n, latent_frames = self.config.frames_per_block, given + noise.shape[1]
+        if latent_frames % n or given % n or not noise.shape[1]:
+            raise InputError(
+                f"noise and initial_latents must be blocks of {n} frames, got {noise.shape[1]} and {given}"
+            )
+        gather(self.network)  # once for all passes
+        run = _Run(self, noise, condition, latent_frames)
+        blocks = [] if initial_latents is None else [initial_latents.float()]
+        for start in range(0, given, n):
+            run.write_cache(blocks[0][:, start : start + n], start, 0.0)
+        for start in range(given, latent_frames, n):
             first = start == given
             steps = (self.config.first_steps or self.config.steps) if first else self.config.steps
-            x = noise[:, start - given : start - given + block]
-            made.append(run.block(x, start, steps, exits.first if first else exits.later, draws, gradient))
-            if start + block < frames:
-                run.keep(made[-1].detach(), start, float(self.config.context_noise))
+            x = noise[:, start - given : start - given + n]
+            blocks.append(run.block(x, start, steps, exits.first if first else exits.later, generator, gradient))
+            if start + n < latent_frames:
+                run.write_cache(blocks[-1].detach(), start, float(self.config.context_noise))
         if not gradient:
             release(self.network)
-        return torch.cat(made, dim=1)
+        return torch.cat(blocks, dim=1)
 
 
 class _Run:
-    """One rollout's cache and the passes over it."""
+    """The cache of one rollout and the forward passes over it."""
 
-    def __init__(self, rollout: SelfRollout, like: Tensor, condition: Condition, frames: int):
+    def __init__(self, rollout: SelfRollout, like: Tensor, condition: Condition, latent_frames: int):
         self.rollout, self.network, self.condition = rollout, rollout.network, condition
         config, (batch, _, _, height, width) = rollout.config, like.shape
-        sinks, ring = slots_for(config, frames)
+        sinks, ring = slots_for(config, latent_frames)
         tokens = self.network.config.tokens_per_frame(height, width)
         self.cameras = condition.projections(like.device)
         camera = self.cameras is not None
@@ -97,63 +112,68 @@ class _Run:
         self.cache = KVCache(shape, FrameRing(sinks, ring, config.frames_per_block), self.network.dtype, like.device)
         self.tables = self.network.rotary_tables(height, width, like.device)
         with torch.no_grad():
-            self.text: list[LayerText] = self.network.embed_text(condition.embeds)
+            self.text: list[LayerText] = self.network.embed_text(condition.prompt_embeds)
 
     def block(
-        self, x: Tensor, start: int, steps: tuple[int, ...], exit_step: int, draws: torch.Generator, gradient: bool
+        self, x: Tensor, start: int, steps: tuple[int, ...], exit_step: int, generator: torch.Generator, gradient: bool
     ) -> Tensor:
+        """Denoise a block from x [B, n, C, h, w], which starts at latent frame `start`; return its clean estimate."""
         schedule = self.rollout.schedule
         timesteps = schedule.warp(steps)
         sigmas = schedule.sigma(timesteps).tolist()
         self.cache.ring.write(start)
         for step in range(exit_step):
             velocity = self._cached(x, start, float(timesteps[step]), num_outputs=1)
-            x = add_noise(x - sigmas[step] * velocity.float(), normal_like(x, draws), sigmas[step + 1])
+            x = add_noise(x - sigmas[step] * velocity.float(), normal_like(x, generator), sigmas[step + 1])
         timestep = float(timesteps[exit_step])
         run = self._differentiable if gradient else self._cached
         return x - sigmas[exit_step] * run(x, start, timestep).float()
 
-    def keep(self, clean: Tensor, start: int, timestep: float) -> None:
-        """Write a finished block's keys and values."""
+    def write_cache(self, clean: Tensor, start: int, timestep: float) -> None:
+        """Run the clean pass of a finished block, which writes its keys and values."""
         if self.cache.ring.end <= start:
             self.cache.ring.write(start)
         self._cached(clean, start, timestep, num_outputs=0)
 
-    def _actions(self, start: int, frames: int) -> Tensor | None:
+    def _actions(self, start: int, latent_frames: int) -> Tensor | None:
         actions = self.condition.actions
-        return None if actions is None else actions[:, start : start + frames]
+        return None if actions is None else actions[:, start : start + latent_frames]
 
-    def _cameras(self, start: int, frames: int) -> Projections | None:
-        return None if self.cameras is None else self.cameras.of_frames(start, start + frames)
+    def _cameras(self, start: int, latent_frames: int) -> Projections | None:
+        return None if self.cameras is None else self.cameras.of_frames(start, start + latent_frames)
 
     @torch.no_grad()
     def _cached(self, x: Tensor, start: int, timestep: float, num_outputs: int = 1) -> Tensor:
-        batch, frames = x.shape[:2]
-        time = self.network.embed_time(torch.full((batch, frames), timestep), self._actions(start, frames))
-        own = range(start, start + frames)
-        visible = self.cache.ring.visible(own.stop, self.rollout.config.window)
-        attn = AttentionMetadata.build(self.cache, self.tables, [own], [visible], self._cameras(start, frames))
+        batch, latent_frames = x.shape[:2]
+        time = self.network.embed_time(
+            torch.full((batch, latent_frames), timestep), self._actions(start, latent_frames)
+        )
+        block_frames = range(start, start + latent_frames)
+        visible = self.cache.ring.visible(block_frames.stop, self.rollout.config.window)
+        attn = AttentionMetadata.build(
+            self.cache, self.tables, [block_frames], [visible], self._cameras(start, latent_frames)
+        )
         return self.network(x, time, self.text, self.cache, attn, num_outputs)
 
     def _differentiable(self, x: Tensor, start: int, timestep: float) -> Tensor:
-        batch, frames = x.shape[:2]
-        own = range(start, start + frames)
-        visible = self.cache.ring.visible(own.stop, self.rollout.config.window)
-        past = [frame for frame in visible if frame not in own]
+        batch, latent_frames = x.shape[:2]
+        block_frames = range(start, start + latent_frames)
+        visible = self.cache.ring.visible(block_frames.stop, self.rollout.config.window)
+        past = [frame for frame in visible if frame not in block_frames]
         return self.network.forward_sequence(
             x,
-            torch.full((batch, frames), timestep),
-            self.condition.embeds,
-            self._actions(start, frames),
-            self.tables.sequence(own),
+            torch.full((batch, latent_frames), timestep),
+            self.condition.prompt_embeds,
+            self._actions(start, latent_frames),
+            self.tables.sequence(block_frames),
             lambda layer: self._attend(self.cache.layers[layer], past),
-            cameras=self._cameras(start, frames),
+            cameras=self._cameras(start, latent_frames),
             camera_attend=lambda layer: self._attend(self.cache.layers[layer].camera, past),
             checkpointing=self.rollout.checkpointing,
         )
 
     def _attend(self, layer: LayerCache | None, past: list[int]) -> Attend:
-        """Attention of a block to the past, copied out of the cache now, and to itself."""
+        """Return attention of a block to itself and to the latent frames `past`, copied from the cache now."""
         if not past or layer is None:
             return F.scaled_dot_product_attention
         t = self.cache.tokens_per_frame

@@ -1,4 +1,4 @@
-"""What is trained and how: a YAML file, every key of it checked."""
+"""Training settings: a YAML file whose keys and values are all checked."""
 
 import dataclasses
 import types
@@ -11,20 +11,36 @@ from cfpp_rt.distill.forward import Layout
 from cfpp_rt.errors import InputError, MissingExtraError
 
 STAGES = ("base", "ar", "ode", "cd", "dmd")
+# Data sources whose module has another name now: configs of earlier versions must load.
+_MOVED_SOURCES = {
+    "cfpp_rt.distill.data.feed:open_feed": "cfpp_rt.distill.data.data_source:open_data_source",
+    "cfpp_rt.world.feed:open_feed": "cfpp_rt.world.data_source:open_data_source",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class StageSettings:
-    """One stage. Defaults are the published ones where the stages agree.
+    """Settings of one stage. Defaults are the published ones where the stages agree.
 
-    steps: optimiser steps. batch: clips per process. lr, critic_lr: peak learning rates. optimizer: adamw, or muon for
-    the matrices of the blocks at 10 times lr and AdamW for the rest. warmup: steps of linear rise. decay: share of lr
-    at the end of a cosine, 1 = constant. clip: largest gradient norm. ema: decay of the student's moving average, which
-    starts at step ema_start. guidance: weight of the teacher's, 1 = none, else the config must have `negative`.
-    context_noise: largest sigma on the clean frames of stages ar and cd. table: timesteps of stages ode and cd. ratio:
-    critic steps per student step of stage dmd. frames, initial_frames: length of its videos, and how many of them are
-    given. checkpointing: of activations. accumulate: batches per step. sample_every: steps between samples of the
-    student, 0 = none. tensorboard: log there too. data: of this stage, instead of the config's.
+    steps: optimiser steps.
+    batch: clips per process.
+    lr, critic_lr: peak learning rates.
+    optimizer: adamw; or muon, which is Muon at 10 times lr for the matrices of the blocks and AdamW for the rest.
+    warmup: steps of linear rise of the learning rate.
+    decay: share of lr at the end of a cosine; 1 = constant.
+    clip: largest gradient norm.
+    ema, ema_start: decay of the student's moving average, and the step at which it starts.
+    guidance: guidance weight of the teacher; 1 = none, other values need `negative` in the config.
+    context_noise: largest sigma on the clean frames of stages ar and cd.
+    table: number of timesteps of stages ode and cd.
+    ratio: critic steps per student step of stage dmd.
+    frames, initial_frames: latent frames of the videos of stage dmd, and how many of them are given.
+    checkpointing: activation checkpointing.
+    accumulate: batches per step.
+    keep: number of newest checkpoints that are kept.
+    sample_every: steps between samples of the student; 0 = none.
+    tensorboard: log to TensorBoard as well.
+    data: data of this stage; None = that of the config.
     """
 
     steps: int
@@ -73,10 +89,14 @@ class StageSettings:
 
 @dataclasses.dataclass(frozen=True)
 class SampleSettings:
-    """What is made while the student learns. codec: the Wan2.1 directory, the tiny autoencoder's file, or
-    module:function; None = the data source's own, and if it has none latents are written. frames: of a clip, None =
-    those of the data. initial_frames: how many of them are given. steps: of the rollout, None = the config's: a student
-    that does not yet know few steps needs more. fps: pictures per second of the video.
+    """Settings of the sample videos that are made during training.
+
+    codec: the Wan2.1 directory, the file of the tiny autoencoder, or module:function; None = the codec of the data
+        source, and if it has none, latents are written.
+    frames: latent frames of a clip; None = as many as the data have.
+    initial_frames: number of latent frames that are given.
+    steps: timesteps of the rollout; None = those of the config. A student of stage ar needs many.
+    fps: frames per second of the video.
     """
 
     codec: str | None = None
@@ -93,12 +113,18 @@ class SampleSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A whole pipeline. model: sizes, or a name of `MODELS`. layout: block and window of the clips. rollout: how the
-    student will run, in stage dmd too. data: what `module:function` of `source` is called with. stages: by name.
-    dtype: of the arithmetic, float32 or bfloat16; trained weights are float32 either way. device: cpu, cuda, or auto:
-    cuda where there is one. negative: file with `embeds` [1, text_len, text_dim] of the negative prompt, for guidance.
-    latent_size: (C, h, w) of the clips, where the data of stage dmd are prompts alone. real: sizes of stage dmd's
-    frozen score, None = those of model.
+    """Settings of all stages of a pipeline.
+
+    model: sizes of the student, or a name of `MODELS`.
+    layout: block and window of the training clips.
+    rollout: how the student will run; stage dmd runs it in the same way.
+    data: `source`, module:function, and the keyword arguments that it is called with.
+    stages: settings of the stages by name.
+    dtype: float32 or bfloat16, the dtype of the arithmetic; trained weights are float32 in both cases.
+    device: cpu, cuda, or auto (cuda if there is a GPU).
+    negative: file with `embeds` [1, text_len, text_dim] of the negative prompt, for guidance.
+    latent_size: (C, h, w) of the clips, needed if the data of stage dmd are prompts alone.
+    real: sizes of the frozen score model of stage dmd; None = model.
     """
 
     model: ModelConfig
@@ -117,70 +143,73 @@ class Settings:
         _require("dtype", self.dtype, self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
         _require("device", self.device, self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
 
-    def data_of(self, own: StageSettings) -> dict[str, Any]:
-        """The data of a stage."""
-        return self.data if own.data is None else own.data
+    def data_of(self, stage_settings: StageSettings) -> dict[str, Any]:
+        """Return the data settings of a stage."""
+        return self.data if stage_settings.data is None else stage_settings.data
 
     @classmethod
     def read(cls, path: str | Path) -> "Settings":
-        """Raises InputError naming file and key for what is missing, unknown, of a wrong type or out of range."""
+        """Read a config. InputError names file and key of what is missing, unknown, of a wrong type or out of range."""
         try:
             import yaml
         except ImportError as error:
             raise MissingExtraError("pyyaml", "train", "reading a training config") from error
         try:
-            found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
         try:
-            return cls._from(found)
+            return cls._from(config)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
 
     @classmethod
-    def _from(cls, found: Any) -> "Settings":
+    def _from(cls, config: Any) -> "Settings":
         names = {field.name for field in dataclasses.fields(cls)}
-        _check_keys("the config", found, names, {"model", "rollout", "data", "stages"})
-        _check_keys("stages", found["stages"], set(STAGES), set())
-        _check_source("data", found["data"])
-        stages = {name: _build(StageSettings, f"stages.{name}", values) for name, values in found["stages"].items()}
-        for name, own in stages.items():
-            if own.data is not None:
-                _check_source(f"stages.{name}.data", own.data)
+        _check_keys("the config", config, names, {"model", "rollout", "data", "stages"})
+        _check_keys("stages", config["stages"], set(STAGES), set())
+        data = _read_data("data", config["data"])
+        stages = {name: _build(StageSettings, f"stages.{name}", values) for name, values in config["stages"].items()}
+        for name, stage_settings in stages.items():
+            if stage_settings.data is not None:
+                stage_data = _read_data(f"stages.{name}.data", stage_settings.data)
+                stages[name] = dataclasses.replace(stage_settings, data=stage_data)
         built = {
-            "model": _sizes("model", found["model"]),
-            "layout": _build(Layout, "layout", found.get("layout", {})),
-            "rollout": _build(RolloutConfig, "rollout", found["rollout"]),
+            "model": _read_model_config("model", config["model"]),
+            "layout": _build(Layout, "layout", config.get("layout", {})),
+            "rollout": _build(RolloutConfig, "rollout", config["rollout"]),
+            "data": data,
             "stages": stages,
         }
-        if found.get("real") is not None:
-            built["real"] = _sizes("real", found["real"])
-        if "samples" in found:
-            built["samples"] = _build(SampleSettings, "samples", found["samples"])
+        if config.get("real") is not None:
+            built["real"] = _read_model_config("real", config["real"])
+        if "samples" in config:
+            built["samples"] = _build(SampleSettings, "samples", config["samples"])
         types_of = typing.get_type_hints(cls)
-        rest = {name: _value(name, value, types_of[name]) for name, value in found.items() if name not in built}
+        rest = {name: _value(name, value, types_of[name]) for name, value in config.items() if name not in built}
         return cls(**{**rest, **built})
 
 
-def _sizes(where: str, values: Any) -> ModelConfig:
+def _read_model_config(where: str, values: Any) -> ModelConfig:
     if isinstance(values, str):
         _require(where, values, values in MODELS, f"sizes or one of {', '.join(MODELS)}")
         return MODELS[values]
     return _build(ModelConfig, where, values)
 
 
-def _check_source(where: str, data: Any) -> None:
+def _read_data(where: str, data: Any) -> dict[str, Any]:
     if not isinstance(data, dict) or not isinstance(data.get("source"), str):
-        raise InputError(f"{where} must hold a source, module:function, got {data!r}")
+        raise InputError(f"{where} must have a source, module:function, got {data!r}")
+    return {**data, "source": _MOVED_SOURCES.get(data["source"], data["source"])}
 
 
 T = TypeVar("T")
 
 
 def _build(kind: type[T], where: str, values: Any) -> T:
-    """A dataclass from a mapping whose values have the fields' types; numbers of YAML may be integers for floats."""
+    """Make a dataclass from a mapping whose values have the types of the fields; an integer may stand for a float."""
     types_of = typing.get_type_hints(kind)
     _check_keys(where, values, set(types_of), set())
     built = {}
@@ -204,10 +233,10 @@ def _value(where: str, value: Any, wanted: Any) -> Any:
 def _fits(value: Any, wanted: Any) -> bool:
     origin, inside = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (types.UnionType, typing.Union):
-        return any(_fits(value, one) for one in inside)
+        return any(_fits(value, option) for option in inside)
     if origin is tuple:
-        every = inside[:1] * len(value) if isinstance(value, list) and inside[-1] is Ellipsis else inside
-        return isinstance(value, list) and len(value) == len(every) and all(map(_fits, value, every))
+        item_types = inside[:1] * len(value) if isinstance(value, list) and inside[-1] is Ellipsis else inside
+        return isinstance(value, list) and len(value) == len(item_types) and all(map(_fits, value, item_types))
     if origin is dict:
         return isinstance(value, dict)
     if wanted is float:
@@ -215,15 +244,15 @@ def _fits(value: Any, wanted: Any) -> bool:
     return isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
 
 
-def _check_keys(where: str, found: Any, known: set[str], needed: set[str]) -> None:
-    if not isinstance(found, dict):
-        raise InputError(f"{where} must be a mapping, got {found!r}")
-    if unknown := sorted(set(map(str, found)) - known):
+def _check_keys(where: str, values: Any, known: set[str], required: set[str]) -> None:
+    if not isinstance(values, dict):
+        raise InputError(f"{where} must be a mapping, got {values!r}")
+    if unknown := sorted(set(map(str, values)) - known):
         raise InputError(f"{where} has unknown keys {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    if missing := sorted(needed - set(found)):
+    if missing := sorted(required - set(values)):
         raise InputError(f"{where} must have {', '.join(missing)}")
 
 
-def _require(name: str, value: Any, holds: bool, wanted: str) -> None:
-    if not holds:
+def _require(name: str, value: Any, condition: bool, wanted: str) -> None:
+    if not condition:
         raise InputError(f"{name} must be {wanted}, got {value!r}")

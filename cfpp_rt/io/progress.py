@@ -1,28 +1,27 @@
-"""A progress bar on a terminal."""
+"""Progress bars of commands."""
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 
-@contextmanager
+@contextlib.contextmanager
 def progress_bar(
-    total: int | None, name: str, unit: str, *, initial: int = 0, quiet: bool = False
+    description: str, total: int, *, unit: str, initial: int = 0, enabled: bool = True
 ) -> Iterator[Callable[[int], object]]:
-    """Show a bar on stderr and yield the function that advances it by a number of units.
+    """Show a progress bar while the body runs; yield the function that advances it by n units.
 
-    total: number of units; None = unknown.
-    name: text before the bar.
+    The bar is shown on stderr, and only if stderr is a terminal. tqdm is imported only then.
+    description: text in front of the bar.
+    total: number of units of the finished work.
     unit: name of a unit.
-    initial: number of units that are done already.
-    quiet: show nothing.
-
-    Nothing is shown, and tqdm is not needed, if stderr is not a terminal.
+    initial: units that were done before.
+    enabled: False = show nothing.
     """
-    if quiet or not sys.stderr.isatty():
-        yield lambda count: None
+    if not enabled or not sys.stderr.isatty():
+        yield lambda n: None
         return
     from tqdm import tqdm
 
-    with tqdm(total=total, initial=initial, desc=name, unit=unit) as bar:
+    with tqdm(desc=description, total=total, initial=initial, unit=unit) as bar:
         yield bar.update

@@ -24,7 +24,7 @@ def _denoise_update(
     sigma_batch,
     sigma_frame,
     next_batch,
-    next_frame,
+    next_latent_frame,
     HAS_NOISE: tl.constexpr,
     SPAN: tl.constexpr,
 ):
@@ -40,7 +40,7 @@ def _denoise_update(
     tl.store(x0_ptr + offset, clean, mask=inside)
     if HAS_NOISE:
         noise = tl.load(noise_ptr + offset, mask=inside)
-        next_sigma = tl.load(next_sigma_ptr + batch * next_batch + frame * next_frame)
+        next_sigma = tl.load(next_sigma_ptr + batch * next_batch + frame * next_latent_frame)
         tl.store(x_next_ptr + offset, (1 - next_sigma) * clean + next_sigma * noise, mask=inside)
 
 

@@ -1,8 +1,8 @@
 """The forward passes of rollouts as CUDA graphs: captured once, valid for every frame, reused by later rollouts.
 
-A CUDA graph replays what was captured, with the addresses and host values of that moment. So whatever changes between
-passes (latents, slot, ranges, rotary row, timestep, actions, cameras, text) lies in buffers on the device that the
-graphs own and every call fills, and a graph keeps the cache that it was captured with. There is one graph for each kind
+A CUDA graph replays fixed addresses and host values. Everything that changes between passes (latents, slot, ranges,
+rotary row, timestep, actions, cameras, text) is therefore copied into device buffers that the graphs own, and each
+graph is tied to its KV cache. There is one graph for each kind
 of pass: a block's step, its clean pass, and both together where the refresh is fused.
 """
 
@@ -68,7 +68,10 @@ class GraphedModel:
     """
 
     def __init__(self, model: CausalWanTransformer, key: GraphKey, config: RolloutConfig, capture: Capture):
-        """Allocate the cache and capture the passes; raises what either raises."""
+        """Allocate the cache and capture the passes.
+
+        Raises OutOfMemoryError if the cache does not fit, and RuntimeError if the capture fails.
+        """
         self.model, self.key = model, key
         shape = key.shape
         self.cache = KVCache.allocate(
@@ -77,7 +80,7 @@ class GraphedModel:
         sizes = model.config
         with torch.inference_mode():
             self._text = model.embed_text(torch.zeros(shape.batch, sizes.text_len, sizes.text_dim))
-            self._filled_from: Sequence[LayerText] | None = None  # a reference, so that no other list has its id
+            self._filled_from: Sequence[LayerText] | None = None  # the text that the buffers hold, compared by identity
             for layer in self.cache.layers:
                 layer.waits_for_scales = False  # else setting them would become part of every pass
             self._inputs: dict[tuple[int, int], list[Tensor]] = {}
@@ -97,8 +100,8 @@ class GraphedModel:
         actions = torch.zeros(batch, frames, dtype=torch.int64) if model.config.num_actions else None
         projections = None
         if shape.camera:
-            units = [torch.eye(4, device=device).repeat(batch, frames, 1, 1) for _ in range(2)]
-            projections = Projections(*units)
+            identities = [torch.eye(4, device=device).repeat(batch, frames, 1, 1) for _ in range(2)]
+            projections = Projections(*identities)
         tables = model.rotary_tables(*self.key.latent_size)
         attn = AttentionMetadata.build(self.cache, tables, [own] * blocks, [list(own)] * blocks, projections)
         attn = dataclasses.replace(
@@ -133,9 +136,9 @@ class GraphedModel:
 
 
 class CudaGraphCache:
-    """The CUDA graphs of a model, captured for the first rollout of a setting and kept for later ones like it.
+    """The CUDA graphs of a model, captured for the first rollout with a `GraphKey` and reused by later ones with it.
 
-    model: its weights may change in place, its modules must not.
+    model: its weights may change in place; its modules must not be replaced.
     capture: makes the `Capture` of a device.
 
     The KV cache stays allocated with the graphs, until a rollout with other settings begins or `release` is called.

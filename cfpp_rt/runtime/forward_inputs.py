@@ -1,7 +1,7 @@
 """The inputs of one forward pass: built by a rollout, run alone or joined with those of other rollouts.
 
-The tokens of a pass are those of one block or of two: with the fused refresh the clean pass of a finished block travels
-in one forward with the first step of the next block.
+The tokens of a pass are those of one block or of two: with the fused refresh the clean pass of a finished block is
+computed in the same pass as the first step of the next block.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ class BlockInput:
 
     latents: float32 [B, n, C, h, w], noisy or clean.
     start: index of its first latent frame.
-    timestep: 0..1000. Noise level of the latents.
+    timestep: 0..1000, of the latents.
     actions: of its n latent frames, for each row of the batch.
     cameras: projections of its n latent frames; None = without the camera branch.
     visible: latent frames that its queries attend to.
@@ -41,7 +41,7 @@ class BlockInput:
 
     @property
     def frames(self) -> range:
-        """Its latent frames."""
+        """Indices of its latent frames."""
         return range(self.start, self.start + self.latents.shape[1])
 
 
@@ -78,7 +78,7 @@ class ForwardInputs:
 
     @property
     def shape_key(self) -> Hashable:
-        """Key under which passes can be joined: they agree in everything but values."""
+        """Key under which passes can be joined: they have equal shapes, groups and outputs."""
         return self.latents.shape[1:], len(self.attn.ranges), self.num_outputs
 
 

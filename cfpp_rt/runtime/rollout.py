@@ -1,11 +1,11 @@
 """Prompt embeddings in, latents out, block by block: the autoregressive few-step sampler.
 
-For every block of `frames_per_block` latent frames: denoise from noise in a few steps, each an estimate of the clean
-block that is noised again to the next level; then a clean pass at the context timestep rewrites the block's keys and
-values, so that later blocks attend to the finished frames (Causal Forcing, arXiv 2602.02214, algorithm 2).
+For every block of `frames_per_block` latent frames, start from noise and run a few steps; each step predicts the clean
+block and adds noise at the next level. Then a clean pass at the context timestep rewrites the block's keys and values,
+so that later blocks attend to the finished frames (Causal Forcing, arXiv 2602.02214, algorithm 2).
 
-With `refresh="fused"` that clean pass travels in one forward with the first step of the next block: its queries see the
-window that ends with their own block, the noisy queries the window that ends one block later.
+With `refresh="fused"` that clean pass is computed in the same pass as the first step of the next block: its queries see
+the window that ends with their own block, the noisy queries see the window that ends one block later.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -55,11 +55,12 @@ class Rollout:
         still until `set_cameras`; without end, the last one stands still. None: the branch is left out, and no memory
         is allocated for it.
     seed, noise, renoise: see `NoiseSource`.
-    check_finite: True raises NonFiniteError, naming latent frame, step and layer, when the model produces NaN or
-        infinity (one device synchronisation per block); "later" leaves it to `require_finite`; False checks nothing.
+    check_finite: True: NonFiniteError is raised, with latent frame, step and layer, if the model produces NaN or
+        infinity, at one device synchronisation per block. "later": only `require_finite` checks. False: nothing is
+        checked.
     cuda_graphs: the CUDA graphs of this model, to run the passes with. Where that is not possible,
         `why_no_cuda_graphs` gives the reason.
-    cache: a KV cache of the right size to use instead of allocating one.
+    cache: a KV cache of the right size to use instead of allocating one. CUDA graphs are then not used.
 
     Raises InputError for sizes that do not fit together, and OutOfMemoryError if the cache cannot be allocated, or if
     memory runs out later: this rollout is over then, and another may begin.
@@ -99,14 +100,14 @@ class Rollout:
         self.noise = NoiseSource(
             frame_shape, batch, model.device, latent_frames=generated, seed=seed, noise=noise, renoise=renoise
         )
-        self.next_frame = 0
+        self.next_latent_frame = 0
         self._batch = batch
         self._failed, self._closed, self._cuda_graphs = False, False, cuda_graphs
         self._forward: Callable[..., Any]
         self.why_no_cuda_graphs: str | None
         self._allocate(latent_size, cache)
         self._builder = ForwardBuilder(model, latent_size, n)
-        self._check_finite, self._finite_check = check_finite, FiniteCheck()
+        self._finite_mode, self._finite_check = check_finite, FiniteCheck()
         self._levels = {
             steps: noise_levels(config, steps, model.device)
             for steps in {config.steps, config.first_steps or config.steps}
@@ -115,13 +116,13 @@ class Rollout:
         self._text = self._embed_text(prompt_embeds)
         self._finished_blocks: dict[int, FinishedBlock] = {}  # whose keys are in the cache, by first latent frame
         self._pending_refresh: int | None = None  # first latent frame of the block that waits for its clean pass
-        self._generated = False  # True once a block has been generated: later ones take `config.steps`
+        self._generated = False  # True after the first generated block; only that block takes `config.first_steps`
         with self._poison_on_error():
             for start in range(0, given, n):
                 self._prefill(initial_latents[:, start : start + n])  # type: ignore[index]
 
     def _allocate(self, latent_size: tuple[int, int], cache: KVCache | None) -> None:
-        """Choose the forward (CUDA graphs, else the model) and the KV cache that goes with it."""
+        """Choose what runs the passes, CUDA graphs or the model, and the KV cache."""
         model, config, graphs = self.model, self.config, self._cuda_graphs
         sinks, ring_slots = slots_for(config, self.latent_frames)
         ring = FrameRing(sinks, ring_slots, config.frames_per_block)
@@ -131,8 +132,8 @@ class Rollout:
             self.cache, self._forward, self.why_no_cuda_graphs = cache, model, "the cache was given"
             cache.reuse(ring)
             return
-        graphed = "none were asked for" if graphs is None else graphs.acquire(self, shape, latent_size, config)
-        if isinstance(graphed, str):
+        graphed = "none were requested" if graphs is None else graphs.acquire(self, shape, latent_size, config)
+        if isinstance(graphed, str):  # the reason why there are none
             self.why_no_cuda_graphs, self._forward = graphed, model
             self.cache = KVCache.allocate(shape, ring, model.dtype, model.device, config)
         else:
@@ -159,8 +160,8 @@ class Rollout:
     def next_block_passes(self) -> Iterator[Generator[ForwardInputs, Any, Latents]]:
         """Open a generator over the forward passes of the next block, for `RolloutBatch`; `next()` runs them itself.
 
-        The generator yields `ForwardInputs` and is sent the velocity (None if num_outputs is 0); its return value is
-        the finished block.
+        The generator yields the `ForwardInputs` of each pass. The caller sends back the pass's velocity, or None if
+        num_outputs is 0. The generator returns the finished block.
         """
         with self._poison_on_error():
             yield self._generate_block()
@@ -180,7 +181,7 @@ class Rollout:
 
     @property
     def newest_finite(self) -> Tensor | None:
-        """True if the newest block is finite: bool [], on the device, without waiting; None if nothing is checked."""
+        """Device flag (bool []) that is true if the newest block is finite; None if nothing is checked."""
         return self._finite_check.all_finite
 
     def require_finite(self) -> None:
@@ -191,8 +192,9 @@ class Rollout:
     def set_prompt(self, prompt_embeds: Tensor, *, recache: bool = False) -> None:
         """Follow another prompt from the next block on.
 
-        The newest block's clean pass still runs under the old prompt. With `recache`, the keys and values of all frames
-        in the window are then computed again under the new one, oldest block first: one clean pass per block.
+        Without `recache`, the newest block's clean pass still runs under the old prompt. With it, the keys and values
+        of all latent frames in the window are recomputed under the new prompt, oldest block first, by one clean pass
+        per block.
         """
         if prompt_embeds.shape[0] != self._batch:
             raise InputError(f"prompt_embeds must have batch {self._batch}, got {prompt_embeds.shape[0]}")
@@ -201,7 +203,9 @@ class Rollout:
             if not recache and self.waits_for_refresh:
                 self._run_refresh()
             self._text = text
-            if recache and self.next_frame > 0 and not self.finished:  # another may own the cache after the last frame
+            if (
+                recache and self.next_latent_frame > 0 and not self.finished
+            ):  # after the last latent frame the cache may belong to another
                 self._pending_refresh = None
                 self._recache()
 
@@ -214,15 +218,15 @@ class Rollout:
         self._actions = action_rows(actions, self._batch, self.config.frames_per_block, self.model.config.num_actions)
 
     def set_cameras(self, cameras: Cameras) -> None:
-        """Take these cameras from the next block on, one per latent frame; the last one stands still until others come.
+        """Take these cameras from the next block on, one per latent frame; the last is repeated until others are set.
 
-        cameras: of one video for all rows or of B, in the world of those that the rollout was made with.
+        cameras: of one video for all rows or of B, in the same world coordinates as those given at construction.
         Raises InputError, and leaves the cameras as they were, for another batch or for a rollout that was made
         without cameras.
         """
         if self._path is None:
             raise InputError("cameras must be given when the rollout is made for set_cameras to work, got none then")
-        self._path.follow(cameras.rows(self._batch), self.next_frame)
+        self._path.follow(cameras.rows(self._batch), self.next_latent_frame)
 
     @property
     def waits_for_refresh(self) -> bool:
@@ -237,14 +241,14 @@ class Rollout:
     @property
     def finished(self) -> bool:
         """True if all latent frames have been made; never for a rollout without end."""
-        return self.latent_frames is not None and self.next_frame >= self.latent_frames
+        return self.latent_frames is not None and self.next_latent_frame >= self.latent_frames
 
     @contextmanager
     def _poison_on_error(self) -> Iterator[None]:
         """Run the body without gradients; if it raises, the cache is half written and all further calls are refused."""
         if self._failed:
             end = "was closed" if self._closed else "broke off"
-            raise InputError(f"the rollout {end} at latent frame {self.next_frame}: start another")
+            raise InputError(f"the rollout {end} at latent frame {self.next_latent_frame}: start another")
         try:
             with torch.inference_mode():
                 yield
@@ -258,12 +262,12 @@ class Rollout:
                 self._cuda_graphs.release()
             empty_device_cache(self.model.device)
             raise OutOfMemoryError(
-                f"memory ran out at latent frame {self.next_frame} ({str(error).split('. ')[0]}): a smaller window,"
-                " frame size or batch is needed; this rollout is over, its memory is free"
+                f"memory ran out at latent frame {self.next_latent_frame} ({str(error).split('. ')[0]}): a smaller"
+                " window, frame size or batch is needed; this rollout is over, its memory is free"
             ) from error
 
     def _generate_block(self) -> Generator[ForwardInputs, Any, Latents]:
-        config, n, start = self.config, self.config.frames_per_block, self.next_frame
+        config, n, start = self.config, self.config.frames_per_block, self.next_latent_frame
         steps = config.steps if self._generated else config.first_steps or config.steps
         timesteps, levels = self._levels[steps]
         if config.refresh == "separate" and self._pending_refresh is not None:
@@ -280,24 +284,24 @@ class Rollout:
             next_level = levels[step + 1] if step + 1 < len(levels) else None  # the last step's result stays clean
             noise = None if next_level is None else self.noise.between_steps(n)
             clean, x = denoise_update(x, velocity, levels[step], noise, next_level)
-            if self._check_finite:
+            if self._finite_mode:
                 self._finite_check.record(blocks, clean)
         if self.latent_frames is None or start + n < self.latent_frames:
             self.noise.prepare(n)
-        if self._check_finite is True:
+        if self._finite_mode is True:
             self._finite_check.require_finite(self._run_again)
 
-        self.next_frame, self._generated = start + n, True
+        self.next_latent_frame, self._generated = start + n, True
         self._keep(clean, start, float(config.context_noise), cameras)
         if config.refresh != "skip":
             self._pending_refresh = start
         return Latents(clean, start)
 
     def _open_block(self, start: int) -> list[BlockInput]:
-        """Claim the block's slots; return the pending clean pass, which travels in one forward with its first step.
+        """Claim the block's slots; return the pending clean pass, which is computed in the same pass as its first step.
 
-        The slots are claimed first: every key of a pass is written before any is read, so the frames that the clean
-        queries see are looked up in the ring as the pass will find it.
+        The slots are claimed first, because a pass writes all its keys before it reads any: the visible frames of the
+        clean queries must be looked up in the ring after the claim.
         """
         self.cache.ring.write(start)
         return [] if self._pending_refresh is None else [self._take_pending_refresh()]
@@ -318,7 +322,7 @@ class Rollout:
             self._run(self._build([self._take_pending_refresh()], num_outputs=0))
 
     def _recache(self) -> None:
-        window = self.cache.ring.visible(self.next_frame, self.config.window)
+        window = self.cache.ring.visible(self.next_latent_frame, self.config.window)
         for start, done in sorted(self._finished_blocks.items()):
             own = range(start, start + done.latents.shape[1])
             if not set(own).isdisjoint(window):
@@ -327,14 +331,14 @@ class Rollout:
                 self._run(self._build([block], num_outputs=0))
 
     def _prefill(self, latents: Tensor) -> None:
-        start, self.next_frame = self.next_frame, self.next_frame + latents.shape[1]
+        start, self.next_latent_frame = self.next_latent_frame, self.next_latent_frame + latents.shape[1]
         self.cache.ring.write(start)
         cameras = self._projections(start, latents.shape[1])
         self._keep(latents.to(self.model.device, torch.float32), start, PREFILL_TIMESTEP, cameras)
         self._run(self._build([self._clean_block(start)], num_outputs=0))
 
     def _keep(self, latents: Tensor, start: int, timestep: float, cameras: Projections | None) -> None:
-        """Keep a copy of a finished block, out of the caller's reach; drop blocks that the ring has overwritten."""
+        """Keep a copy of a finished block that the caller cannot change; drop blocks that the ring has overwritten."""
         ring = self.cache.ring
         self._finished_blocks[start] = FinishedBlock(latents.clone(), timestep, self._actions, cameras)
         self._finished_blocks = {

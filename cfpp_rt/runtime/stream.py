@@ -1,4 +1,4 @@
-"""One video while it is generated: prompts and seeds in, frames out, with timings."""
+"""A video while it is generated: an iterator of frames with timings and controls."""
 
 import dataclasses
 from collections import deque
@@ -24,7 +24,7 @@ MAX_AHEAD = 8
 
 @dataclasses.dataclass(frozen=True)
 class StreamRequest:
-    """The video that a `Stream` generates; `Pipeline.stream` describes the arguments.
+    """The arguments of one `Stream`; see `Pipeline.stream`.
 
     prompt: texts, or text embeddings [B, text_len, text_dim].
     """
@@ -58,7 +58,7 @@ class _InFlightBlock:
 class Stream:
     """An iterator of `Frames`, made by `Pipeline.stream`. `timings` is filled as it runs.
 
-    model, codec, encode_prompt: what generates. cuda_graphs: of the model, None = every pass is launched from Python.
+    model, codec, encode_prompt: what generates. cuda_graphs: of the model; None = the passes run without CUDA graphs.
     """
 
     def __init__(
@@ -72,9 +72,9 @@ class Stream:
     ):
         self.timings = Timings(model.device)
         config, height, width = request.config, request.height, request.width
-        step = codec.spatial_factor * model.config.patch_size[1]
-        if height < step or width < step or height % step or width % step:
-            raise InputError(f"height and width must be multiples of {step}, got {height}x{width}")
+        multiple = codec.spatial_factor * model.config.patch_size[1]
+        if height < multiple or width < multiple or height % multiple or width % multiple:
+            raise InputError(f"height and width must be multiples of {multiple}, got {height}x{width}")
         if not isinstance(request.ahead, int) or not 0 <= request.ahead <= MAX_AHEAD:
             raise InputError(f"ahead must be in 0..{MAX_AHEAD}, got {request.ahead!r}")
         latent_frames = None
@@ -82,7 +82,7 @@ class Stream:
             latent_frames = count_latent_frames(request.num_frames, codec.temporal_factor, config.frames_per_block)
         self._encode_prompt = encode_prompt
         self._decoder = codec.decoder()
-        prompt_embeds = self._embeds_of(request.prompt)
+        prompt_embeds = self._prompt_embeds(request.prompt)
         initial_latents = None
         if request.initial_frames is not None:
             initial_latents = self._encode_initial(request, request.initial_frames, codec, prompt_embeds.shape[0])
@@ -121,12 +121,14 @@ class Stream:
         block = self._in_flight.popleft()
         if block.done is not None:
             block.done.synchronize()
-        if self._ahead == 0 or (self.rollout.finished and not self._in_flight):  # no pass has run after this block's
-            self.rollout.require_finite()  # only now, when the host has waited for the device anyway
+        if self._ahead == 0 or (self.rollout.finished and not self._in_flight):
+            # No pass was launched after this block, so the check can run its passes again; and the host has waited for
+            # the device already.
+            self.rollout.require_finite()
         elif block.finite is not None and not bool(block.finite):
             raise NonFiniteError(
                 f"the model produced NaN or infinity at latent frame {block.start};"
-                " ahead=0 would tell step and layer as well"
+                " use ahead=0 to learn the step and the layer"
             )
         frames = Frames(block.pixels, self._delivered)
         self._delivered += block.pixels.shape[1]
@@ -173,22 +175,22 @@ class Stream:
         prompt_embeds: Tensor | None = None,
         recache: bool = False,
     ) -> None:
-        """Follow another prompt from the next block on that is not in flight yet; see `Rollout.set_prompt`.
+        """Follow another prompt from the first block that has not been launched yet; see `Rollout.set_prompt`.
 
         prompt: one text, or one per video. prompt_embeds: [B, text_len, text_dim], in its place.
         """
-        embeds = self._embeds_of(require_prompt(prompt, prompt_embeds))
+        embeds = self._prompt_embeds(require_prompt(prompt, prompt_embeds))
         self.rollout.set_prompt(embeds, recache=recache)
 
     def set_actions(self, actions: int | Sequence[int] | Sequence[Sequence[int]] | Tensor) -> None:
-        """Take these actions from the next block on that is not in flight yet; see `Rollout.set_actions`."""
+        """Take these actions from the first block that has not been launched yet; see `Rollout.set_actions`."""
         self.rollout.set_actions(actions)
 
     def set_cameras(self, cameras: Cameras) -> None:
-        """Take these cameras from the next block on that is not in flight yet; see `Rollout.set_cameras`."""
+        """Take these cameras from the first block that has not been launched yet; see `Rollout.set_cameras`."""
         self.rollout.set_cameras(cameras)
 
-    def _embeds_of(self, prompt: Sequence[str] | Tensor) -> Tensor:
+    def _prompt_embeds(self, prompt: Sequence[str] | Tensor) -> Tensor:
         if isinstance(prompt, Tensor):
             return prompt
         with self.timings.stage("encode_text"):

@@ -1,22 +1,22 @@
-"""Actions as text: `right*20,up*10,interact`."""
+"""Parsing of actions from text such as `right*20,up*10,interact`."""
 
 import re
 
 from cfpp_rt.errors import InputError
 from cfpp_rt.world.simulator import ACTIONS
 
-_MOST = 1_000_000
+_MAX_ACTIONS = 1_000_000
 
 
 def parse_actions(text: str) -> list[int]:
-    """One action per frame. Raises InputError, naming the part, for what is not `name` or `name*count`."""
+    """Return one action per frame. InputError names the part that is not `name` or `name*count`."""
     actions: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*([a-z]+)\s*(?:\*\s*([0-9]{1,7}))?\s*", part)
-        if not match or match[1] not in ACTIONS or not 1 <= int(match[2] or 1) <= _MOST:
+        if not match or match[1] not in ACTIONS or not 1 <= int(match[2] or 1) <= _MAX_ACTIONS:
             names = ", ".join(ACTIONS)
             raise InputError(f"actions must be names with counts as right*20,up*10, of {names}; got {part.strip()!r}")
         actions += [ACTIONS.index(match[1])] * int(match[2] or 1)
-    if len(actions) > _MOST:
-        raise InputError(f"actions must be at most {_MOST} in all, got {len(actions)}")
+    if len(actions) > _MAX_ACTIONS:
+        raise InputError(f"actions must be at most {_MAX_ACTIONS} in all, got {len(actions)}")
     return actions

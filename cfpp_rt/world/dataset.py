@@ -1,4 +1,4 @@
-"""Clips of the world as a folder of training data, for what has to be stored: the trajectories of stage ode.
+"""Stores clips of the world as a folder of shards, from which the trajectories of stage ode are made.
 
 python -m cfpp_rt.world.dataset --config configs/world.yaml --clips 1000 --out outputs/world/clips
 """
@@ -15,49 +15,52 @@ from cfpp_rt.distill.data.shards import Column, ShardWriter
 from cfpp_rt.distill.settings import Settings
 from cfpp_rt.errors import InputError
 from cfpp_rt.world.codec import PatchCodec, fit_codec
-from cfpp_rt.world.feed import WorldFeed
+from cfpp_rt.world.data_source import WorldDataSource
 
 _BATCH = 4
 _Rows = dict[str, NDArray[Any]]
-_feeds: list[WorldFeed] = []  # of a process of the pool: its one feed
+_sources: list[WorldDataSource] = []  # the data source of a worker process
 
 
 def write(config: Path, clips: int, out: Path, jobs: int = 1, codec: PatchCodec | None = None) -> None:
-    """The first clips that training of this config is fed with, at 4 a batch: latents, actions and cell weights.
+    """Write the first clips of a config's data source, in batches of 4: latents, actions and cell weights.
 
-    clips: a multiple of 4. jobs: processes that make them. codec: None = the config's is fitted, which takes seconds.
-    Raises InputError for another number, or a config whose data is not the world's.
+    clips: number of clips, a multiple of 4.
+    out: a new folder.
+    jobs: number of worker processes.
+    codec: None = fit the codec of the config, which takes seconds.
+    Raise InputError for another number of clips, or a config whose data source is not the world's.
     """
     if clips < _BATCH or clips % _BATCH:
         raise InputError(f"clips must be a multiple of {_BATCH}, got {clips}")
     if jobs < 1:
         raise InputError(f"jobs must be >= 1, got {jobs}")
     data = Settings.read(config).data
-    if data["source"] != "cfpp_rt.world.feed:open_feed":
+    if data["source"] != "cfpp_rt.world.data_source:open_data_source":
         raise InputError(f"{config}: data.source must be the world's, got {data['source']}")
     codec = codec or fit_codec(data["seed"])
-    feed = WorldFeed(codec, data["seed"], _BATCH, data["frames"])
+    data_source = WorldDataSource(codec, data["seed"], _BATCH, data["frames"])
 
-    kinds = {name: Column.of(torch.from_numpy(values[0])) for name, values in _rows(feed, 0).items()}
-    pool = multiprocessing.get_context("fork").Pool(jobs, _keep, (feed,))
+    kinds = {name: Column.of(torch.from_numpy(values[0])) for name, values in _rows(data_source, 0).items()}
+    pool = multiprocessing.get_context("fork").Pool(jobs, _init_worker, (data_source,))
     with ShardWriter(out, kinds, rows_per_shard=256) as writer, pool:
-        for rows in pool.imap(_kept_rows, range(clips // _BATCH), chunksize=16):
+        for rows in pool.imap(_worker_rows, range(clips // _BATCH), chunksize=16):
             for i in range(_BATCH):
                 writer.add({name: torch.from_numpy(values[i]) for name, values in rows.items()})
 
 
-def _keep(feed: WorldFeed) -> None:
+def _init_worker(data_source: WorldDataSource) -> None:
     torch.set_num_threads(1)
-    _feeds.append(feed)
+    _sources.append(data_source)
 
 
-def _kept_rows(position: int) -> _Rows:
-    return _rows(_feeds[0], position)
+def _worker_rows(position: int) -> _Rows:
+    return _rows(_sources[0], position)
 
 
-def _rows(feed: WorldFeed, position: int) -> _Rows:
-    """A batch as arrays, which travel between processes without a file for each."""
-    batch = feed(position)
+def _rows(data_source: WorldDataSource, position: int) -> _Rows:
+    """Return a batch as arrays: unlike tensors, they need no file each to get to another process."""
+    batch = data_source(position)
     columns = {"latents": batch.latents, "actions": batch.condition.actions, "weights": batch.weights}
     return {name: values.numpy() for name, values in columns.items() if values is not None}
 
@@ -66,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, type=Path, metavar="YAML")
     parser.add_argument("--clips", type=int, default=1000, help="default: %(default)s")
-    parser.add_argument("--jobs", type=int, default=1, help="processes that make them (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="number of worker processes (default: %(default)s)")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
     arguments = parser.parse_args()
     try:

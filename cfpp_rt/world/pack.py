@@ -1,4 +1,4 @@
-"""Put a finished training run together as a student that `load_world_pipeline` reads: `python -m cfpp_rt.world.pack`.
+"""Packs a finished training run as a student that `load_world_pipeline` reads.
 
 python -m cfpp_rt.world.pack --config configs/world.yaml --run outputs/world/dmd --out cfpp_rt/world/weights
 """
@@ -21,10 +21,12 @@ from cfpp_rt.world.student import load_world_pipeline
 def pack(
     config: Path, run: Path, out: Path, steps: Sequence[int] | None = None, codec: PatchCodec | None = None
 ) -> None:
-    """Copy a run's student, and the codec that it was trained with. steps: of its rollouts, None = the run's own.
-    codec: None = the config's is fitted again, which takes seconds.
+    """Write the student of a run and its codec to a folder.
 
-    Raises InputError for a run that is not done, CheckpointError for one of another kind.
+    config: the config of the run.
+    steps: timesteps of the student's rollouts; None = those of the run.
+    codec: None = fit the codec of the config again, which takes seconds.
+    Raise InputError for a run that is not finished, CheckpointError for a run of another kind of student.
     """
     settings = Settings.read(config)
     out.mkdir(parents=True, exist_ok=True)
@@ -33,11 +35,11 @@ def pack(
             raise InputError(f"--run {run}: wanted a finished run, found no {name}")
     with write_atomically(out / "student.safetensors") as temporary:
         shutil.copyfile(run / "student.safetensors", temporary)
-    described = json.loads((run / "student.json").read_text(encoding="utf-8"))
+    metadata = json.loads((run / "student.json").read_text(encoding="utf-8"))
     if steps is not None:
-        described["rollout"]["steps"] = list(steps)
+        metadata["rollout"]["steps"] = list(steps)
     with write_atomically(out / "student.json") as temporary:
-        temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
     with write_atomically(out / "codec.safetensors") as temporary:
         save_file((codec or fit_codec(settings.data["seed"])).state_dict(), temporary)
     load_world_pipeline(out)
@@ -45,9 +47,11 @@ def pack(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, type=Path, metavar="YAML", help="what the run was trained with")
-    parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="--out of cfpp distill")
-    parser.add_argument("--steps", type=int, nargs="+", help="of its rollouts (default: those of the run)")
+    parser.add_argument("--config", required=True, type=Path, metavar="YAML", help="config of the run")
+    parser.add_argument(
+        "--run", required=True, type=Path, metavar="DIR", help="folder of the run, --out of cfpp distill"
+    )
+    parser.add_argument("--steps", type=int, nargs="+", help="timesteps of the rollouts (default: those of the run)")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     arguments = parser.parse_args()
     try:

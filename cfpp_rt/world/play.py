@@ -1,4 +1,4 @@
-"""`cfpp play`: the built-in world in a terminal, every picture after the first made by the student."""
+"""The command `cfpp play`: the built-in world in a terminal. The student makes every frame after the first."""
 
 import argparse
 import time
@@ -11,14 +11,16 @@ from cfpp_rt.world.sprites import SIZE
 from cfpp_rt.world.student import SHIPPED, load_world_pipeline, start
 from cfpp_rt.world.terminal import screen
 
-_HELD_S = 0.25  # a terminal tells no key releases: a key counts as held until it has not been repeated for so long
+_HELD_S = 0.25  # terminals report no key releases: a key counts as held for this long after its last repeat
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "keys: arrows or wasd move, space opens and closes the gate, r: another arena, q: quit"
-    parser.add_argument("--seed", type=int, default=0, help="which arena, and the student's noise (default: 0)")
-    parser.add_argument("--fps", type=float, default=10.0, help="pictures per second at most (default: %(default)s)")
-    parser.add_argument("--student", metavar="DIR", default=SHIPPED, help="a student of your own")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the arena and of the student's noise (default: 0)")
+    parser.add_argument("--fps", type=float, default=10.0, help="most frames per second (default: %(default)s)")
+    parser.add_argument(
+        "--student", metavar="DIR", default=SHIPPED, help="folder of a student (default: the shipped one)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -37,12 +39,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _play(stream: Stream, terminal, interval: float) -> bool:  # type: ignore[no-untyped-def]
-    """Play until the end is asked for (False) or another arena (True)."""
+    """Play in one arena; return True when the player wants another arena, False to quit."""
     terminal.show(next(stream).pixels[0, -1].numpy(), "")
     held, until, due = "none", 0.0, time.monotonic()
     while True:
         due = max(due + interval, time.monotonic())
-        stream.refresh()  # the clean pass belongs into the idle time: a key then has the shortest way to the screen
+        stream.refresh()  # run the clean pass in the idle time, to shorten the latency of a key
         while (left := due - time.monotonic()) > 0:
             names = terminal.typed(left)
             if "quit" in names or "restart" in names:
@@ -53,9 +55,9 @@ def _play(stream: Stream, terminal, interval: float) -> bool:  # type: ignore[no
                     held = "interact"
         began = time.perf_counter()
         stream.set_actions(ACTIONS.index(held))
-        picture = next(stream).pixels[0, -1].numpy()
+        pixels = next(stream).pixels[0, -1].numpy()
         spent = 1000 * (time.perf_counter() - began)
-        frame = stream.rollout.next_frame
-        terminal.show(picture, f" {held:<9} frame {frame:<6} {spent:5.1f} ms   arrows, space, r: new arena, q: quit")
+        frame = stream.rollout.next_latent_frame
+        terminal.show(pixels, f" {held:<9} frame {frame:<6} {spent:5.1f} ms   arrows, space, r: new arena, q: quit")
         if held == "interact" or time.monotonic() > until:
             held = "none"

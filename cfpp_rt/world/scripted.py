@@ -1,4 +1,4 @@
-"""A film of the built-in world from a list of actions: `cfpp generate --student world`."""
+"""Videos of the built-in world from a list of actions: `cfpp generate --student world`."""
 
 import argparse
 import dataclasses
@@ -15,8 +15,8 @@ from cfpp_rt.world.simulator import NONE
 from cfpp_rt.world.sprites import SIZE
 from cfpp_rt.world.student import SHIPPED, load_world_pipeline, start
 
-FPS = 10.0  # pictures per second at which the world is meant to be played
-SCALE = 8  # pixels of a film per pixel of the world, whose pictures are 48 x 48
+FPS = 10.0  # frames per second at which the world is meant to be played
+SCALE = 8  # pixels of a video per pixel of the world, whose frames are 48 x 48
 # Options of `cfpp generate` that this student takes.
 _TAKES = {"checkpoint", "student", "actions", "frames", "steps", "window", "sinks", "refresh", "dtype", "kv_dtype"}
 
@@ -24,7 +24,7 @@ _TAKES = {"checkpoint", "student", "actions", "frames", "steps", "window", "sink
 def open_clip(arguments: argparse.Namespace) -> Clip:
     """Open the clip of a list of actions, enlarged for the file.
 
-    arguments: of `cfpp generate`. The actions decide the number of frames unless --frames is given.
+    arguments: of `cfpp generate`. Without --frames the actions determine the number of frames.
     Raises InputError for options that this student cannot use.
     """
     refuse_unused(arguments, _TAKES, f"--student {WORLD}")
@@ -40,25 +40,25 @@ def open_clip(arguments: argparse.Namespace) -> Clip:
     return Clip(stream, follow(stream, actions, n), num_frames, FPS)
 
 
-def whole_blocks(frames: int, block: int) -> int:
-    """The first block is given, the others are made: at least one."""
-    return max(2 * block, -(-frames // block) * block)
+def whole_blocks(num_frames: int, frames_per_block: int) -> int:
+    """Round a number of frames up to whole blocks: the first block, which is given, and at least one more."""
+    return max(2 * frames_per_block, -(-num_frames // frames_per_block) * frames_per_block)
 
 
-class Actor(Protocol):
-    """A stream of pictures that takes actions: `Stream`, or one of another runtime."""
+class ActionStream(Protocol):
+    """A stream of frames that takes actions: `Stream`, or the stream of another runtime."""
 
     def __next__(self) -> Frames: ...
 
     def set_actions(self, actions: Any) -> None: ...
 
 
-def follow(stream: Actor, actions: list[int], block: int) -> Iterator[Frames]:
-    """The given picture, then blocks that follow the actions, enlarged: the world's pictures are small."""
+def follow(stream: ActionStream, actions: list[int], frames_per_block: int) -> Iterator[Frames]:
+    """Yield the given first block, then blocks that follow the actions; all are enlarged by SCALE."""
     yield _enlarged(next(stream))
-    for begin in itertools.count(0, block):
-        now = actions[begin : begin + block]
-        stream.set_actions([now + [NONE] * (block - len(now))])
+    for begin in itertools.count(0, frames_per_block):
+        block = actions[begin : begin + frames_per_block]
+        stream.set_actions([block + [NONE] * (frames_per_block - len(block))])
         frames = next(stream, None)
         if frames is None:
             return
@@ -66,6 +66,5 @@ def follow(stream: Actor, actions: list[int], block: int) -> Iterator[Frames]:
 
 
 def _enlarged(frames: Frames) -> Frames:
-    return dataclasses.replace(
-        frames, pixels=frames.pixels.repeat_interleave(SCALE, dim=2).repeat_interleave(SCALE, dim=3)
-    )
+    pixels = frames.pixels.repeat_interleave(SCALE, dim=2).repeat_interleave(SCALE, dim=3)
+    return dataclasses.replace(frames, pixels=pixels)

@@ -1,12 +1,12 @@
-"""What the world looks like: states to pictures of 48 x 48 pixels."""
+"""Rendering of the world: states to frames of 48 x 48 pixels."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cfpp_rt.world.simulator import CELLS, TILES, State
 
-TILE = 8  # pixels of a tile's side
-STEP = TILE // 2  # pixels that something moves in one frame
+TILE = 8  # side of a tile in pixels
+STEP = TILE // 2  # distance in pixels that a thing moves in one frame
 SIZE = TILE * TILES
 
 _COLOURS = {
@@ -29,7 +29,7 @@ _COLOURS = {
     "R": (153, 27, 27),
 }
 
-_PICTURES = {
+_SPRITE_ROWS = {
     "wall": "WWWmWWWW wwwmwwww wwwmwwww mmmmmmmm WWWWWWmW wwwwwwmw wwwwwwmw mmmmmmmm",
     "agent": ".bbbbbb. bbbbbbbb bookkoob bokkkkob bbbbbbbb BbBBBBbB .BBBBBB. .kk..kk.",
     "crate": "CCCCCCCC CcccccCC CccccCcC CcccCccC CccCcccC CcCccccC CCcccccC CCCCCCCC",
@@ -40,35 +40,35 @@ _PICTURES = {
 
 
 def _sprite(rows: str) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Colours [8, 8, 3] and where they cover [8, 8]."""
+    """Return the colours [8, 8, 3] of a sprite and the mask of the pixels that it covers [8, 8]."""
     letters = [list(row) for row in rows.split()]
     colours = np.array([[_COLOURS[letter] or (0, 0, 0) for letter in row] for row in letters], dtype=np.uint8)
     return colours, np.array([[letter != "." for letter in row] for row in letters])
 
 
-SPRITES = {name: _sprite(rows) for name, rows in _PICTURES.items()}
+SPRITES = {name: _sprite(rows) for name, rows in _SPRITE_ROWS.items()}
 _FLOOR = np.array([_COLOURS["f"], _COLOURS["F"]], dtype=np.uint8)[
     np.add.outer(np.arange(CELLS), np.arange(CELLS)).repeat(STEP, 0).repeat(STEP, 1) % 2
 ]
 
 
 def render(state: State) -> NDArray[np.uint8]:
-    """Pictures uint8 [B, 48, 48, 3], RGB, of B episodes."""
-    pictures = np.broadcast_to(_FLOOR, (len(state.agent), *_FLOOR.shape)).copy()
+    """Render the states of B episodes: uint8 [B, 48, 48, 3], RGB."""
+    frames = np.broadcast_to(_FLOOR, (len(state.agent), *_FLOOR.shape)).copy()
     colours, _ = SPRITES["wall"]
     walls = state.walls.repeat(TILE, 1).repeat(TILE, 2)
-    pictures[walls] = np.broadcast_to(np.tile(colours, (TILES, TILES, 1)), pictures.shape)[walls]
-    everywhere = np.ones(len(pictures), dtype=bool)
-    _draw(pictures, "closed", TILE * state.gate, ~state.gate_open)
-    _draw(pictures, "coin", TILE * state.coin, everywhere)
-    _draw(pictures, "crate", STEP * state.crate, everywhere)
-    _draw(pictures, "agent", STEP * state.agent, everywhere)
-    _draw(pictures, "open", TILE * state.gate, state.gate_open)  # over what stands in it, so that it is never hidden
-    return pictures
+    frames[walls] = np.broadcast_to(np.tile(colours, (TILES, TILES, 1)), frames.shape)[walls]
+    everywhere = np.ones(len(frames), dtype=bool)
+    _draw(frames, "closed", TILE * state.gate, ~state.gate_open)
+    _draw(frames, "coin", TILE * state.coin, everywhere)
+    _draw(frames, "crate", STEP * state.crate, everywhere)
+    _draw(frames, "agent", STEP * state.agent, everywhere)
+    _draw(frames, "open", TILE * state.gate, state.gate_open)  # drawn last, so that what stands in it does not hide it
+    return frames
 
 
-def _draw(pictures: NDArray[np.uint8], name: str, corners: NDArray[np.int64], where: NDArray[np.bool_]) -> None:
+def _draw(frames: NDArray[np.uint8], name: str, corners: NDArray[np.int64], where: NDArray[np.bool_]) -> None:
     colours, covers = SPRITES[name]
     y, x = np.nonzero(covers)
     rows = np.nonzero(where)[0][:, None]
-    pictures[rows, corners[where, 0, None] + y, corners[where, 1, None] + x] = colours[y, x]
+    frames[rows, corners[where, 0, None] + y, corners[where, 1, None] + x] = colours[y, x]

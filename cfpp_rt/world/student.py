@@ -1,4 +1,4 @@
-"""The world's student as a pipeline: shipped with the package, or of your own making."""
+"""Students of the world as pipelines: the shipped one, or one that you have trained."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from cfpp_rt.world.simulator import Simulator
 from cfpp_rt.world.sprites import SIZE, render
 
 SHIPPED = Path(__file__).parent / "weights"
-_ROLLOUT = "rollout"  # the entry of student.json that tells how the student is to be run
+_ROLLOUT = "rollout"  # entry of student.json with the rollout settings
 
 
 def load_world_pipeline(
@@ -29,11 +29,10 @@ def load_world_pipeline(
     device: torch.device | str = "cpu",
     fuse: bool = True,
 ) -> Pipeline:
-    """The student of a folder: student.safetensors, student.json (sizes and rollout settings), codec.safetensors.
+    """Load a student from a folder: student.safetensors, student.json (sizes and rollout settings), codec.safetensors.
 
-    fuse: change the model for speed (`cfpp_rt.speed`); False keeps the published names of its weights.
-
-    Raises CheckpointError for files that are missing or of something else.
+    fuse: fuse layers for speed (`cfpp_rt.speed`); False keeps the published names of the weights.
+    Raise CheckpointError for files that are missing or have other contents.
     """
     folder = Path(folder)
     model = load_model(folder / "student.safetensors", dtype=dtype, device=device)
@@ -52,17 +51,21 @@ def _rollout(path: Path) -> RolloutConfig:
         raise CheckpointError(f"{path}: wanted sizes and {_ROLLOUT!r} settings of a world student ({error})") from error
 
 
-def first_picture(seeds: list[int], frames: int = 1) -> Tensor:
-    """The arenas of these seeds, drawn by the simulator: float32 [B, frames, 3, 48, 48] in [-1, 1], all still."""
-    picture = render(Simulator(seeds).state)
-    return to_pixels(np.repeat(picture[:, None], frames, axis=1))
+def first_frames(seeds: list[int], num_frames: int = 1) -> Tensor:
+    """Render the arenas of these seeds: float32 [B, num_frames, 3, 48, 48] in [-1, 1], the same frame repeated."""
+    frame = render(Simulator(seeds).state)
+    return to_pixels(np.repeat(frame[:, None], num_frames, axis=1))
 
 
 def start(
     pipeline: Pipeline, seed: int, *, num_frames: int | None = None, config: RolloutConfig | None = None
 ) -> Stream:
-    """A stream that begins in the arena of `seed`, 0..2**63 - 1: the simulator draws the first picture, the student
-    all others. `stream.set_actions` steers it. num_frames: frames in all, the first included; None = without end.
+    """Start a stream in the arena of a seed. The simulator renders the first block, the student makes all others.
+
+    Steer it with `stream.set_actions`.
+    seed: 0..2**63 - 1.
+    num_frames: number of frames, including the first; None = endless.
+    config: None = that of the pipeline.
     """
     config = config or pipeline.config
     return pipeline.stream(
@@ -71,6 +74,6 @@ def start(
         height=SIZE,
         width=SIZE,
         seed=seed,
-        initial_frames=first_picture([seed], config.frames_per_block),
+        initial_frames=first_frames([seed], config.frames_per_block),
         config=config,
     )

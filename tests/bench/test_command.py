@@ -7,7 +7,7 @@ import torch
 
 from cfpp_rt.bench.latency import metrics
 from cfpp_rt.bench.latency.workload import SMALL, WORLD, WORLD_ROLLOUT
-from cfpp_rt.bench.roofline import block_flops, pass_flops
+from cfpp_rt.bench.roofline import block_flops, cached_pass_flops
 from cfpp_rt.cli.main import main
 from cfpp_rt.config import RolloutConfig
 
@@ -121,4 +121,4 @@ def test_arithmetic_of_a_block():
     assert block_flops(WORLD, WORLD_ROLLOUT, tokens, 3, steps=2) == wanted
     skip = WORLD_ROLLOUT.replace(refresh="skip")
     assert block_flops(WORLD, skip, tokens, 3, steps=2) == 2 * layers * (linear + attention)
-    assert block_flops(SMALL, RolloutConfig(), 6, 1, steps=4) == 4 * sum(pass_flops(SMALL, 6, 6))
+    assert block_flops(SMALL, RolloutConfig(), 6, 1, steps=4) == 4 * sum(cached_pass_flops(SMALL, 6, 6))

@@ -1,4 +1,4 @@
-"""What goes wrong in one process ends the run in all of them, at the same step, with the last checkpoint whole."""
+"""A failure in one process ends all of them at the same step, and the last checkpoint stays complete."""
 
 import os
 import socket
@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 from cfpp_rt.distill import checkpoint
 from cfpp_rt.distill.batch import Batch
-from cfpp_rt.distill.processes import joined, rank, shard
+from cfpp_rt.distill.processes import process_group, rank, shard
 from cfpp_rt.distill.settings import StageSettings
 from cfpp_rt.distill.train import Trainer
 from cfpp_rt.errors import InputError, NonFiniteError
 from tests.distill.tiny import tiny_model
 
-what, folder = sys.argv[1], Path(sys.argv[2])
-with joined("cpu"):
+fault, folder = sys.argv[1], Path(sys.argv[2])
+with process_group("cpu"):
     student, ema = tiny_model().requires_grad_(True), tiny_model()
     for network in (student, ema):
         shard(network, torch.float32)
@@ -31,16 +31,16 @@ with joined("cpu"):
     class Stage:
         trained = {"student": student}
 
-        def updates(self, next_batch, draws, step):
+        def updates(self, next_batch, generator, step):
             here = step == 2 and rank() == 1
-            if what == "stop" and here:
+            if fault == "stop" and here:
                 trainer.stop()
             loss = sum(p.to_local().square().sum() for p in student.parameters())
-            yield "student", loss * (float("nan") if what == "nan" and here else 1.0)
+            yield "student", loss * (float("nan") if fault == "nan" and here else 1.0)
 
     Stage.ema = ema
     trainer = Trainer("ar", Stage(), StageSettings(steps=6, save_every=2, keep=9), lambda n: Batch(None), folder)
-    if what == "disk":
+    if fault == "disk":
         save = checkpoint.save
 
         def full(folder, step, state, keep):
@@ -59,14 +59,14 @@ with joined("cpu"):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("what", "message", "kept"),
+    ("fault", "message", "kept"),
     [
         ("nan", "NonFiniteError after 2: stage ar, step 3: the loss of student is nan", [2]),
         ("stop", "left after 3", [2, 3]),
         ("disk", "InputError after 4: ", [2]),
     ],
 )
-def test_all_processes_end_together(tmp_path, what, message, kept):
+def test_all_processes_end_together(tmp_path, fault, message, kept):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -74,7 +74,7 @@ def test_all_processes_end_together(tmp_path, what, message, kept):
     root = Path(__file__).parents[2]
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
     done = subprocess.run(
-        [sys.executable, *torchrun, str(tmp_path / "worker.py"), what, str(tmp_path / "out")],
+        [sys.executable, *torchrun, str(tmp_path / "worker.py"), fault, str(tmp_path / "out")],
         capture_output=True,
         text=True,
         timeout=120,
@@ -84,6 +84,6 @@ def test_all_processes_end_together(tmp_path, what, message, kept):
     assert done.returncode == 0, done.stderr[-2000:]
     for rank in range(2):
         assert f"<{rank} {message}" in done.stdout, done.stdout
-    if what == "disk":
+    if fault == "disk":
         assert "No space left on device" in done.stdout
     assert list(checkpoint.checkpoints(tmp_path / "out")) == kept

@@ -1,4 +1,4 @@
-"""Stage 1's loss from its definition, and what its draws are."""
+"""The loss of stage ar from its definition, and the distribution of its random numbers."""
 
 import copy
 
@@ -70,7 +70,7 @@ def test_checkpointing_changes_no_gradient(model, batch):
             Denoiser(student, checkpointing=checkpointing),
             model,
             schedule=FlowMatchSchedule(5.0),
-            most_context_noise=0.2,
+            max_context_noise=0.2,
         )
         ((_, loss),) = stage.updates(lambda: batch, torch.Generator().manual_seed(0), 0)
         loss.backward()
@@ -81,5 +81,5 @@ def test_checkpointing_changes_no_gradient(model, batch):
 
 def test_prompts_alone_are_refused(model, batch):
     stage = ArDiffusion(Denoiser(model), model, schedule=FlowMatchSchedule(5.0))
-    with pytest.raises(InputError, match="batch must hold latents"):
+    with pytest.raises(InputError, match="batch must have latents"):
         next(stage.updates(lambda: Batch(batch.condition), torch.Generator(), 0))

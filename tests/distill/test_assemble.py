@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cfpp_rt.config import MODELS, PRESETS, ModelConfig
-from cfpp_rt.distill.assemble import Weights, build_stage, guidance_of
+from cfpp_rt.distill.assemble import InitPaths, build_stage, guidance_of
 from cfpp_rt.distill.batch import Batch
 from cfpp_rt.distill.command import latent_size
 from cfpp_rt.distill.forward import Condition
@@ -33,8 +33,8 @@ STAGES = ("ar", "ode", "cd", "dmd")
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
-    draws = torch.Generator().manual_seed(0)
-    save_file({"embeds": torch.randn(1, 4, 8, generator=draws)}, folder / "negative.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    save_file({"embeds": torch.randn(1, 4, 8, generator=generator)}, folder / "negative.safetensors")
     save_file(tiny_model(seed=1, **TEXT).state_dict(), folder / "init.safetensors")
     save_file(tiny_model(seed=2, num_layers=3, **TEXT).state_dict(), folder / "real.safetensors")
     return folder
@@ -55,14 +55,14 @@ def small(name, files):
     )
 
 
-def weights_of(files, **more):
-    return Weights(init=files / "init.safetensors", real=files / "real.safetensors", **more)
+def paths_of(files, **more):
+    return InitPaths(init=files / "init.safetensors", real=files / "real.safetensors", **more)
 
 
 def batch_of(number):
-    draws = torch.Generator().manual_seed(number)
-    clip, states = torch.randn(1, 6, 16, 4, 4, generator=draws), torch.randn(1, 5, 6, 16, 4, 4, generator=draws)
-    return Batch(Condition(torch.randn(1, 4, 8, generator=draws)), clip, states)
+    generator = torch.Generator().manual_seed(number)
+    clip, states = torch.randn(1, 6, 16, 4, 4, generator=generator), torch.randn(1, 5, 6, 16, 4, 4, generator=generator)
+    return Batch(Condition(torch.randn(1, 4, 8, generator=generator)), clip, states)
 
 
 @pytest.mark.parametrize("name", WAN)
@@ -70,7 +70,7 @@ def batch_of(number):
 def test_every_stage_of_the_published_configs_takes_a_step(files, tmp_path, name, stage):
     settings = small(name, files)
     critic = files / "init.safetensors" if stage == "dmd" else None
-    built = build_stage(stage, settings, weights_of(files, critic=critic), (16, 4, 4))
+    built = build_stage(stage, settings, paths_of(files, critic=critic), (16, 4, 4))
     assert settings.dtype == "bfloat16"
     trainer = Trainer(stage, built, settings.stages[stage], batch_of, tmp_path / "out", dtype=DTYPES[settings.dtype])
     before = {name: p.clone() for name, p in trainer.masters["student"].module.named_parameters()}
@@ -99,18 +99,18 @@ def test_the_published_configs_are_of_the_published_model(name):
 
 
 @pytest.mark.parametrize("name", WAN)
-def test_every_key_of_the_published_configs_tells_its_source(name):
+def test_every_key_of_the_published_configs_names_its_source(name):
     for line in (CONFIGS / f"{name}.yaml").read_text().splitlines():
         if re.fullmatch(r"(  )*[a-z_]+:", line) or not line or line.startswith("#"):
-            continue  # a section, whose keys tell theirs
+            continue  # a section, whose keys name theirs
         if re.match(r"(  codec|  frames|      source|  source):", line):
-            continue  # below a section that tells it
+            continue  # below a section that names it
         assert re.search(r"# .*\[(paper|code|cf|ours)\]", line), line
 
 
 def test_guidance_needs_its_negative_prompt_and_a_teacher(files):
     settings = small(WAN[0], files)
-    weights = weights_of(files)
+    weights = paths_of(files)
     without = dataclasses.replace(settings, negative=None)
     for stage in ("cd", "dmd"):
         with pytest.raises(InputError, match="negative must be a file with embeds of the negative prompt"):
@@ -130,7 +130,7 @@ def test_guidance_changes_what_the_student_is_drawn_to(files, tmp_path):
         settings = small(WAN[0], files)
         own = dataclasses.replace(settings.stages["cd"], guidance=weight)
         settings = dataclasses.replace(settings, stages={"cd": own}, dtype="float32")
-        stage = build_stage("cd", settings, weights_of(files), (16, 4, 4))
+        stage = build_stage("cd", settings, paths_of(files), (16, 4, 4))
         norms[weight] = Trainer("cd", stage, own, batch_of, tmp_path)._one_step()["student_norm"]
     assert norms[1.0] != norms[3.0] and norms[3.0] != norms[9.0]
 
@@ -146,20 +146,31 @@ def samples_of(files, folder, codec):
     settings = small(WAN[0], files)
     batch = batch_of(0)
     batch = dataclasses.replace(
-        batch, condition=Condition(batch.condition.embeds.expand(2, -1, -1)), latents=batch.latents.expand(2, *[-1] * 4)
+        batch,
+        condition=Condition(batch.condition.prompt_embeds.expand(2, -1, -1)),
+        latents=batch.latents.expand(2, *[-1] * 4),
     )
     network = tiny_model(seed=1, **TEXT)
-    return Samples(network, settings.rollout, batch, folder, frames=5, latent_size=(16, 4, 4), initial=1, codec=codec)
+    return Samples(
+        network,
+        settings.rollout,
+        batch,
+        folder,
+        latent_frames=5,
+        latent_size=(16, 4, 4),
+        initial_latent_frames=1,
+        codec=codec,
+    )
 
 
 def test_samples_without_a_codec_are_latents_and_the_same_every_time(files, tmp_path):
     samples = samples_of(files, tmp_path / "s", None)
     path = samples(10)
-    found = load_file(path)["latents"]
-    assert path.name == "step-0000010.safetensors" and found.shape == (2, 5, 16, 4, 4)
-    assert torch.equal(found[:, 0], batch_of(0).latents[:, 0].expand(2, -1, -1, -1))
-    assert not torch.equal(found[0, 1:], found[1, 1:])  # each has noise of its own
-    assert torch.equal(load_file(samples(20))["latents"], found)
+    latents = load_file(path)["latents"]
+    assert path.name == "step-0000010.safetensors" and latents.shape == (2, 5, 16, 4, 4)
+    assert torch.equal(latents[:, 0], batch_of(0).latents[:, 0].expand(2, -1, -1, -1))
+    assert not torch.equal(latents[0, 1:], latents[1, 1:])  # each has noise of its own
+    assert torch.equal(load_file(samples(20))["latents"], latents)
     assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [
         "step-0000010.safetensors",
         "step-0000020.safetensors",
@@ -172,29 +183,29 @@ def test_samples_with_a_codec_are_a_video(files, tmp_path):
     av = pytest.importorskip("av")
     path = samples_of(files, tmp_path / "s", Upscaler())(3)
     with av.open(str(path)) as container:
-        pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    assert len(pictures) == 5 and pictures[0].shape == (32, 64, 3)  # both clips, side by side
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(frames) == 5 and frames[0].shape == (32, 64, 3)  # both clips, side by side
 
 
 def test_samples_need_av_before_training_begins(files, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'cfpp-rt\[wan\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'cfpp-rt\[video\]'"):
         samples_of(files, tmp_path, Upscaler())
 
 
 def test_the_codec_is_the_settings_or_the_data_sources(tmp_path):
-    class Feed:
+    class DataSource:
         codec = Upscaler()
 
-    assert open_codec(SampleSettings(), Feed(), torch.device("cpu")) is Feed.codec
+    assert open_codec(SampleSettings(), DataSource(), torch.device("cpu")) is DataSource.codec
     assert open_codec(SampleSettings(), batch_of, torch.device("cpu")) is None
     named = SampleSettings(codec="tests.distill.test_assemble:Upscaler")
-    assert type(open_codec(named, Feed(), torch.device("cpu"))).__name__ == "Upscaler"
+    assert type(open_codec(named, DataSource(), torch.device("cpu"))).__name__ == "Upscaler"
     with pytest.raises(InputError, match="samples.codec must be a path or module:function"):
-        open_codec(SampleSettings(codec="nowhere:x"), Feed(), torch.device("cpu"))
+        open_codec(SampleSettings(codec="nowhere:x"), DataSource(), torch.device("cpu"))
 
 
-def test_tensorboard_is_asked_for_and_named_where_it_is_missing(tmp_path, monkeypatch):
+def test_tensorboard_is_optional_and_named_where_it_is_missing(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -1,4 +1,4 @@
-"""Cameras in training: what is trained is what runs, every network of every stage sees them, the branch learns."""
+"""Cameras in training: training runs the network of the runtime, all networks get the cameras, the branch learns."""
 
 import copy
 
@@ -11,7 +11,7 @@ from cfpp_rt.config import ModelConfig, RolloutConfig
 from cfpp_rt.core.camera import Cameras, parse_trajectory
 from cfpp_rt.core.schedule import FlowMatchSchedule
 from cfpp_rt.distill.ar_diffusion import ArDiffusion, Bidirectional
-from cfpp_rt.distill.assemble import Weights, build_stage, fresh_model
+from cfpp_rt.distill.assemble import InitPaths, build_stage, fresh_model
 from cfpp_rt.distill.batch import Batch
 from cfpp_rt.distill.causal_cd import CausalCD, Guidance, timestep_table
 from cfpp_rt.distill.causal_ode import CausalODE
@@ -43,8 +43,8 @@ def cameras_of(batch=2):
 
 
 def condition_of(batch=2, seed=0):
-    embeds = torch.randn(batch, 4, 8, generator=torch.Generator().manual_seed(seed))
-    return Condition(embeds, cameras=cameras_of(batch))
+    prompt_embeds = torch.randn(batch, 4, 8, generator=torch.Generator().manual_seed(seed))
+    return Condition(prompt_embeds, cameras=cameras_of(batch))
 
 
 def noise_of(frames, batch=2, seed=1):
@@ -59,7 +59,7 @@ def test_teacher_forcing_is_what_the_runtime_computes(network):
         velocity = Denoiser(network, layout).teacher_forced(clean, noisy, torch.full((2, 6), 1000.0), condition)
     rollout = Rollout(
         network,
-        condition.embeds,
+        condition.prompt_embeds,
         RolloutConfig((1000,), frames_per_block=2, window=4),
         latent_size=(4, 4),
         latent_frames=6,
@@ -75,14 +75,14 @@ def test_teacher_forcing_is_what_the_runtime_computes(network):
 def test_self_rollout_makes_the_videos_of_the_runtime(network, window, gradient):
     config = RolloutConfig((1000, 500), frames_per_block=2, window=window, context_noise=50)
     condition, noise = condition_of(), noise_of(6)
-    draws = torch.Generator().manual_seed(2)
-    renoise = [normal_like(torch.empty(2, 2, 16, 4, 4), draws) for _ in range(3)]
+    generator = torch.Generator().manual_seed(2)
+    renoise = [normal_like(torch.empty(2, 2, 16, 4, 4), generator) for _ in range(3)]
     made = SelfRollout(network, config)(
         noise, condition, Exits(1, 1), torch.Generator().manual_seed(2), gradient=gradient
     )
     rollout = Rollout(
         network,
-        condition.embeds,
+        condition.prompt_embeds,
         config,
         latent_size=(4, 4),
         latent_frames=6,
@@ -144,7 +144,7 @@ def stages(networks):
                 ema,
                 t,
                 c,
-                frames=6,
+                latent_frames=6,
                 latent_size=(16, 4, 4),
                 guidance=guidance,
             ),
@@ -165,16 +165,16 @@ def test_every_network_of_every_stage_sees_the_cameras(network, monkeypatch, nam
     def role_of(module):
         return next(role for role, one in named.items() if one is module)
 
-    def masked(self, *arguments, cameras=None, **options):
+    def forward_sequence(self, *arguments, cameras=None, **options):
         calls.append((role_of(self), cameras is not None))
-        return real_masked(self, *arguments, cameras=cameras, **options)
+        return real_forward_sequence(self, *arguments, cameras=cameras, **options)
 
-    def forward(self, latents, time, text, cache, cached, **options):
-        calls.append((role_of(self), cached.camera is not None))
-        return real_forward(self, latents, time, text, cache, cached, **options)
+    def forward(self, latents, time, text, cache, attn, *rest, **options):
+        calls.append((role_of(self), attn.camera is not None))
+        return real_forward(self, latents, time, text, cache, attn, *rest, **options)
 
-    real_masked, real_forward = CausalWanTransformer.forward_sequence, CausalWanTransformer.forward
-    monkeypatch.setattr(CausalWanTransformer, "forward_sequence", masked)
+    real_forward_sequence, real_forward = CausalWanTransformer.forward_sequence, CausalWanTransformer.forward
+    monkeypatch.setattr(CausalWanTransformer, "forward_sequence", forward_sequence)
     monkeypatch.setattr(CausalWanTransformer, "forward", forward)
     batch = Batch(condition_of(), noise_of(6), torch.stack([noise_of(6, seed=s) for s in range(3)], dim=1))
     for _, loss in stage.updates(lambda: batch, torch.Generator().manual_seed(0), 0):
@@ -201,7 +201,7 @@ def test_a_camera_model_starts_from_a_plain_one_where_it_has_it_all_to_learn(tmp
     save_file(plain.state_dict(), tmp_path / "plain.safetensors")
     stage = StageSettings(steps=1)
     settings = Settings(SMALL, Layout(), RolloutConfig(), {}, {"ar": stage, "base": stage, "cd": stage})
-    weights = Weights(init=tmp_path / "plain.safetensors")
+    weights = InitPaths(init=tmp_path / "plain.safetensors")
     for name in ("ar", "base"):
         student = build_stage(name, settings, weights, (16, 4, 4)).trained["student"]
         state = student.state_dict()

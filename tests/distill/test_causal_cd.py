@@ -51,8 +51,8 @@ def test_guidance_of_one_is_the_conditional_velocity():
     seen = []
 
     def velocity(c):
-        seen.append(c.embeds)
-        return c.embeds.sum(dim=(1, 2))
+        seen.append(c.prompt_embeds)
+        return c.prompt_embeds.sum(dim=(1, 2))
 
     one = guided(velocity, condition, Guidance(1.0, torch.zeros(1, 3, 4)))
     torch.testing.assert_close(one, guided(velocity, condition, None))
@@ -67,7 +67,7 @@ def batch(config):
     return Batch(Condition(torch.randn(1, config.text_len, config.text_dim, generator=generator)), latents)
 
 
-def test_only_the_student_learns_and_the_same_draws_give_the_same_loss(model, batch):
+def test_only_the_student_learns_and_the_same_seed_gives_the_same_loss(model, batch):
     student, ema = (copy.deepcopy(model).requires_grad_(True) for _ in range(2))
     stage = CausalCD(Denoiser(student), Denoiser(ema), Denoiser(model), schedule=SCHEDULE, timesteps=timestep_table())
     losses = []
@@ -91,7 +91,7 @@ def test_cell_weights_count(batch):
 def test_a_solved_trajectory_is_the_euler_method_and_the_ode_stage_regresses_its_end(model, batch):
     network, timesteps = Denoiser(model), timestep_table(4)
     noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(1))
-    states = solve(network, batch.latents, noise, batch.condition, timesteps, kept=(0, 2))
+    states = solve(network, batch.latents, noise, batch.condition, timesteps, stored=(0, 2))
     assert states.shape == (1, 3, *batch.latents.shape[1:]) and torch.equal(states[:, 0], noise)
     x = noise
     with torch.no_grad():
@@ -102,8 +102,8 @@ def test_a_solved_trajectory_is_the_euler_method_and_the_ode_stage_regresses_its
 
     stage = CausalODE(network, model, schedule=SCHEDULE, timesteps=timesteps[[0, 2]])
     with torch.no_grad():
-        feed = Batch(batch.condition, batch.latents, trajectory=states)
-        ((_, loss),) = stage.updates(lambda: feed, torch.Generator().manual_seed(0), 0)
+        batch_with_states = Batch(batch.condition, batch.latents, trajectory=states)
+        ((_, loss),) = stage.updates(lambda: batch_with_states, torch.Generator().manual_seed(0), 0)
         at_each = [  # of every frame, from the first or the second stored state
             clean_estimate(network, batch.latents, states[:, i], timesteps[2 * i], batch.condition, SCHEDULE)
             for i in range(2)
@@ -125,7 +125,7 @@ def test_teacher_student_and_target_see_the_same_noised_past(model, batch, monke
 
     student, ema = (copy.deepcopy(model).requires_grad_(True) for _ in range(2))
     networks = Watched(student), Watched(ema), Watched(model)
-    stage = CausalCD(*networks, schedule=SCHEDULE, timesteps=timestep_table(), most_context_noise=0.5)
+    stage = CausalCD(*networks, schedule=SCHEDULE, timesteps=timestep_table(), max_context_noise=0.5)
     noised = 0
     for seed in range(4):
         seen.clear()

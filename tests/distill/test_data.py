@@ -14,7 +14,7 @@ from cfpp_rt.core.camera import INTRINSICS, parse_trajectory
 from cfpp_rt.distill.causal_cd import Guidance, timestep_table
 from cfpp_rt.distill.causal_ode import solve
 from cfpp_rt.distill.data import make
-from cfpp_rt.distill.data.feed import open_feed
+from cfpp_rt.distill.data.data_source import open_data_source
 from cfpp_rt.distill.data.shards import Column, ShardFolder, ShardWriter
 from cfpp_rt.distill.forward import Condition, Denoiser, Layout
 from cfpp_rt.errors import CheckpointError, InputError, MissingExtraError
@@ -63,29 +63,29 @@ def rows_of(batch):
 
 
 def test_batches_are_functions_of_their_number_and_cover_an_epoch_once(folder):
-    feed = open_feed(batch=2, folder=str(folder), seed=3)
-    epochs = [[row for n in range(5 * e, 5 * e + 5) for row in rows_of(feed(n))] for e in range(3)]
+    data_source = open_data_source(batch=2, folder=str(folder), seed=3)
+    epochs = [[row for n in range(5 * e, 5 * e + 5) for row in rows_of(data_source(n))] for e in range(3)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] and epochs[1] != epochs[2]
-    again = open_feed(batch=2, folder=str(folder), seed=3)
+    again = open_data_source(batch=2, folder=str(folder), seed=3)
     assert rows_of(again(11)) == epochs[2][2:4]  # without the batches before it
-    assert [r for n in range(5) for r in rows_of(open_feed(batch=2, folder=str(folder), seed=4)(n))] != epochs[0]
+    assert [r for n in range(5) for r in rows_of(open_data_source(batch=2, folder=str(folder), seed=4)(n))] != epochs[0]
 
 
 @pytest.mark.parametrize("world", [2, 5])
 def test_the_ranks_batches_are_the_parts_of_one_large_batch(folder, world):
-    large, small = open_feed(batch=2 * world, folder=str(folder)), open_feed(batch=2, folder=str(folder))
+    large, small = open_data_source(batch=2 * world, folder=str(folder)), open_data_source(batch=2, folder=str(folder))
     for step in range(4):
         parts = [rows_of(small(step * world + rank)) for rank in range(world)]
         assert sum(parts, []) == rows_of(large(step))
 
 
 def test_frames_and_conditions_of_a_batch(folder):
-    batch = open_feed(batch=3, folder=str(folder), frames=2)(0)
-    assert batch.latents.shape == (3, 2, 16, 4, 4) and batch.condition.embeds.shape == (3, 5, 8)
+    batch = open_data_source(batch=3, folder=str(folder), frames=2)(0)
+    assert batch.latents.shape == (3, 2, 16, 4, 4) and batch.condition.prompt_embeds.shape == (3, 5, 8)
     assert batch.trajectory is None and batch.condition.actions is None
     with pytest.raises(InputError, match="data.frames must be <= 3, the frames of latents, got 4"):
-        open_feed(batch=1, folder=str(folder), frames=4)(0)
+        open_data_source(batch=1, folder=str(folder), frames=4)(0)
 
 
 @pytest.mark.parametrize("fault", ["truncated", "garbage", "missing"])
@@ -139,7 +139,7 @@ def test_an_interrupted_writer_is_refused_and_goes_on(tmp_path):
         raise KeyboardInterrupt
     with pytest.raises(InputError, match="only half-written, 4 rows so far"):
         ShardFolder(tmp_path / "d")
-    with pytest.raises(InputError, match="holds data already"):
+    with pytest.raises(InputError, match="contains data already"):
         ShardWriter(tmp_path / "d", columns)
     with pytest.raises(InputError, match="columns must be"):
         ShardWriter(tmp_path / "d", {"latents": Column("float32", CLIP)}, resume=True)
@@ -202,8 +202,8 @@ def test_published_trajectories_are_converted_and_feed_stage_ode(tmp_path, capsy
     states = published(tmp_path / "lmdb", 2, (6, *CLIP))
     out = tmp_path / "out"
     assert main(["distill-data", "lmdb", str(tmp_path / "lmdb"), "--trajectories", "--no-text", "-o", str(out)]) == 0
-    batch = open_feed(batch=2, folder=str(out))(0)
-    assert batch.trajectory.shape == (2, 5, *CLIP) and batch.condition.embeds.shape == (2, 0, 1)
+    batch = open_data_source(batch=2, folder=str(out))(0)
+    assert batch.trajectory.shape == (2, 5, *CLIP) and batch.condition.prompt_embeds.shape == (2, 0, 1)
     order = [0 if torch.equal(row, states[0][-1].float()) else 1 for row in batch.latents]
     assert torch.equal(batch.trajectory, torch.stack([states[n][:-1].float() for n in order]))
     assert make.convert_lmdb(make.LmdbClips(tmp_path / "lmdb"), tmp_path / "clips", None) == 2
@@ -242,11 +242,11 @@ def test_prompts_are_encoded_once_and_an_interrupted_run_goes_on(tmp_path):
 
     with pytest.raises(RuntimeError, match="interrupted"):
         make.encode_prompts(prompts, tmp_path / "p", failing, rows_per_shard=4)
-    asked = []
+    requested = []
     assert make.encode_prompts(
-        prompts, tmp_path / "p", lambda t: asked.extend(t) or embed(t), rows_per_shard=4, resume=True
+        prompts, tmp_path / "p", lambda t: requested.extend(t) or embed(t), rows_per_shard=4, resume=True
     )
-    assert asked[1:] == prompts[16:]  # the first asks for the shape
+    assert requested[1:] == prompts[16:]  # the first asks for the shape
     shards = ShardFolder(tmp_path / "p")
     assert [shards.text(n) for n in range(20)] == prompts
     assert all(torch.equal(shards.row(n)["embeds"], embed([prompts[n]])[0]) for n in range(20))
@@ -256,7 +256,7 @@ def test_trajectories_are_the_solutions_of_the_teachers_ode(folder, tmp_path):
     teacher = Denoiser(tiny_model(seed=1, text_len=5, text_dim=8), Layout())
     timesteps, guidance = timestep_table(4), Guidance(3.0, embed(["neg"]))
     make.solve_trajectories(
-        teacher, ShardFolder(folder), tmp_path / "ode", timesteps, guidance=guidance, kept=(0, 2), seed=7
+        teacher, ShardFolder(folder), tmp_path / "ode", timesteps, guidance=guidance, stored=(0, 2), seed=7
     )
     shards = ShardFolder(tmp_path / "ode")
     assert len(shards) == 10 and set(shards.columns) == {"latents", "embeds", "trajectory"}
@@ -265,7 +265,7 @@ def test_trajectories_are_the_solutions_of_the_teachers_ode(folder, tmp_path):
     condition = Condition(row["embeds"][None])
     wanted = solve(teacher, clip(6)[None].float(), torch.from_numpy(noise), condition, timesteps, guidance, (0, 2))
     assert torch.equal(row["trajectory"], wanted[0].half()) and row["trajectory"].shape == (3, *CLIP)
-    options = {"guidance": guidance, "kept": (0, 2), "seed": 7, "batch": 4, "most": 7}
+    options = {"guidance": guidance, "stored": (0, 2), "seed": 7, "batch": 4, "max_rows": 7}
     assert make.solve_trajectories(teacher, ShardFolder(folder), tmp_path / "some", timesteps, **options) == 7
     some = ShardFolder(tmp_path / "some")
     for number in range(7):  # products of another shape round otherwise, and float16 rounds once more
@@ -282,7 +282,7 @@ def test_cameras_are_stored_and_reach_a_batch(tmp_path):
         with ShardWriter(tmp_path / name, kinds) as writer:
             for number in range(2):
                 writer.add({"latents": clip(number), "views": views[number], **more})
-        batch = open_feed(batch=2, folder=str(tmp_path / name), frames=2)(0)
+        batch = open_data_source(batch=2, folder=str(tmp_path / name), frames=2)(0)
         order = [0 if torch.equal(row, clip(0)[:2].float()) else 1 for row in batch.latents]
         wanted = torch.stack([views[number][:2] for number in order])
         torch.testing.assert_close(torch.from_numpy(batch.condition.cameras.views), wanted, rtol=0, atol=1e-6)

@@ -25,8 +25,8 @@ def network():
     return random_model(SMALL, seed=0, dtype=torch.float32)
 
 
-def condition_of(frames, batch=1):
-    return Condition(torch.zeros(batch, 0, 1), torch.arange(batch * frames).reshape(batch, frames) % 3)
+def condition_of(latent_frames, batch=1):
+    return Condition(torch.zeros(batch, 0, 1), torch.arange(batch * latent_frames).reshape(batch, latent_frames) % 3)
 
 
 def runtime(network, config, condition, noise, renoise, initial=None):
@@ -58,14 +58,14 @@ CONFIGS = [
 @pytest.mark.parametrize("gradient", [True, False])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_last_exits_give_the_videos_that_the_runtime_makes(network, config, gradient):
-    frames, condition = 6, condition_of(6, batch=2)
-    noise = torch.randn(2, frames, 16, 4, 4, generator=torch.Generator().manual_seed(1))
+    latent_frames, condition = 6, condition_of(6, batch=2)
+    noise = torch.randn(2, latent_frames, 16, 4, 4, generator=torch.Generator().manual_seed(1))
     first = config.first_steps or config.steps
-    draws = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(2)
     renoise = []
-    for block in range(frames // config.frames_per_block):
+    for block in range(latent_frames // config.frames_per_block):
         for _ in range(len(first if block == 0 else config.steps) - 1):
-            renoise.append(normal_like(torch.empty(2, config.frames_per_block, 16, 4, 4), draws))
+            renoise.append(normal_like(torch.empty(2, config.frames_per_block, 16, 4, 4), generator))
     made = SelfRollout(network, config)(
         noise,
         condition,
@@ -80,11 +80,11 @@ def test_given_frames_are_seen_and_come_first(network):
     initial = torch.randn(1, 2, 16, 4, 4)
     noise = torch.randn(1, 3, 16, 4, 4)
     config, condition = RolloutConfig(steps=(1000,), window=3), condition_of(5)
-    made = SelfRollout(network, config)(noise, condition, Exits(0, 0), torch.Generator(), initial=initial)
+    made = SelfRollout(network, config)(noise, condition, Exits(0, 0), torch.Generator(), initial_latents=initial)
     assert torch.equal(made[:, :2], initial)
     # Given frames are prefilled without actions by the runtime: give it none here either.
     condition.actions[:, :2] = 0
-    made = SelfRollout(network, config)(noise, condition, Exits(0, 0), torch.Generator(), initial=initial)
+    made = SelfRollout(network, config)(noise, condition, Exits(0, 0), torch.Generator(), initial_latents=initial)
     assert_close_max(made[:, 2:], runtime(network, config, condition, noise, [], initial), 2e-4, "videos")
 
 
@@ -127,24 +127,24 @@ def test_clean_score_is_the_formula(network):
         assert_close_max(found[b], noisy[b] - sigma * velocity[b], 1e-5, f"video {b}")
 
 
-@pytest.mark.parametrize("initial_frames", [0, 1])
-def test_the_student_learns_every_ratio_th_step_and_the_critic_always(network, initial_frames):
+@pytest.mark.parametrize("initial_latent_frames", [0, 1])
+def test_the_student_learns_every_ratio_th_step_and_the_critic_always(network, initial_latent_frames):
     student, critic = (copy.deepcopy(network).requires_grad_(True) for _ in range(2))
     stage = DMD(
         SelfRollout(student, RolloutConfig(steps=(1000, 500), window=3)),
         network,
         Denoiser(random_model(SMALL, seed=1, dtype=torch.float32)),
         Denoiser(critic),
-        frames=4,
+        latent_frames=4,
         latent_size=(16, 4, 4),
-        initial_frames=initial_frames,
+        initial_latent_frames=initial_latent_frames,
         ratio=2,
     )
-    latents = torch.randn(2, 4, 16, 4, 4) if initial_frames else None
-    draws = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 4, 16, 4, 4) if initial_latent_frames else None
+    generator = torch.Generator().manual_seed(0)
     for step in range(3):
         names = []
-        for name, loss in stage.updates(lambda: Batch(condition_of(4, batch=2), latents), draws, step):
+        for name, loss in stage.updates(lambda: Batch(condition_of(4, batch=2), latents), generator, step):
             names.append(name)
             loss.backward()
             learns, other = (student, critic) if name == "student" else (critic, student)

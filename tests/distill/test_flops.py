@@ -1,4 +1,4 @@
-"""The formula counts what PyTorch's own counter sees."""
+"""The FLOP formula against PyTorch's own counter."""
 
 import dataclasses
 
@@ -51,9 +51,9 @@ def settings_of(own, layout):
 def test_a_forward(text_len):
     config = dataclasses.replace(TINY, text_len=text_len)
     network = random_model(config, seed=0, dtype=torch.float32)
-    noisy, embeds = torch.randn(1, FRAMES, 16, 4, 6), Condition(torch.randn(1, text_len, 8))
+    noisy, text = torch.randn(1, FRAMES, 16, 4, 6), Condition(torch.randn(1, text_len, 8))
     with torch.no_grad():
-        found = counted(lambda: Denoiser(network).bidirectional(noisy, torch.full((1, FRAMES), 500.0), embeds))
+        found = counted(lambda: Denoiser(network).bidirectional(noisy, torch.full((1, FRAMES), 500.0), text))
     assert pass_flops(config, FRAMES, TOKENS, FRAMES**2) == pytest.approx(found, rel=1e-6)
 
 
@@ -116,7 +116,7 @@ def test_a_step_of_stage_dmd():
         student,
         Denoiser(real),
         Denoiser(critic),
-        frames=FRAMES,
+        latent_frames=FRAMES,
         latent_size=(16, 4, 6),
         guidance=Guidance(4.0, torch.randn(1, 5, 8)),
         ratio=2,

@@ -1,4 +1,4 @@
-"""Who sees whom, from the definitions, frame by frame; and attention under such a mask against a dense one."""
+"""Masks from their definitions, frame by frame, and attention under them against a dense mask."""
 
 import pytest
 import torch

@@ -12,14 +12,14 @@ SHAPES = [(8, 8), (24, 8), (8, 8), (8, 24), (24, 8), (8, 8)]
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_steps_equal_those_of_torch(weight_decay):
-    draws = torch.Generator().manual_seed(0)
-    start = [torch.randn(shape, generator=draws) for shape in SHAPES]
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in SHAPES]
     ours, theirs = ([torch.nn.Parameter(x.clone()) for x in start] for _ in range(2))
     optimizers = [kind(x, lr=0.02, weight_decay=weight_decay) for kind, x in ((StackedMuon, ours), (Muon, theirs))]
     for step in range(5):
         for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             # One matrix has no gradient at first: its momentum begins later.
-            a.grad = b.grad = None if i == 2 and step < 2 else torch.randn(a.shape, generator=draws)
+            a.grad = b.grad = None if i == 2 and step < 2 else torch.randn(a.shape, generator=generator)
         for optimizer in optimizers:
             optimizer.step()
     for a, b, x in zip(ours, theirs, start, strict=True):

@@ -11,7 +11,7 @@ from cfpp_rt.distill import checkpoint
 from cfpp_rt.distill.ar_diffusion import ArDiffusion
 from cfpp_rt.distill.batch import Batch
 from cfpp_rt.distill.forward import Condition, Denoiser, Layout
-from cfpp_rt.distill.precision import Master
+from cfpp_rt.distill.precision import MasterWeights
 from cfpp_rt.distill.settings import StageSettings
 from cfpp_rt.distill.train import Trainer
 from tests.distill.tiny import tiny_model
@@ -31,13 +31,13 @@ class Pass(torch.nn.Module):
 
 
 def test_gradients_are_those_of_parameters_cast_within_the_graph():
-    draws = torch.Generator().manual_seed(0)
-    latents = torch.randn(2, 2, 3, 16, 4, 4, generator=draws).unbind()
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 2, 3, 16, 4, 4, generator=generator).unbind()
     network = tiny_model().requires_grad_(True)
-    run = Pass(network, latents, torch.rand(2, 3, generator=draws) * 1000)
+    run = Pass(network, latents, torch.rand(2, 3, generator=generator) * 1000)
     functional_call(run, {name: p.bfloat16() for name, p in run.named_parameters()}, ()).backward()
     wanted = {name: p.grad for name, p in network.named_parameters()}
-    master = Master(copy.deepcopy(network), torch.bfloat16)
+    master = MasterWeights(copy.deepcopy(network), torch.bfloat16)
     master.module.zero_grad()
     run.network = master.network
     run().backward()

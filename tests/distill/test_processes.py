@@ -15,7 +15,7 @@ from cfpp_rt.distill import checkpoint
 from cfpp_rt.distill.data.shards import Column, ShardWriter
 from cfpp_rt.model.weights import load_model
 from tests.closeness import assert_close_max
-from tests.distill.tiny import SIZES, tiny_model
+from tests.distill.tiny import SIZES, same, tiny_model
 
 ROOT = Path(__file__).parents[2]
 TEXT = {"text_len": 4, "text_dim": 8}
@@ -27,7 +27,7 @@ rollout: {{steps: [1000, 500], window: 3, first_steps: [1000, 750, 500]}}
 device: cpu
 dtype: {dtype}
 negative: {folder}/negative.safetensors
-data: {{source: "cfpp_rt.distill.data.feed:open_feed", folder: {folder}/clips, seed: 1}}
+data: {{source: "cfpp_rt.distill.data.data_source:open_data_source", folder: {folder}/clips, seed: 1}}
 samples: {{frames: 3, initial_frames: 1}}
 stages:
   ar: &common {{steps: 4, batch: {batch}, lr: 1.0e-3, optimizer: {optimizer}, save_every: 2, keep: 9, clip: 0.5,
@@ -42,13 +42,13 @@ stages:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    draws = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     columns = {"latents": Column("float16", (4, 16, 4, 4)), "embeds": Column("bfloat16", (4, 8), trimmed=True)}
     with ShardWriter(folder / "clips", columns, rows_per_shard=4) as writer:
         for _ in range(10):
-            clip = torch.randn(4, 16, 4, 4, generator=draws)
-            writer.add({"latents": clip, "embeds": torch.randn(4, 8, generator=draws)})
-    save_file({"embeds": torch.randn(1, 4, 8, generator=draws)}, folder / "negative.safetensors")
+            clip = torch.randn(4, 16, 4, 4, generator=generator)
+            writer.add({"latents": clip, "embeds": torch.randn(4, 8, generator=generator)})
+    save_file({"embeds": torch.randn(1, 4, 8, generator=generator)}, folder / "negative.safetensors")
     for name, seed in (("init", 1), ("real", 2)):
         model = tiny_model(seed=seed, **TEXT)
         save_file(model.state_dict(), folder / f"{name}.safetensors")
@@ -95,16 +95,6 @@ def compare(one, other, tolerance):
     student, wanted = (load_model(folder / "student.safetensors", dtype=torch.float32) for folder in (one, other))
     for (name, ours), theirs in zip(student.named_parameters(), wanted.parameters(), strict=True):
         assert_close_max(ours, theirs, tolerance, name)
-
-
-def same(one, other):
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(value, other[name]) for name, value in one.items())
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
 
 
 @pytest.mark.slow

@@ -16,30 +16,31 @@ import torch
 from cfpp_rt.distill import checkpoint
 from cfpp_rt.distill.assemble import fresh_model
 from cfpp_rt.distill.batch import Batch
-from cfpp_rt.distill.optim import make_optimizers, rate, update_ema
+from cfpp_rt.distill.optim import learning_rate_share, make_optimizers, update_ema
 from cfpp_rt.distill.settings import Settings, StageSettings
 from cfpp_rt.distill.train import Trainer
 from cfpp_rt.errors import CheckpointError, InputError, NonFiniteError
 from cfpp_rt.model.weights import load_model
-from cfpp_rt.world.feed import record
+from cfpp_rt.world.data_source import record
 from cfpp_rt.world.student import load_world_pipeline
+from tests.distill.tiny import same
 
 CONFIG = """
 model: {dim: 32, ffn_dim: 64, num_heads: 2, num_layers: 1, freq_dim: 16, text_dim: 1, text_len: 0, num_actions: 6,
         patch_size: [1, 1, 1]}
 layout: {block: 1, window: 3}
 rollout: {steps: [1000, 500], window: 3}
-data: {source: "cfpp_rt.world.feed:open_feed", seed: 1, frames: 3}
+data: {source: "cfpp_rt.world.data_source:open_data_source", seed: 1, frames: 3}
 stages:
   base: &common {steps: 4, batch: 2, lr: 1.0e-3, optimizer: muon, betas: [0.9, 0.99], save_every: 2, keep: 9}
   ar: {steps: 20, batch: 2, lr: 1.0e-3, optimizer: muon, save_every: 5, keep: 9, context_noise: 0.2, log_every: 1}
   cd: *common
   dmd: {steps: 4, batch: 2, lr: 1.0e-3, optimizer: muon, save_every: 2, frames: 3, initial_frames: 1, ratio: 2}
 """
-# Fitting the codec draws half a minute of episodes; a small one does here.
+# Fitting the codec simulates half a minute of episodes; a small one is enough here.
 RUN = (
-    "import sys, functools, cfpp_rt.world.feed as feed;"
-    "feed.fit_codec = functools.partial(feed.fit_codec, episodes=32, frames=24);"
+    "import sys, functools, cfpp_rt.world.data_source as source;"
+    "source.fit_codec = functools.partial(source.fit_codec, episodes=32, num_frames=24);"
     "from cfpp_rt.cli.main import main; sys.exit(main(sys.argv[1:]))"
 )
 
@@ -72,16 +73,6 @@ def finish(process):
 def newest(folder):
     step, path = list(checkpoint.checkpoints(folder).items())[-1]
     return step, checkpoint.load(path)
-
-
-def same(one, other):
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(value, other[name]) for name, value in one.items())
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
 
 
 def test_twenty_steps_equal_ten_a_kill_and_ten_more(config, tmp_path):
@@ -128,11 +119,11 @@ def test_samples_of_the_world_are_videos_of_its_arenas(config, tmp_path):
     code, _, err = finish(command(config, "ar", tmp_path / "out"))
     assert code == 0, err
     with av.open(str(tmp_path / "out" / "samples" / "step-0000002.mp4")) as video:
-        pictures = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
-    assert len(pictures) == 3 and pictures[0].shape == (48, 2 * 48, 3)  # the batch's two clips side by side
+        frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+    assert len(frames) == 3 and frames[0].shape == (48, 2 * 48, 3)  # the batch's two clips side by side
     given, _, _ = record(1, 0, 2, 3)
     shown = np.concatenate([given[0, 0], given[1, 0]], axis=1)
-    assert np.abs(pictures[0].astype(float) - shown).mean() < 12  # of 255: the video codec's and the patch codec's loss
+    assert np.abs(frames[0].astype(float) - shown).mean() < 12  # of 255: the video codec's and the patch codec's loss
 
 
 def test_a_termination_signal_saves_and_leaves(config, tmp_path):
@@ -145,7 +136,7 @@ def test_a_termination_signal_saves_and_leaves(config, tmp_path):
     step, _ = newest(tmp_path / "out")
     assert code in (0, 143) and (code == 0) == (step == 20)
     code, _, err = finish(command(config, "ar", tmp_path / "out"))
-    assert code == 2 and "holds a run already" in err
+    assert code == 2 and "contains a run already" in err
 
 
 def trainer_of(tmp_path, losses, **settings):
@@ -155,7 +146,7 @@ def trainer_of(tmp_path, losses, **settings):
         trained = {"student": model}
         ema = fresh_model(model.config, 0)
 
-        def updates(self, next_batch, draws, step):
+        def updates(self, next_batch, generator, step):
             next_batch()
             yield "student", losses[step] * sum(p.sum() for p in model.parameters())
 
@@ -215,7 +206,8 @@ def test_moving_average_and_learning_rate(config, tmp_path):
     assert ema.head.head.weight.unique().tolist() == [0.25]
     update_ema(ema, model, 0, settings)
     assert ema.head.head.weight.unique().tolist() == [1.0]
-    assert rate(0, settings) == 0.1 and rate(10, settings) == 1 and abs(rate(99, settings) - 0.1) < 1e-3
+    first, peak, last = (learning_rate_share(step, settings) for step in (0, 10, 99))
+    assert first == 0.1 and peak == 1 and abs(last - 0.1) < 1e-3
 
 
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(config):
@@ -237,7 +229,11 @@ BAD = {
     "missing": ("rollout: {steps: [1000, 500], window: 3}\n", "", "the config must have rollout"),
     "model": ("dim: 32,", "dim: 33,", "model.dim must be num_heads"),
     "rollout": ("[1000, 500]", "[500, 1000]", "rollout.steps must be descending"),
-    "source": ("cfpp_rt.world.feed:open_feed", "cfpp_rt.nowhere:x", "data.source must be module:function"),
+    "source": (
+        "cfpp_rt.world.data_source:open_data_source",
+        "cfpp_rt.nowhere:x",
+        "data.source must be module:function",
+    ),
     "data": ("seed: 1, frames", "sead: 1, frames", "data: "),
     "not YAML": ("model: {", "model: [", "not YAML"),
 }
@@ -255,13 +251,13 @@ def test_a_bad_config_is_one_line_and_leaves_nothing(config, tmp_path, capsys, o
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_stage_needs_is_asked_for(config, tmp_path, capsys, monkeypatch):
+def test_missing_inputs_of_a_stage_are_named(config, tmp_path, capsys, monkeypatch):
     import functools
 
     from cfpp_rt.cli.main import main
-    from cfpp_rt.world import feed
+    from cfpp_rt.world import data_source
 
-    monkeypatch.setattr(feed, "fit_codec", functools.partial(feed.fit_codec, episodes=32, frames=24))
+    monkeypatch.setattr(data_source, "fit_codec", functools.partial(data_source.fit_codec, episodes=32, num_frames=24))
     for stage, message in (("cd", "--init must be given"), ("dmd", "--init must be given"), ("ode", "must have ode")):
         assert main(["distill", "--config", str(config), "--stage", stage, "--out", str(tmp_path / "out")]) == 2
         assert message in capsys.readouterr().err
@@ -270,6 +266,17 @@ def test_what_a_stage_needs_is_asked_for(config, tmp_path, capsys, monkeypatch):
 def test_the_world_config_is_whole(config):
     settings = Settings.read(Path(__file__).parents[2] / "configs" / "world.yaml")
     assert set(settings.stages) == {"base", "ar", "cd", "dmd"} and settings.rollout.window == settings.layout.window
+
+
+def test_configs_with_earlier_names_of_data_sources_load(config):
+    config.write_text(CONFIG.replace("world.data_source:open_data_source", "world.feed:open_feed"))
+    assert Settings.read(config).data["source"] == "cfpp_rt.world.data_source:open_data_source"
+    stored = '{source: "cfpp_rt.distill.data.feed:open_feed", folder: clips}'
+    config.write_text(CONFIG.replace("ar: {steps: 20,", f"ar: {{steps: 20, data: {stored},"))
+    assert Settings.read(config).stages["ar"].data == {
+        "source": "cfpp_rt.distill.data.data_source:open_data_source",
+        "folder": "clips",
+    }
 
 
 def test_a_student_without_its_files_is_named(tmp_path):

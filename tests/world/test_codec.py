@@ -1,4 +1,4 @@
-"""The frame codec against the pictures of episodes that it was not fitted to."""
+"""The frame codec against frames of episodes that it was not fitted to."""
 
 import numpy as np
 import pytest
@@ -18,11 +18,11 @@ def codec():
 
 @pytest.fixture(scope="module")
 def pixels():
-    simulator, wander = Simulator([10**6 + i for i in range(16)]), Wanderer(1, 16)
-    return to_pixels(np.stack([render(simulator.step(wander(simulator.state))) for _ in range(20)], axis=1))
+    simulator, wanderer = Simulator([10**6 + i for i in range(16)]), Wanderer(1, 16)
+    return to_pixels(np.stack([render(simulator.step(wanderer(simulator.state))) for _ in range(20)], axis=1))
 
 
-def test_unseen_pictures_come_back(codec, pixels):
+def test_unseen_frames_are_reconstructed(codec, pixels):
     latents = codec.encode(pixels)
     assert latents.shape == (16, 20, 16, 6, 6) and latents.dtype == torch.float32
     error = (codec.decode(latents) - pixels) / 2

@@ -5,20 +5,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from cfpp_rt.distill.data.feed import open_feed as open_shards
+from cfpp_rt.distill.data.data_source import open_data_source as open_shards
 from cfpp_rt.distill.settings import Settings
 from cfpp_rt.errors import InputError
+from cfpp_rt.world.data_source import open_data_source
 from cfpp_rt.world.dataset import write
-from cfpp_rt.world.feed import open_feed
 
 CONFIG = Path(__file__).parents[2] / "configs" / "world.yaml"
 
 
 def test_stored_clips_equal_those_made_while_training(tmp_path):
     data = {key: value for key, value in Settings.read(CONFIG).data.items() if key != "source"}
-    feed = open_feed(batch=4, **data)
-    write(CONFIG, 8, tmp_path / "clips", jobs=2, codec=feed.codec)
-    made = [feed(position) for position in range(2)]
+    data_source = open_data_source(batch=4, **data)
+    write(CONFIG, 8, tmp_path / "clips", jobs=2, codec=data_source.codec)
+    made = [data_source(position) for position in range(2)]
     stored = open_shards(batch=8, folder=str(tmp_path / "clips"))(0)  # shuffled
     for name in ("latents", "weights"):
         wanted = torch.cat([getattr(batch, name) for batch in made])

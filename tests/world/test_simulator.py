@@ -42,11 +42,11 @@ def test_episodes_are_made_by_their_seeds_alone():
 
 
 def test_what_must_hold_holds():
-    simulator, wander = Simulator(list(range(64))), Wanderer(0, 64)
+    simulator, wanderer = Simulator(list(range(64))), Wanderer(0, 64)
     rows, taken, pushed = np.arange(64), 0, 0
     for _ in range(300):
         before = simulator.state.copy()
-        state = simulator.step(wander(simulator.state))
+        state = simulator.step(wanderer(simulator.state))
         blocked = state.walls.copy()
         blocked[rows, state.gate[:, 0], state.gate[:, 1]] |= ~state.gate_open
         cells = blocked.repeat(2, 1).repeat(2, 2)
@@ -106,10 +106,10 @@ def test_bad_actions_are_refused(actions):
         Simulator([0]).step(np.array(actions))
 
 
-def test_pictures_show_every_thing_at_its_place():
+def test_frames_show_every_thing_at_its_place():
     simulator = arena((3, 5), crate=(8, 7), coin=(5, 0), gate=(0, 5), walls=[(0, 0)])
-    picture = render(simulator.state)[0]
-    assert picture.shape == (SIZE, SIZE, 3) and picture.dtype == np.uint8
+    frame = render(simulator.state)[0]
+    assert frame.shape == (SIZE, SIZE, 3) and frame.dtype == np.uint8
     corners = {
         "agent": (3 * STEP, 5 * STEP),
         "crate": (8 * STEP, 7 * STEP),
@@ -119,4 +119,4 @@ def test_pictures_show_every_thing_at_its_place():
     }
     for name, (y, x) in corners.items():
         colours, covers = SPRITES[name]
-        assert np.array_equal(picture[y : y + TILE, x : x + TILE][covers], colours[covers]), name
+        assert np.array_equal(frame[y : y + TILE, x : x + TILE][covers], colours[covers]), name

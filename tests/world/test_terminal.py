@@ -14,12 +14,12 @@ from cfpp_rt.errors import InputError
 from cfpp_rt.world.terminal import cells, keys, screen
 
 
-def test_two_pixels_per_cell_and_runs_told_once():
-    picture = np.zeros((4, 3, 3), dtype=np.uint8)
-    picture[0] = (255, 0, 0)
-    picture[1] = (0, 255, 0)
-    picture[2:, 2] = (1, 2, 3)
-    first, second = cells(picture).split("\r\n")
+def test_two_pixels_per_cell_and_one_colour_code_per_run():
+    frame = np.zeros((4, 3, 3), dtype=np.uint8)
+    frame[0] = (255, 0, 0)
+    frame[1] = (0, 255, 0)
+    frame[2:, 2] = (1, 2, 3)
+    first, second = cells(frame).split("\r\n")
     assert first.count("\N{UPPER HALF BLOCK}") == second.count("\N{UPPER HALF BLOCK}") == 3
     assert re.findall(r"38;2;([\d;]+);48;2;([\d;]+)m", first) == [("255;0;0", "0;255;0")]
     assert re.findall(r"38;2;([\d;]+);48;2;([\d;]+)m", second) == [("0;0;0", "0;0;0"), ("1;2;3", "1;2;3")]

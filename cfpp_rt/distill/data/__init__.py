@@ -1,1 +1,1 @@
-"""Stored training data: folders of shards, what is written into them and how a run reads them."""
+"""Stored training data: folders of shards, their writers and the data source that reads them."""

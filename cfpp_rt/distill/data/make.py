@@ -1,6 +1,6 @@
-"""What is written into folders of shards: published LMDB sets, prompts, and ODE trajectories."""
+"""Conversion of published LMDB sets, prompts and ODE trajectories to folders of shards."""
 
-import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,21 +11,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cfpp_rt.distill.causal_cd import Guidance
-from cfpp_rt.distill.causal_ode import KEPT, solve
-from cfpp_rt.distill.data.feed import condition_of
+from cfpp_rt.distill.causal_ode import STORED_ENTRIES, solve
+from cfpp_rt.distill.data.data_source import condition_of
 from cfpp_rt.distill.data.shards import Column, ShardFolder, ShardWriter
 from cfpp_rt.distill.forward import Denoiser
 from cfpp_rt.errors import CheckpointError, InputError, MissingExtraError
 
-Encode = Callable[[Sequence[str]], Tensor]  # prompts to embeddings [B, text_len, text_dim]
-_BATCH = 8  # prompts that are encoded together
+Encode = Callable[[Sequence[str]], Tensor]  # from prompts to embeddings [B, text_len, text_dim]
+_BATCH = 8  # prompts that are encoded in one call
 
 
 class LmdbClips:
-    """The published layout: `latents_shape` "N ... h w", then per row raw float16 `latents_{i}_data` and UTF-8
-    `prompts_{i}_data`. A row is a clip [F, C, h, w], or [K, F, C, h, w] states from noisy to clean.
+    """An LMDB in the layout that Causal Forcing published.
 
-    Raises CheckpointError naming path and entry for what is missing or of another size.
+    Entry `latents_shape` is the text "N ... h w"; row i has the entries `latents_{i}_data`, raw float16, and
+    `prompts_{i}_data`, UTF-8. A row is a clip [F, C, h, w], or the states [K, F, C, h, w] of an ODE solution from noisy
+    to clean. CheckpointError names path and entry of what is missing or has another size.
     """
 
     def __init__(self, path: str | Path):
@@ -54,7 +55,7 @@ class LmdbClips:
         return self.rows
 
     def row(self, number: int) -> tuple[Tensor, str]:
-        """Latents float16 of `shape`, and the prompt."""
+        """Return the latents of a row, float16 in `shape`, and its prompt."""
         name = f"latents_{number}_data"
         data = self._entry(name)
         if len(data) != 2 * int(np.prod(self.shape)):
@@ -83,12 +84,14 @@ def convert_lmdb(
     trajectories: bool = False,
     rows_per_shard: int = 64,
     resume: bool = False,
-    progress: Callable[[int, int], object] = lambda done, total: None,
+    progress: Callable[[int], object] = lambda rows: None,
 ) -> int:
-    """Write an LMDB's clips as shards, float16 as they are; returns the number of rows.
+    """Write the clips of an LMDB as shards, float16 as they are; return the number of rows.
 
-    encode: of the prompts; None = no embeddings. trajectories: keep the states before the clean clip as `trajectory`
-    (the ODE's end point is their last); the source's rows must be [K, F, C, h, w] then.
+    encode: from prompts to embeddings; None = no embeddings.
+    trajectories: store all states but the last, the clean clip, as `trajectory`; the last of these is the ODE's end
+        point. The source's rows must be [K, F, C, h, w].
+    progress: called with the number of rows that have been added.
     """
     states = source.shape[0] if len(source.shape) == 5 else 0
     if trajectories and states < 3:
@@ -115,9 +118,9 @@ def encode_prompts(
     *,
     rows_per_shard: int = 1024,
     resume: bool = False,
-    progress: Callable[[int, int], object] = lambda done, total: None,
+    progress: Callable[[int], object] = lambda rows: None,
 ) -> int:
-    """Write the embeddings of prompts, what stage dmd needs of text; returns their number."""
+    """Write the embeddings of prompts, which stage dmd needs; return their number. progress: as `convert_lmdb`."""
     if not prompts:
         raise InputError("prompts must be at least one, got none")
     return _write(
@@ -139,47 +142,53 @@ def solve_trajectories(
     timesteps: Tensor,
     *,
     guidance: Guidance | None = None,
-    kept: Sequence[int] = KEPT,
+    stored: Sequence[int] = STORED_ENTRIES,
     seed: int = 0,
     batch: int = 1,
-    most: int | None = None,
+    max_rows: int | None = None,
     rows_per_shard: int = 16,
     resume: bool = False,
-    progress: Callable[[int, int], object] = lambda done, total: None,
+    progress: Callable[[int], object] = lambda rows: None,
 ) -> int:
-    """Write the clips of a folder together with their ODE trajectories, what stage ode needs; returns the rows.
+    """Write the clips of a folder with their ODE trajectories, which stage ode needs; return the number of rows.
 
-    teacher: of stage ar. timesteps: float32, as `causal_ode.solve`. seed: the noise of row i is that of (seed, i).
-    batch: rows that are solved together. most: the first rows only. Trajectories are kept in float16, as published.
+    Trajectories are stored in float16, as published.
+    teacher: the model of stage ar.
+    timesteps, guidance, stored: see `causal_ode.solve`.
+    seed: the noise of row i has the key (seed, i).
+    batch: number of rows that are solved together.
+    max_rows: number of rows to take from the start of the folder; None = all.
+    progress: as `convert_lmdb`.
     """
     if "latents" not in source.columns:
         raise InputError(f"{source.folder}: must have latents, got {', '.join(source.columns)}")
     clip = source.columns["latents"].shape
-    columns = {**source.columns, "trajectory": Column("float16", (len(kept) + 1, *clip))}
+    columns = {**source.columns, "trajectory": Column("float16", (len(stored) + 1, *clip))}
     device = teacher.network.device
-    total = len(source) if most is None else min(most, len(source))
+    total = len(source) if max_rows is None else min(max_rows, len(source))
     with ShardWriter(folder, columns, rows_per_shard=rows_per_shard, resume=resume) as writer:
+        progress(writer.written)
         for begin in range(writer.written, total, batch):
             numbers = range(begin, min(begin + batch, total))
             rows = [source.row(number) for number in numbers]
             noise = np.stack([_row_noise(seed, number, clip) for number in numbers])
-            whole = {name: torch.stack([row[name] for row in rows]) for name in source.columns}
-            condition = condition_of(whole, len(rows)).to(device)
-            clean, start = whole["latents"].float().to(device), torch.from_numpy(noise).to(device)
-            found = solve(teacher, clean, start, condition, timesteps, guidance, kept)
-            for number, row, states in zip(numbers, rows, found.cpu(), strict=True):
+            stacked = {name: torch.stack([row[name] for row in rows]) for name in source.columns}
+            condition = condition_of(stacked, len(rows)).to(device)
+            clean, start = stacked["latents"].float().to(device), torch.from_numpy(noise).to(device)
+            solutions = solve(teacher, clean, start, condition, timesteps, guidance, stored)
+            for number, row, states in zip(numbers, rows, solutions.cpu(), strict=True):
                 writer.add({**row, "trajectory": states}, source.text(number))
-            progress(numbers[-1] + 1, total)
+            progress(len(numbers))
     return total
 
 
 def _row_noise(seed: int, number: int, clip: tuple[int, ...]) -> NDArray[np.float32]:
-    draws = np.random.Generator(np.random.Philox(key=[seed, number]))
-    return draws.standard_normal(clip, dtype=np.float32)
+    rng = np.random.Generator(np.random.Philox(key=[seed, number]))
+    return rng.standard_normal(clip, dtype=np.float32)
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a UTF-8 file, one a line; blank lines are none."""
+    """Return the prompts of a UTF-8 file with one prompt per line; blank lines are skipped."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
@@ -199,31 +208,17 @@ def _write(
     encode: Encode | None,
     rows_per_shard: int,
     resume: bool,
-    progress: Callable[[int, int], object],
+    progress: Callable[[int], object],
 ) -> int:
-    """Rows from the first that is not written yet, their texts encoded a few at a time."""
+    """Write the rows that are not written yet, with their texts encoded a few at a time; return `total`."""
     if encode is not None:
         columns = {**columns, "embeds": Column.of(encode(["a"])[0], trimmed=True)}
     with ShardWriter(folder, columns, rows_per_shard=rows_per_shard, resume=resume) as writer:
-        done, left = writer.written, rows(writer.written)
-        while chunk := [row for _, row in zip(range(_BATCH), left, strict=False)]:
-            embeds: Any = [None] * len(chunk) if encode is None else encode([text for _, text in chunk])
-            for (row, text), embed in zip(chunk, embeds, strict=True):
+        progress(writer.written)
+        remaining = rows(writer.written)
+        while chunk := list(itertools.islice(remaining, _BATCH)):
+            prompt_embeds: Any = [None] * len(chunk) if encode is None else encode([text for _, text in chunk])
+            for (row, text), embed in zip(chunk, prompt_embeds, strict=True):
                 writer.add(row if embed is None else {**row, "embeds": embed}, text)
-            done += len(chunk)
-            progress(done, total)
+            progress(len(chunk))
     return total
-
-
-@contextlib.contextmanager
-def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal that is told (done, total); nothing elsewhere."""
-    from tqdm import tqdm
-
-    with tqdm(desc=name, unit="row", disable=None) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show

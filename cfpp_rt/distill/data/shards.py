@@ -1,10 +1,10 @@
-"""Folders of shards: rows of named tensors in safetensors files, an index beside them, any row read at once.
+"""Folders of shards: rows of named tensors in safetensors files and an index, with random access to rows.
 
-    folder/index.json               columns, shards with their rows, bytes and sha256, whether the folder is whole
-    folder/00000.safetensors ...    every column stacked over the shard's rows
+    folder/index.json               columns; rows, bytes and sha256 of the shards; whether the folder is complete
+    folder/00000.safetensors ...    every column, stacked over the rows of the shard
 
-A column may be trimmed: each row is stored without the zero rows at its end, which come back when it is read. Text
-embeddings are mostly such rows.
+A column may be trimmed: each row is stored without the zero rows at its end, and reading restores them. Text embeddings
+consist mostly of such rows.
 """
 
 import bisect
@@ -25,15 +25,18 @@ from cfpp_rt.io.digest import sha256_of
 
 INDEX = "index.json"
 _FORMAT = "cfpp-shards-1"
-_ENDS = ".ends"  # a trimmed column's ends of rows, int64 [rows]
+_ENDS = ".ends"  # suffix of the tensor with the ends of the rows of a trimmed column, int64 [rows]
 _TEXTS = "texts"
 _DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int64)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """One tensor per row. dtype: float32, float16, bfloat16 or int64. shape: of a row. trimmed: stored without the
-    zero rows at its end.
+    """A column: one tensor per row.
+
+    dtype: float32, float16, bfloat16 or int64.
+    shape: shape of the tensor of one row.
+    trimmed: store each tensor without the zero rows at its end.
     """
 
     dtype: str
@@ -49,15 +52,17 @@ class Column:
 
     @classmethod
     def of(cls, tensor: Tensor, *, trimmed: bool = False) -> "Column":
+        """Return the column whose rows are like this tensor."""
         return cls(str(tensor.dtype)[6:], tuple(tensor.shape), trimmed)
 
 
 class ShardWriter:
-    """Writes a folder, a shard at a time; use as a context manager.
+    """A writer of a folder, shard by shard; use it as a context manager.
 
-    Every shard appears whole or not at all, and the index tells of it only afterwards: what a crash or a full disk
-    leaves can be gone on with (`resume`), and `ShardFolder` refuses it until then. rows_per_shard: the last may have
-    fewer. written: rows that are in shards already; with `resume` the caller goes on at that row.
+    Shards are written atomically and entered in the index afterwards. What a crash or a full disk leaves can be
+    continued with `resume`; until then `ShardFolder` refuses it.
+    rows_per_shard: number of rows of a shard; the last one may have fewer.
+    resume: continue an unfinished folder; the caller must add rows from number `written` on.
     """
 
     def __init__(
@@ -67,29 +72,33 @@ class ShardWriter:
             raise InputError(f"rows_per_shard must be >= 1, got {rows_per_shard}")
         if not columns:
             raise InputError("columns must be at least one, got none")
-        self.folder, self.columns, self._most = Path(folder), dict(columns), rows_per_shard
+        self.folder, self.columns, self._rows_per_shard = Path(folder), dict(columns), rows_per_shard
         self._rows: list[dict[str, Tensor]] = []
         self._texts: list[str] = []
         self._shards: list[dict[str, Any]] = []
         exists = (self.folder / INDEX).exists()
         if exists and not resume:
-            raise InputError(f"{self.folder} holds data already: resume it, or name another folder")
+            raise InputError(f"{self.folder} contains data already: resume it, or name another folder")
         if exists:
-            found = _read_index(self.folder)
-            if found.whole:
-                raise InputError(f"{self.folder} is whole already: there is nothing to go on with")
-            if found.columns != self.columns:
-                raise InputError(f"{self.folder}: columns must be {found.columns}, got {self.columns}")
-            self._shards = found.shards
+            index = _read_index(self.folder)
+            if index.whole:
+                raise InputError(f"{self.folder} is complete already: there is nothing to resume")
+            if index.columns != self.columns:
+                raise InputError(f"{self.folder}: columns must be {index.columns}, got {self.columns}")
+            self._shards = index.shards
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write_index(whole=False)
 
     @property
     def written(self) -> int:
+        """Number of rows in finished shards."""
         return sum(shard["rows"] for shard in self._shards)
 
     def add(self, row: Mapping[str, Tensor], text: str = "") -> None:
-        """Append a row: every column's tensor, in its shape; cast to its dtype. text: kept beside, a prompt say."""
+        """Append a row. Tensors must have the shapes of their columns and are cast to their dtypes.
+
+        text: stored beside the row, for example its prompt.
+        """
         if set(row) != set(self.columns):
             raise InputError(f"a row must have {', '.join(self.columns)}, got {', '.join(row)}")
         for name, column in self.columns.items():
@@ -97,11 +106,11 @@ class ShardWriter:
                 raise InputError(f"{name} must be {list(column.shape)}, got {list(row[name].shape)}")
         self._rows.append({name: row[name].to("cpu", _DTYPES[c.dtype]) for name, c in self.columns.items()})
         self._texts.append(text)
-        if len(self._rows) == self._most:
+        if len(self._rows) == self._rows_per_shard:
             self._flush()
 
     def close(self) -> None:
-        """Write what is left and declare the folder whole. Raises InputError if there are no rows."""
+        """Write the last shard and mark the folder as complete. Raise InputError if there are no rows."""
         if self._rows:
             self._flush()
         if not self._shards:
@@ -125,11 +134,11 @@ class ShardWriter:
         for name, column in self.columns.items():
             rows = [row[name] for row in self._rows]
             if column.trimmed:
-                rows = [row[: _length(row)] for row in rows]
+                rows = [row[: _trimmed_length(row)] for row in rows]
                 tensors[name] = torch.cat(rows).contiguous()
                 tensors[name + _ENDS] = torch.tensor([len(row) for row in rows]).cumsum(0)
             else:
-                tensors[name] = torch.stack(rows).contiguous()  # stack keeps the rows' order of axes in memory
+                tensors[name] = torch.stack(rows).contiguous()  # stack keeps the memory format of the rows
         path = self.folder / f"{len(self._shards):05d}.safetensors"
         try:
             with write_atomically(path) as temporary:
@@ -149,20 +158,20 @@ class ShardWriter:
 
 
 class ShardFolder:
-    """Reads a folder of shards: any row at any time, from memory-mapped files.
+    """A reader of a folder of shards: any row at any time, from memory-mapped files.
 
-    Raises CheckpointError naming the file where a shard is missing, truncated or of other contents; rows of the other
-    shards can be read all the same. InputError where the folder is not whole yet.
+    CheckpointError names a shard that is missing, truncated or corrupt; rows of other shards stay readable. Raise
+    InputError if the folder is not complete.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        found = _read_index(self.folder)
-        self._ends = list(itertools.accumulate(shard["rows"] for shard in found.shards))
-        if not found.whole:
+        index = _read_index(self.folder)
+        self._ends = list(itertools.accumulate(shard["rows"] for shard in index.shards))
+        if not index.whole:
             so_far = self._ends[-1] if self._ends else 0
-            raise InputError(f"{self.folder}: only half-written, {so_far} rows so far: go on with --resume")
-        self.columns, self._shards = found.columns, found.shards
+            raise InputError(f"{self.folder}: only half-written, {so_far} rows so far: continue with --resume")
+        self.columns, self._shards = index.columns, index.shards
         self._open: dict[int, Any] = {}
         for number, shard in enumerate(self._shards):
             self._require_size(number, shard)
@@ -171,12 +180,12 @@ class ShardFolder:
         return self._ends[-1]
 
     def row(self, number: int, names: list[str] | None = None) -> dict[str, Tensor]:
-        """The columns `names`, default all, of row 0..len - 1, in their stored dtypes and full shapes."""
+        """Return columns of a row in 0..len - 1, with stored dtypes and full shapes. names: None = all columns."""
         shard, inside = self._place(number)
         return {name: self._tensor(shard, name, inside) for name in (names or self.columns)}
 
     def text(self, number: int) -> str:
-        """What was kept beside a row."""
+        """Return the text of a row."""
         shard, inside = self._place(number)
         try:
             return json.loads(self._file(shard).metadata()[_TEXTS])[inside]
@@ -184,7 +193,7 @@ class ShardFolder:
             raise CheckpointError(f"{self._path(shard)}: not a shard of this folder ({error!r})") from error
 
     def check(self) -> Iterator[tuple[Path, str]]:
-        """Read every byte: (file, fault) of the shards whose contents are not what was written."""
+        """Read every byte; yield (file, fault) for shards whose contents are not what was written."""
         for number, shard in enumerate(self._shards):
             path = self._path(number)
             try:
@@ -230,20 +239,20 @@ class ShardFolder:
         try:
             stored = self._file(shard).get_slice(name)
             if not column.trimmed:
-                found = stored[inside]
+                tensor = stored[inside]
             else:
                 ends = self._file(shard).get_tensor(name + _ENDS).tolist()
                 first = ends[inside - 1] if inside else 0
-                found = torch.zeros(column.shape, dtype=_DTYPES[column.dtype])
-                found[: ends[inside] - first] = stored[first : ends[inside]]
+                tensor = torch.zeros(column.shape, dtype=_DTYPES[column.dtype])
+                tensor[: ends[inside] - first] = stored[first : ends[inside]]
         except (SafetensorError, IndexError, RuntimeError) as error:
             raise CheckpointError(f"{self._path(shard)}: the shard is corrupt ({error})") from error
-        if tuple(found.shape) != column.shape or found.dtype != _DTYPES[column.dtype]:
+        if tuple(tensor.shape) != column.shape or tensor.dtype != _DTYPES[column.dtype]:
             raise CheckpointError(
                 f"{self._path(shard)}: {name} must be {column.dtype} {list(column.shape)} per row,"
-                f" got {str(found.dtype)[6:]} {list(found.shape)}"
+                f" got {str(tensor.dtype)[6:]} {list(tensor.shape)}"
             )
-        return found
+        return tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,22 +265,22 @@ class _Index:
 def _read_index(folder: Path) -> _Index:
     path = folder / INDEX
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["format"] != _FORMAT:
-            raise ValueError(f"format {found['format']!r}")
-        columns = {name: Column(**values) for name, values in found["columns"].items()}
-        for shard in found["shards"]:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        if index["format"] != _FORMAT:
+            raise ValueError(f"format {index['format']!r}")
+        columns = {name: Column(**values) for name, values in index["columns"].items()}
+        for shard in index["shards"]:
             name = shard["file"]
             if Path(name).name != name or shard["rows"] < 1 or shard["bytes"] < 0 or not shard["sha256"]:
                 raise ValueError(f"shard {name!r}")
-        return _Index(found["whole"] is True, columns, found["shards"])
+        return _Index(index["whole"] is True, columns, index["shards"])
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}): wanted a folder of shards") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not an index of {_FORMAT} ({error})") from error
 
 
-def _length(rows: Tensor) -> int:
-    """How many rows are left once the zero rows at the end are gone."""
+def _trimmed_length(rows: Tensor) -> int:
+    """Return the number of rows without the zero rows at the end."""
     filled = rows.flatten(1).ne(0).any(dim=1).nonzero() if rows.ndim > 1 else rows.nonzero()
     return int(filled[-1, 0]) + 1 if len(filled) else 0
