@@ -20,7 +20,7 @@ from cfpp_rt.ops import backends
 
 LATENT_480P = (60, 104)  # height and width of the latents of a frame of 480x832
 COPY_BYTES = 256 * 2**20  # far larger than any last-level cache
-_HEAD_START = 1_000_000  # clocks, about half a millisecond: longer than the host takes to enqueue a call
+_SLEEP_CYCLES = 1_000_000  # cycles, about 0.5 ms, that the GPU sleeps while the host enqueues the call
 
 
 def parser(doc: str | None, *, device: bool = False, json: bool = False) -> argparse.ArgumentParser:
@@ -158,10 +158,10 @@ def _time_call(call: Callable[[], object], device: torch.device) -> float:
 def _time_on_gpu(call: Callable[[], object]) -> float:
     """Return the ms that the device takes for one call.
 
-    The device is kept busy until the host has enqueued the call, so that no launch of it is waited for.
+    The device sleeps until the host has enqueued the call, so that launch latency is not measured.
     """
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(_HEAD_START)
+    torch.cuda._sleep(_SLEEP_CYCLES)
     begin.record()
     call()
     end.record()

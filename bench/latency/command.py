@@ -36,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--no-cold-start", action="store_true", help="leave out cold_start_s and peak_memory_mib")
     many = parser.add_argument_group("many clients")
     many.add_argument(
-        "--clients", type=int, metavar="N", help="instead: serve N requests of ours that share the device"
+        "--clients",
+        type=int,
+        metavar="N",
+        help="do not compare backends; serve N requests of this runtime on one device",
     )
     many.add_argument("--rate", type=float, metavar="R", help="R arrivals per second, Poisson (default: all at once)")
     many.add_argument("--arrival-seed", type=int, default=0, help="seed of the arrival times (default: 0)")
@@ -44,12 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     many.add_argument("--deadline-fps", type=float, default=16.0, help="frame rate of playback (default: 16)")
     out = parser.add_argument_group("output")
     out.add_argument("--json", metavar="FILE", help="append the rows as JSON lines")
-    out.add_argument("--trace", metavar="FILE", help="instead: write a trace of one request, .json, for Perfetto")
+    out.add_argument(
+        "--trace", metavar="FILE", help="do not compare backends; write a trace of one request, .json, for Perfetto"
+    )
     out.add_argument(
         "--compare",
         nargs=2,
         metavar=("A", "B"),
-        help="instead: print metrics that are worse in B than in A (then exit code 1)",
+        help="measure nothing; print the metrics that are worse in result file B than in A (exit code 1 if there are any)",
     )
     out.add_argument(
         "--tolerance", nargs="+", default=[], metavar="METRIC=SHARE", help="with --compare (default: 0.1, tails 0.25)"
@@ -82,9 +87,9 @@ def _latency(arguments: argparse.Namespace) -> None:
     measured = workload.build(arguments)
     only_ours = {"ours", "ungraphed"}.issuperset(backends)
     if arguments.linear_dtype is not None and not only_ours:
-        raise InputError("--linear-dtype is of ours alone: add --contenders ours")
+        raise InputError("--linear-dtype applies to ours alone: add --contenders ours")
     if measured.config.kv_dtype is not None and not only_ours:
-        raise InputError("--kv-dtype is of ours alone: add --contenders ours")
+        raise InputError("--kv-dtype applies to ours alone: add --contenders ours")
     peak = peak_matmul_flops(measured.device, measured.pipeline.model.dtype) / 1e12
     times = metrics.run_interleaved(measured, backends, arguments.repeats, log=_log)
     results = {name: metrics.summarize(measured, requests, peak) for name, requests in times.items()}

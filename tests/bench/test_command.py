@@ -103,7 +103,7 @@ def test_many_clients(tmp_path, capsys):
         (["--random-weights", "--clients", "0"], "--clients"),
         (["--random-weights", "--clients", "2", "--rate", "0"], "--rate"),
         (["--random-weights", "--kv-dtype", "float8_e4m3"], "--contenders ours"),
-        (["--random-weights", "--linear-dtype", "int8"], "--linear-dtype is of ours alone: add --contenders ours"),
+        (["--random-weights", "--linear-dtype", "int8"], "--linear-dtype applies to ours alone: add --contenders ours"),
         (["--random-weights", "--linear-dtype", "float8_e4m3", "--device", "cpu"], "on a GPU of capability 8.9"),
     ],
 )
