@@ -2,11 +2,13 @@
 
 Weights have a scale per output channel. Inputs have a scale per token, computed at run time, so nothing is calibrated:
 
-    y = (codes(x / size) / 512) @ (codes(w / scale) * scale) * size + bias,   size = max|x| * 512 / 448 of each token
+    y = (e4m3(512 * x / size) / 512) @ (e4m3(w / scale) * scale) * size + bias
+    size = max|x| * 512 / 448 of each token
 
-x / size * 512 fills the range of e4m3, which ends at 448. Dividing by a power of two is exact and keeps the products in
-the range of float16. In ONNX this is QuantizeLinear and DequantizeLinear with one constant, 1 / 512, for all inputs:
-the form that TensorRT computes in 8 bits. Embeddings, the head and the text's keys and values keep their dtype.
+e4m3() rounds to the nearest e4m3 number. 512 * x / size fills the range of e4m3, which ends at 448. Dividing by a power
+of two is exact and keeps the products in the range of float16. In ONNX this is QuantizeLinear and DequantizeLinear with
+one constant, 1 / 512, for all inputs: the form that TensorRT computes in 8 bits. Embeddings, the head and the text's
+keys and values keep their dtype.
 """
 
 import torch
@@ -24,7 +26,7 @@ SMALLEST = 1e-12  # size of a token of zeros
 
 
 def is_float8(name: str) -> bool:
-    """Return True if the linear of this name, such as "blocks.3.ffn.0", is one of those in 8 bits."""
+    """Return True if the linear layer of this name, such as "blocks.3.ffn.0", is computed in 8 bits."""
     return name.startswith("blocks.") and name.split(".", 2)[2] in LINEARS
 
 

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare",
         nargs=2,
         metavar=("A", "B"),
-        help="measure nothing; print the metrics that are worse in result file B than in A (exit code 1 if there are any)",
+        help="measure nothing; print the metrics that are worse in file B than in file A (then exit code 1)",
     )
     out.add_argument(
         "--tolerance", nargs="+", default=[], metavar="METRIC=SHARE", help="with --compare (default: 0.1, tails 0.25)"
