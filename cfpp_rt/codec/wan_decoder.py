@@ -1,8 +1,9 @@
-"""The streaming decoder of the Wan VAE: weights and arithmetic of diffusers, memory of its own.
+"""Streaming decoder of the Wan VAE: the diffusers weights and arithmetic, in preallocated buffers.
 
-Latents are decoded one by one, by two kinds of call: the first latent of a clip becomes one frame, each later one four.
-Both work in memory at fixed addresses, so on CUDA each is captured as a CUDA graph. Memory and graphs belong to one
-clip at a time; once its decoder is gone, the next clip of the same size reuses them.
+Latent frames are decoded one by one, by two kinds of call: the first latent frame of a clip becomes one frame, each
+later one four. Both use buffers at fixed addresses, so on CUDA each is captured as a CUDA graph. Buffers and graphs
+belong to one clip at a time; once its decoder has been garbage-collected, the next clip of the same size reuses them.
+A clip is a batch of videos that are decoded together.
 """
 
 import warnings
@@ -18,17 +19,17 @@ from cfpp_rt.codec.wan_layers import ConvWeights, LayerFactory, Layout, Size, Up
 from cfpp_rt.device.capture import Capture, CudaCapture
 from cfpp_rt.device.lease import LeasePool
 
-ClipSize = tuple[int, int, int]  # number of clips decoded together, height and width of a latent
+ClipSize = tuple[int, int, int]  # batch size, and height and width of a latent frame
 
 
 class ClipNetwork:
-    """The decoder network and its memory for one clip at a time.
+    """The decoder network and its buffers, for one clip at a time.
 
-    decoder: that of an `AutoencoderKLWan`.
+    decoder: the decoder of an `AutoencoderKLWan`.
     conv_weights: see `LayerFactory`.
-    clip_size: the size of all latents.
+    clip_size: the size of every latent frame.
 
-    Raises what allocation raises.
+    Raises torch.OutOfMemoryError on a GPU, RuntimeError on the CPU, if the buffers do not fit in memory.
     """
 
     def __init__(self, decoder: Any, conv_weights: dict[nn.Module, ConvWeights], clip_size: ClipSize, layout: Layout):
@@ -54,7 +55,7 @@ class ClipNetwork:
     def capture(self, capture: Capture) -> None:
         """Capture both kinds of call; later calls replay them.
 
-        Raises what `capture` raises; the network then goes on without CUDA graphs.
+        Raises RuntimeError if CUDA cannot capture a call; the network then still decodes, without CUDA graphs.
         """
         with self._fastest_convolutions():
             self._runs = {first: capture(run) for first, run in self._runs.items()}
@@ -71,12 +72,12 @@ class ClipNetwork:
             conv.reset()
 
     def decode(self, latent: Tensor, *, first: bool) -> Tensor:
-        """Decode one denormalised latent.
+        """Decode one denormalised latent frame.
 
         latent: [B, C, 1, h, w], see `WanVAE.denormalise`.
-        first: True for the first latent of a clip.
+        first: True for the first latent frame of a clip.
 
-        Returns pixels [B, 3, 1 or 4, 8h, 8w], overwritten by the next call.
+        Returns pixels [B, 3, 1 or 4, 8h, 8w], which the next call overwrites.
         """
         self._conv_in.input_view(1).copy_(latent)
         if self.captured or not latent.is_cuda:
@@ -88,7 +89,7 @@ class ClipNetwork:
     def _fastest_convolutions(self) -> Iterator[None]:
         """Let cuDNN time its kernels for each new shape, about two dozen in all, and use the fastest.
 
-        Not in float32, where the fastest kernel may be less accurate.
+        In float32 this is off, because the fastest kernel may be less accurate.
         """
         before = torch.backends.cudnn.benchmark
         torch.backends.cudnn.benchmark = self._conv_in.buffer.dtype != torch.float32
@@ -108,7 +109,7 @@ class ClipNetworkPool:
     """The decoder networks of a VAE: one per clip that is being decoded, and free ones for later clips.
 
     vae: an `AutoencoderKLWan` whose weights do not change.
-    capture: makes the `Capture` of a device (CUDA graphs need CUDA); None = no CUDA graphs.
+    capture: function that returns the `Capture` of a device; None = no CUDA graphs.
 
     Safe to call from several threads.
     """
@@ -130,9 +131,9 @@ class ClipNetworkPool:
         self._capture_failed = False
 
     def acquire(self, holder: object, clip_size: ClipSize) -> ClipNetwork:
-        """Return a network at the start of a clip, for the holder alone until it is garbage-collected.
+        """Return a network at the start of a clip, reserved for `holder` until that object is garbage-collected.
 
-        Raises OutOfMemoryError of torch.
+        Raises the errors of `ClipNetwork`.
         """
         with torch.inference_mode():
             network = self._pool.acquire(holder, clip_size, lambda: self._make_network(clip_size))
@@ -145,7 +146,7 @@ class ClipNetworkPool:
         return self._pool.resources
 
     def release(self) -> None:
-        """Free the memory that no clip uses."""
+        """Free the networks that no clip uses."""
         self._pool.release()
 
     def _make_network(self, clip_size: ClipSize) -> ClipNetwork:
@@ -157,7 +158,7 @@ class ClipNetworkPool:
         try:
             network.capture(self._make_capture(self._device))
         except RuntimeError as error:  # raised by CUDA or torch
-            self._capture_failed = True  # not tried again
+            self._capture_failed = True  # later networks do not try again
             reason = f"capture failed: {type(error).__name__}: {str(error).splitlines()[0]}"
             warnings.warn(f"Wan VAE without CUDA graphs: {reason}", RuntimeWarning, stacklevel=7)
         return network
