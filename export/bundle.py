@@ -105,8 +105,8 @@ class Card:
         require_linear_dtype(card.linear_dtype)
         known = range(len(card.timesteps))
         used = {card.context, card.given, *(step.timestep for step in (*card.steps, *card.first_steps))}
-        if card.sizes.timesteps != len(known) or not used <= set(known) or not card.steps or not card.first_steps:
-            raise InputError(f"timesteps must be the {card.sizes.timesteps} that the steps use, got {len(known)}")
+        if card.sizes.num_timesteps != len(known) or not used <= set(known) or not card.steps or not card.first_steps:
+            raise InputError(f"timesteps must be the {card.sizes.num_timesteps} that the steps use, got {len(known)}")
         card.ring()  # raises where slots and block do not fit together
         return card
 

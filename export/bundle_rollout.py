@@ -227,7 +227,7 @@ class BundleRollout:
         slots = {self.ring.slot(frame) for frame in self.ring.visible(end, self.config.window)}
         if slots != set(range(len(slots))):
             raise InputError(f"the block ending at {end} must see the first slots of the cache, got {sorted(slots)}")
-        return {"valid": np.full(self.card.sizes.batch, len(slots) * self.card.sizes.tokens, np.int64)}
+        return {"valid": np.full(self.card.sizes.batch, len(slots) * self.card.sizes.tokens_per_frame, np.int64)}
 
     def _run_fused(self, noisy: _BlockInput) -> Floats:
         """Run the pending clean pass and the first step of the next block in one pass, which writes only the former."""
@@ -246,7 +246,7 @@ class BundleRollout:
         """Run a pass that writes the first block; return the velocity of the last, valid until the next pass."""
         session, sizes = self.runner.session(name), self.card.sizes
         frames = [block.start + i for block in blocks for i in range(sizes.frames_per_block)]
-        first_token = self.ring.slot(blocks[0].start) * sizes.tokens
+        first_token = self.ring.slot(blocks[0].start) * sizes.tokens_per_frame
         inputs["latents"] = np.concatenate([block.latents for block in blocks], axis=1)
         inputs["rope_time"] = axis_table(frames, sizes.time_pairs)
         if self._path is not None:

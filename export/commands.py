@@ -57,7 +57,7 @@ def _run_onnx(arguments: argparse.Namespace) -> None:
     )
     size = sum(path.stat().st_size for path in Path(arguments.output).iterdir())
     dtype = card.sizes.dtype if card.linear_dtype is None else f"{card.sizes.dtype}, linears {card.linear_dtype}"
-    slots = f"{card.sizes.slots} frame slots of {card.sizes.tokens} tokens"
+    slots = f"{card.sizes.slots} frame slots of {card.sizes.tokens_per_frame} tokens"
     print(f"{arguments.output}: {len(card.graphs)} graphs in {dtype}, {slots}, {size / 2**20:.1f} MiB")
 
 

@@ -1,22 +1,22 @@
 """The contract of the exported graphs: names, shapes, dtypes and ranges of all inputs and outputs.
 
-It is declared once; exporter, verifier, TensorRT builder and runners read it here. A bundle is made for one size: every
-dimension is a number, because a cache that is updated in place needs a static length and engines of static shape build
-fast. Per pass the host passes few, small inputs to a graph; large tensors (the caches, the keys of the text) stay where
-they are between passes.
+Exporter, verifier, TensorRT builder and runners all read the contract here. A bundle is made for one size: every
+dimension is a number, because a cache that is updated in place needs a static length, and engines of static shape build
+fast. Each pass takes only small inputs from the host; caches and text keys and values stay bound.
 
-The passes write a block's keys and values into its frame slots by TensorScatter, and give the updated cache to one
-Attention per layer:
+The passes write a block's keys and values into its frame slots by TensorScatter, and the updated cache is the input of
+one Attention per layer:
 
     step     one block; it attends to the first `valid` tokens of the cache. A ring that has wrapped is full, and
-             attention does not depend on the order of keys, so a length is enough, with a window and sinks too.
-    refresh  the same for a finished block of which only keys and values are wanted: it has no velocity.
+             attention does not depend on the order of keys, so one integer, the visible length, describes it, with a
+             window and sinks too.
+    refresh  the same for a finished block of which only keys and values are needed; it has no velocity.
     fused    a finished block and the first step of the next one. Only the finished block is written. The keys of the
              noisy block are appended for this pass only, because the next pass over that block computes them again. So
-             the ring needs no spare slot; `visible` says which slots the queries of each block see.
+             the ring needs no spare slot. `visible` marks the columns that the queries of each block attend to.
 
 A model with the camera branch has a second pair of caches per layer, in the same slots, and takes P and P^-1 of every
-frame of a pass (`projections`).
+latent frame of a pass (`projections`).
 
 Caches start as zeros: attention weights invisible keys with 0, and the product is 0 only for finite values.
 
@@ -34,6 +34,7 @@ from cfpp_rt.errors import InputError
 FLOATS = ("float32", "float16", "bfloat16")
 PASSES = ("step", "refresh", "fused")
 DECODERS, ENCODER = ("decode_first", "decode_next"), "encode"  # the codec's graphs, which the card declares
+_CARD_NAMES = {"frames_per_block": "block", "num_timesteps": "timesteps"}  # fields of Sizes with another name in cards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +85,13 @@ class GraphSpec:
 class Sizes:
     """The numbers that determine all shapes.
 
-    batch: videos made together.
+    batch: videos generated together.
     latent_size: (h, w).
-    frames_per_block: latent frames made together ("block" in the card).
+    frames_per_block: latent frames generated together ("block" in the card).
     sinks, ring: frame slots of the cache; see `FrameRing`.
-    timesteps: number of distinct timesteps that the rollout uses; the card lists them.
-    dtype: of weights and caches, one of `FLOATS`.
+    num_timesteps: number of distinct timesteps that the rollout uses ("timesteps" in the card's sizes); the card lists
+        them.
+    dtype: dtype of weights and caches, one of `FLOATS`.
     """
 
     model: ModelConfig
@@ -98,30 +100,31 @@ class Sizes:
     frames_per_block: int
     sinks: int
     ring: int
-    timesteps: int
+    num_timesteps: int
     dtype: str
 
     def __post_init__(self) -> None:
         if self.dtype not in FLOATS:
             raise InputError(f"dtype must be one of {', '.join(FLOATS)}, got {self.dtype!r}")
-        for name in ("batch", "frames_per_block", "ring", "timesteps"):
+        for name in ("batch", "frames_per_block", "ring", "num_timesteps"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise InputError(f"{name} must be an integer >= 1, got {getattr(self, name)!r}")
         self.model.tokens_per_frame(*self.latent_size)  # raises where the patch does not fit
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, under the names that cards use."""
-        return {"block" if name == "frames_per_block" else name: v for name, v in dataclasses.asdict(self).items()}
+        return {_CARD_NAMES.get(name, name): value for name, value in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Sizes":
         """Return the sizes that `to_dict` wrote. Raises KeyError, TypeError or InputError for other values."""
-        sizes = {"frames_per_block" if name == "block" else name: value for name, value in values.items()}
+        names = {card_name: name for name, card_name in _CARD_NAMES.items()}
+        sizes = {names.get(name, name): value for name, value in values.items()}
         model, latent_size = ModelConfig.from_dict(sizes["model"]), tuple(sizes["latent_size"])
         return cls(**{**sizes, "model": model, "latent_size": latent_size})
 
     @property
-    def tokens(self) -> int:
+    def tokens_per_frame(self) -> int:
         """Tokens of one latent frame."""
         return self.model.tokens_per_frame(*self.latent_size)
 
@@ -132,7 +135,7 @@ class Sizes:
 
     @property
     def time_pairs(self) -> int:
-        """Channel pairs of a head that turn with the frame index; the others turn with row and column."""
+        """Channel pairs of a head that are rotated by the latent frame index; row and column rotate the others."""
         return pairs_of(self.model.head_dim)[0]
 
     @property
@@ -176,8 +179,8 @@ def network_graphs(sizes: Sizes) -> dict[str, GraphSpec]:
 
 
 def _embed_time(sizes: Sizes) -> GraphSpec:
-    """The graph from one timestep of the card's list, and the actions of a block, to the block's modulation rows."""
-    inputs = [TensorSpec("timestep", (1,), "int64", 0, sizes.timesteps - 1)]
+    """Return the graph from a timestep (its index in the card's list) and a block's actions to its modulation rows."""
+    inputs = [TensorSpec("timestep", (1,), "int64", 0, sizes.num_timesteps - 1)]
     if sizes.model.num_actions:
         shape = (sizes.batch, sizes.frames_per_block)
         inputs.append(TensorSpec("actions", shape, "int64", 0, sizes.model.num_actions - 1))
@@ -185,33 +188,35 @@ def _embed_time(sizes: Sizes) -> GraphSpec:
 
 
 def _embed_text(sizes: Sizes) -> GraphSpec:
-    """The graph from prompt embeddings, zero past the prompt's end, to the cross-attention keys and values."""
+    """Return the graph from prompt embeddings, zero past the prompt's end, to cross-attention keys and values."""
     model = sizes.model
     prompt_embeds = TensorSpec("embeds", (sizes.batch, model.text_len, model.text_dim), "float32")
     return GraphSpec("embed_text", (prompt_embeds,), _text(sizes))
 
 
 def _pass(sizes: Sizes, name: str) -> GraphSpec:
-    """One of the `PASSES`, which the head of this module describes.
+    """Return the graph of one of the `PASSES`, see the head of this module.
 
-    rope_time: (cos, sin) of each frame's absolute index, per time pair.
-    projections: P and P^-1 of each frame, as in `cfpp_rt.core.camera`.
+    rope_time: (cos, sin) of each latent frame's absolute index, per time pair.
+    projections: P and P^-1 of each latent frame, as in `cfpp_rt.core.camera`.
     """
     n = sizes.frames_per_block
     frames = n * (2 if name == "fused" else 1)
-    length = sizes.slots * sizes.tokens
+    length = sizes.slots * sizes.tokens_per_frame
     inputs = [
         TensorSpec("latents", sizes.frame_shape(frames), "float32"),
         _modulation(sizes, frames),
         TensorSpec("rope_time", (frames, sizes.time_pairs, 2), "float32"),
-        TensorSpec("write_index", (sizes.batch,), "int64", 0, length - n * sizes.tokens),
+        TensorSpec("write_index", (sizes.batch,), "int64", 0, length - n * sizes.tokens_per_frame),
     ]
     if sizes.model.camera:
         inputs.append(TensorSpec("projections", (sizes.batch, frames, 2, 4, 4), "float32"))
-    if name == "fused":  # the finished block, then the noisy one; the last n slots are the noisy block's own
+    if (
+        name == "fused"
+    ):  # rows: the finished block, the noisy block; the last n columns are the noisy block's appended keys
         inputs.append(TensorSpec("visible", (2, sizes.slots + n), "bool"))
-    elif name == "step" or sizes.model.num_layers > 1:  # the last layer of a refresh stops at its keys and values
-        inputs.append(TensorSpec("valid", (sizes.batch,), "int64", n * sizes.tokens, length))
+    elif name == "step" or sizes.model.num_layers > 1:  # the last layer of a refresh stops at keys and values
+        inputs.append(TensorSpec("valid", (sizes.batch,), "int64", n * sizes.tokens_per_frame, length))
     shape = (sizes.batch, sizes.model.num_heads, length, sizes.model.head_dim)
     caches = [TensorSpec(cache, shape, sizes.dtype) for cache in cache_names(sizes.model)]
     outputs = [TensorSpec(updated(cache.name), shape, sizes.dtype, updates=cache.name) for cache in caches]

@@ -124,7 +124,7 @@ class GraphSession:
 def _thread_count(bundle: Bundle) -> int | None:
     sizes = bundle.card.sizes
     frames = 2 * sizes.frames_per_block * sizes.batch  # the fused pass has two blocks
-    return thread_count(largest_product(sizes.model, frames * sizes.tokens))
+    return thread_count(largest_product(sizes.model, frames * sizes.tokens_per_frame))
 
 
 def _ort_type(dtype: str) -> str:

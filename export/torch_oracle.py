@@ -79,9 +79,9 @@ def _pass(model: CausalWanTransformer, card: Card, spec: GraphSpec, inputs: dict
     fused = spec.name == "fused"
     # The model's forward writes every block. So the noisy block of a fused pass gets slots behind those of the graph.
     slots = sizes.slots + (n if fused else 0)
-    shape = CacheShape.of(model.config, sizes.batch, slots, sizes.tokens, camera=model.config.camera)
+    shape = CacheShape.of(model.config, sizes.batch, slots, sizes.tokens_per_frame, camera=model.config.camera)
     cache = KVCache(shape, FrameRing(0, slots, n), model.dtype, "cpu")
-    length = sizes.slots * sizes.tokens
+    length = sizes.slots * sizes.tokens_per_frame
     caches = {}  # name -> the slots that the graph has too
     for layer in range(layers):
         parts = [*cache.data[layer], *(() if cache.camera_data is None else cache.camera_data[layer])]
@@ -91,17 +91,20 @@ def _pass(model: CausalWanTransformer, card: Card, spec: GraphSpec, inputs: dict
     write = torch.from_numpy(inputs["write_index"]).to(torch.int32)[:, None]
     if fused:
         write = torch.cat([write, torch.full_like(write, length)], dim=1)
-        visible = [[(i * sizes.tokens, (i + 1) * sizes.tokens) for i in np.flatnonzero(r)] for r in inputs["visible"]]
+        visible = [
+            [(i * sizes.tokens_per_frame, (i + 1) * sizes.tokens_per_frame) for i in np.flatnonzero(r)]
+            for r in inputs["visible"]
+        ]
     else:
         visible = [[(0, int(inputs["valid"][0]) if "valid" in inputs else length)]]
     space = model.rotary_tables(*sizes.latent_size)
     attn = AttentionMetadata(
         write_index=write,
-        ranges=TokenRanges.of(visible, capacity_tokens=slots * sizes.tokens, batch=sizes.batch, device="cpu"),
+        ranges=TokenRanges.of(visible, capacity_tokens=slots * sizes.tokens_per_frame, batch=sizes.batch, device="cpu"),
         rope_time=torch.from_numpy(inputs["rope_time"])[None].expand(sizes.batch, -1, -1, -1).contiguous(),
         rope_rows=space.rows,
         rope_columns=space.columns,
-        camera=_cameras(inputs, write // sizes.tokens, n),
+        camera=_cameras(inputs, write // sizes.tokens_per_frame, n),
     )
     rows = torch.from_numpy(inputs["modulation"].copy())
     rows[:, :, _factor_rows(layers)] -= 1

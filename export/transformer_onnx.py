@@ -28,7 +28,7 @@ def build_graph(
 ) -> Any:
     """Return the ModelProto of one graph of the contract.
 
-    times: float64 [sizes.timesteps]. The timesteps that the input `timestep` indexes.
+    times: float64 [sizes.num_timesteps]. The timesteps that the input `timestep` indexes.
     linear_dtype: FLOAT8 for the linear layers of the blocks in 8 bits; None = sizes.dtype.
     """
     writer = GraphWriter(model, sizes, spec, weights, linear_dtype)
@@ -136,11 +136,11 @@ class GraphWriter:
     def join_heads(self, x: str, frames: int) -> str:
         """x [B, H, S, D] as [B, F, T, dim]."""
         x = self.graph.op("Transpose", x, perm=[0, 2, 1, 3])
-        return self.graph.reshape(x, self.sizes.batch, frames, self.sizes.tokens, self.net.config.dim)
+        return self.graph.reshape(x, self.sizes.batch, frames, self.sizes.tokens_per_frame, self.net.config.dim)
 
     def rotate(self, x: str, frames: int, positions: _Positions) -> str:
         """The rotary embedding of x [B, F, T, dim], as [B, H, S, D]."""
-        x = self.split_heads(x, frames * self.sizes.tokens)
+        x = self.split_heads(x, frames * self.sizes.tokens_per_frame)
         x = self.graph.op("RotaryEmbedding", x, positions.cos, positions.sin, interleaved=1)
         return self.graph.cast(x, self.sizes.dtype)
 
@@ -151,9 +151,9 @@ class GraphWriter:
         matrices = graph.reshape(matrices, sizes.batch, frames, 4, 4)
         if transposed:
             matrices = graph.op("Transpose", matrices, perm=[0, 1, 3, 2])
-        rows = graph.reshape(x, sizes.batch, frames, sizes.tokens * self.net.config.dim // 4, 4)
+        rows = graph.reshape(x, sizes.batch, frames, sizes.tokens_per_frame * self.net.config.dim // 4, 4)
         rows = graph.op("MatMul", graph.cast(rows, "float32"), matrices)
-        rows = graph.reshape(rows, sizes.batch, frames, sizes.tokens, self.net.config.dim)
+        rows = graph.reshape(rows, sizes.batch, frames, sizes.tokens_per_frame, self.net.config.dim)
         return graph.cast(rows, sizes.dtype)
 
     # -- embeddings --------------------------------------------------------------------------------------------------
@@ -232,12 +232,12 @@ class GraphWriter:
         (height, width), (_, p, q) = sizes.latent_size, config.patch_size
         x = graph.cast("latents", sizes.dtype)
         if (p, q) == (1, 1):
-            x = graph.reshape(x, sizes.batch, frames, config.in_dim, sizes.tokens)
+            x = graph.reshape(x, sizes.batch, frames, config.in_dim, sizes.tokens_per_frame)
             x = graph.op("Transpose", x, perm=[0, 1, 3, 2])
         else:
             x = graph.reshape(x, sizes.batch * frames, config.in_dim, height // p, p, width // q, q)
             x = graph.op("Transpose", x, perm=[0, 2, 4, 1, 3, 5])
-            x = graph.reshape(x, sizes.batch, frames, sizes.tokens, config.in_dim * p * q)
+            x = graph.reshape(x, sizes.batch, frames, sizes.tokens_per_frame, config.in_dim * p * q)
         weight = graph.weight("patch_embedding.weight", self.net.patch_embedding.weight.flatten(1).T)
         x = graph.op("MatMul", x, weight)
         return graph.op("Add", x, graph.weight("patch_embedding.bias", self.net.patch_embedding.get_parameter("bias")))
@@ -267,13 +267,15 @@ class GraphWriter:
         for part, kind in enumerate(("cos", "sin")):
             time = graph.op("Gather", "rope_time", graph.integers([part]), axis=2)
             time = graph.reshape(time, frames, 1, sizes.time_pairs)
-            time = graph.expand(time, frames, sizes.tokens, sizes.time_pairs)
+            time = graph.expand(time, frames, sizes.tokens_per_frame, sizes.time_pairs)
             grid_part = graph.weight(f"rope_space.{kind}", space[..., part], "float32")
-            grid_part = graph.expand(grid_part, frames, sizes.tokens, space.shape[1])
+            grid_part = graph.expand(grid_part, frames, sizes.tokens_per_frame, space.shape[1])
             table = graph.op("Concat", time, grid_part, axis=2)
-            table = graph.reshape(table, 1, frames * sizes.tokens, sizes.time_pairs + space.shape[1])
+            table = graph.reshape(table, 1, frames * sizes.tokens_per_frame, sizes.time_pairs + space.shape[1])
             if sizes.batch > 1:
-                table = graph.expand(table, sizes.batch, frames * sizes.tokens, sizes.time_pairs + space.shape[1])
+                table = graph.expand(
+                    table, sizes.batch, frames * sizes.tokens_per_frame, sizes.time_pairs + space.shape[1]
+                )
             tables.append(table)
         return _Positions(tables[0], tables[1], "projections" if self.net.config.camera else "")
 
@@ -284,7 +286,7 @@ class GraphWriter:
         block.
         """
         graph, attention, name = self.graph, layer.self_attn, f"blocks.{index}.self_attn"
-        tokens = frames * self.sizes.tokens
+        tokens = frames * self.sizes.tokens_per_frame
         keys = self.normed(self.linear(x, attention.k, f"{name}.k"), attention.norm_k, f"{name}.norm_k")
         values = self.linear(x, attention.v, f"{name}.v")
         new = [self.rotate(keys, frames, positions), self.split_heads(values, tokens)]
@@ -310,7 +312,7 @@ class GraphWriter:
         if attention.prope_o is None:
             return y
         q = self.project(q, frames, positions, inverse=False, transposed=False)
-        q = self.split_heads(q, frames * self.sizes.tokens)
+        q = self.split_heads(q, frames * self.sizes.tokens_per_frame)
         z = self.visible_attention(q, caches[2], caches[3], frames, f"{name}.camera.Attention")
         z = self.project(z, frames, positions, inverse=False, transposed=True)
         return self.graph.op("Add", y, self.linear(z, attention.prope_o, f"{name}.prope_o"))
@@ -330,8 +332,10 @@ class GraphWriter:
         self._masks.add(name)
         visible = "visible" if groups == 2 else graph.split("visible", 2, axis=0)[1]
         mask = graph.reshape(visible, groups, 1, slots, 1)
-        mask = graph.expand(mask, groups, sizes.frames_per_block * sizes.tokens, slots, sizes.tokens)
-        return graph.reshape(mask, 1, 1, frames * sizes.tokens, slots * sizes.tokens, name=name)
+        mask = graph.expand(
+            mask, groups, sizes.frames_per_block * sizes.tokens_per_frame, slots, sizes.tokens_per_frame
+        )
+        return graph.reshape(mask, 1, 1, frames * sizes.tokens_per_frame, slots * sizes.tokens_per_frame, name=name)
 
     def after_attention(self, x: str, y: str, layer: TransformerBlock, frames: int, rows: list[str], index: int) -> str:
         """The rest of a block: add self-attention y to x, then cross-attention and the feed-forward."""
@@ -346,7 +350,7 @@ class GraphWriter:
             ]
             normed = graph.cast(self.layer_norm(x, *affine), self.sizes.dtype)
             q = self.normed(self.linear(normed, cross.q, f"{name}.q"), cross.norm_q, f"{name}.norm_q")
-            q = self.split_heads(graph.cast(q, self.sizes.dtype), frames * self.sizes.tokens)
+            q = self.split_heads(graph.cast(q, self.sizes.dtype), frames * self.sizes.tokens_per_frame)
             text = text_names(self.net.config.num_layers)[2 * index :]
             y = graph.op("Attention", q, text[0], text[1], name=f"{name}.Attention")
             x = graph.op("Add", x, self.linear(self.join_heads(y, frames), cross.o, f"{name}.o"))
