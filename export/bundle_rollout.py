@@ -1,8 +1,8 @@
-"""A student rolled out from its exported graphs with numpy: the counterpart of `Rollout` that needs no torch.
+"""Runs a student's exported graphs as a rollout with numpy; the torch-free counterpart of `Rollout`.
 
 The caches are allocated once and bound to each pass as input and as output: TensorScatter writes into them in place.
-No cache is copied between passes. A pass exchanges with the graphs only a block's latents, its modulation rows, a few
-small inputs and its velocity.
+No cache is copied between passes. Only a block's latents, its modulation rows, a few small inputs and its velocity
+are exchanged with the graphs in a pass.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,8 +26,8 @@ from cfpp_rt.errors import InputError, NonFiniteError
 from cfpp_rt.export.runner import Array, Buffer, Floats, Runner
 
 
-class Latents(NamedTuple):
-    """One finished block.
+class LatentArrays(NamedTuple):
+    """One finished block, as numpy arrays; `cfpp_rt.values.Latents` is its counterpart with tensors.
 
     values: float32 [B, n, C, h, w].
     start: index of its first latent frame.
@@ -42,20 +42,20 @@ class _BlockInput(NamedTuple):
 
     latents: float32 [B, n, C, h, w].
     start: index of its first latent frame.
-    timestep: index into the card's timesteps.
+    timestep_index: index into the card's timesteps.
     actions: see `Actions`.
-    projections: P and P^-1 of each frame, float32 [B, n, 2, 4, 4]; None without cameras.
+    projections: P and P^-1 of each latent frame, float32 [B, n, 2, 4, 4]; None without cameras.
     """
 
     latents: Floats
     start: int
-    timestep: int
+    timestep_index: int
     actions: Actions
     projections: Floats | None
 
 
 class BundleRollout:
-    """An iterator over the finished blocks of a batch of videos: `Latents`. The bundle determines the batch.
+    """An iterator over the finished blocks of a batch of videos: `LatentArrays`. The bundle determines the batch.
 
     runner: executes the bundle's graphs.
     prompt_embeds: float32 [B, text_len, text_dim], zero past the end of a prompt; None for a model without text.
@@ -124,10 +124,10 @@ class BundleRollout:
         for start in range(0, num_given, n):
             self._prefill(given[:, start : start + n])  # type: ignore[index]
 
-    def __iter__(self) -> Iterator[Latents]:
+    def __iter__(self) -> Iterator[LatentArrays]:
         return self
 
-    def __next__(self) -> Latents:
+    def __next__(self) -> LatentArrays:
         """Make the next block."""
         if self.finished:
             raise StopIteration
@@ -180,7 +180,7 @@ class BundleRollout:
         yield
         self._failed = False
 
-    def _generate_block(self) -> Latents:
+    def _generate_block(self) -> LatentArrays:
         start, n = self.next_latent_frame, self.card.sizes.frames_per_block
         steps = self.card.steps if self._generated else self.card.first_steps
         if self.config.refresh == "separate":
@@ -198,7 +198,7 @@ class BundleRollout:
         self.next_latent_frame, self._generated = start + n, True
         if self.config.refresh != "skip":
             self._pending_refresh = self._block_input(clean.copy(), start, self.card.context)
-        return Latents(clean, start)
+        return LatentArrays(clean, start)
 
     def _prefill(self, latents: Floats) -> None:
         start, self.next_latent_frame = self.next_latent_frame, self.next_latent_frame + latents.shape[1]
@@ -210,18 +210,18 @@ class BundleRollout:
         if block is not None:
             self._run_one_block("refresh", block)
 
-    def _block_input(self, latents: Floats, start: int, timestep: int) -> _BlockInput:
-        """Return a block as a pass takes it, under the current actions and cameras."""
+    def _block_input(self, latents: Floats, start: int, timestep_index: int) -> _BlockInput:
+        """Return a block as input of a pass, with the current actions and cameras."""
         projections = None
         if self._path is not None:
             projections = np.stack(self._path.cameras(start, latents.shape[1]).matrices(), axis=2)
-        return _BlockInput(latents, start, timestep, self._actions, projections)
+        return _BlockInput(latents, start, timestep_index, self._actions, projections)
 
     def _run_one_block(self, name: str, block: _BlockInput) -> Floats:
         return self._run(name, [block], **self._claim_slots(block))
 
     def _claim_slots(self, block: _BlockInput) -> dict[str, Array]:
-        """Claim the block's slots; return the length of the cache that its queries see, which begins at slot 0."""
+        """Claim the block's slots; return the input `valid`: the number of tokens, from slot 0 on, that its queries see."""
         self.ring.write(block.start)
         end = block.start + self.card.sizes.frames_per_block
         slots = {self.ring.slot(frame) for frame in self.ring.visible(end, self.config.window)}
@@ -230,7 +230,7 @@ class BundleRollout:
         return {"valid": np.full(self.card.sizes.batch, len(slots) * self.card.sizes.tokens_per_frame, np.int64)}
 
     def _run_fused(self, noisy: _BlockInput) -> Floats:
-        """Run the pending clean pass and the first step of the next block in one pass, which writes only the former."""
+        """Run the pending clean pass and a step of `noisy` in one pass, which writes only the finished block."""
         clean, self._pending_refresh = self._pending_refresh, None
         assert clean is not None
         ring, window, n = self.ring, self.config.window, self.card.sizes.frames_per_block
@@ -253,7 +253,7 @@ class BundleRollout:
             inputs["projections"] = np.concatenate([block.projections for block in blocks], axis=1)
         inputs["write_index"] = np.full(sizes.batch, first_token, np.int64)
         buffers = {tensor_name: Buffer(array) for tensor_name, array in inputs.items()}
-        buffers["modulation"] = self.runner.modulation(*((block.timestep, block.actions) for block in blocks))
+        buffers["modulation"] = self.runner.modulation(*((block.timestep_index, block.actions) for block in blocks))
         session.bind({**buffers, **self._text, **self.caches})
         if name != "refresh":
             session.bind_output("velocity", self._velocity)
@@ -261,7 +261,7 @@ class BundleRollout:
         return self._velocity.array
 
     def _check_initial_latents(self, latents: Any) -> Floats:
-        """Return a float32 copy. Raises InputError for another shape and for what is not finite."""
+        """Return a float32 copy. Raises InputError for another shape and for values that are not finite."""
         check_latents_shape("initial_latents", np.shape(latents), self.card.sizes.batch, self.frame_shape)
         _check_finite("initial_latents", latents)
         return np.array(latents, np.float32)
