@@ -221,7 +221,7 @@ class BundleRollout:
         return self._run(name, [block], **self._claim_slots(block))
 
     def _claim_slots(self, block: _BlockInput) -> dict[str, Array]:
-        """Claim the block's slots; return the input `valid`: the number of tokens, from slot 0 on, that its queries see."""
+        """Claim the block's slots; return `valid`, the number of tokens from slot 0 on that its queries attend to."""
         self.ring.write(block.start)
         end = block.start + self.card.sizes.frames_per_block
         slots = {self.ring.slot(frame) for frame in self.ring.visible(end, self.config.window)}

@@ -34,7 +34,7 @@ from cfpp_rt.errors import InputError
 FLOATS = ("float32", "float16", "bfloat16")
 PASSES = ("step", "refresh", "fused")
 DECODERS, ENCODER = ("decode_first", "decode_next"), "encode"  # the codec's graphs, which the card declares
-_CARD_NAMES = {"frames_per_block": "block", "num_timesteps": "timesteps"}  # fields of Sizes with another name in cards
+_CARD_KEYS = {"frames_per_block": "block", "num_timesteps": "timesteps"}  # field of `Sizes` -> key in card.json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,12 +113,12 @@ class Sizes:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, under the names that cards use."""
-        return {_CARD_NAMES.get(name, name): value for name, value in dataclasses.asdict(self).items()}
+        return {_CARD_KEYS.get(name, name): value for name, value in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Sizes":
         """Return the sizes that `to_dict` wrote. Raises KeyError, TypeError or InputError for other values."""
-        names = {card_name: name for name, card_name in _CARD_NAMES.items()}
+        names = {key: name for name, key in _CARD_KEYS.items()}
         sizes = {names.get(name, name): value for name, value in values.items()}
         model, latent_size = ModelConfig.from_dict(sizes["model"]), tuple(sizes["latent_size"])
         return cls(**{**sizes, "model": model, "latent_size": latent_size})

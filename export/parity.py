@@ -1,14 +1,14 @@
-"""The parity gate: a bundle against the PyTorch model that it was exported from, graph by graph and as a rollout.
+"""The parity gate: compares a bundle with the PyTorch model that it was exported from, by graph and as a rollout.
 
-Graph by graph, it compares every output, caches included, on the same fixed inputs. As a rollout, it compares the
-latents from the same seeds, through ring wrap, window and sinks where the bundle has them. A float32 bundle must agree
-to `TOLERANCE`. A float16 bundle may err at most twice as much as plain PyTorch in float16
-(`torch_oracle.with_plain_attention`), both against the same weights in float32. bfloat16 does not run, because
-onnxruntime has no bfloat16 on the CPU: only the structure of such a bundle is checked, and the report says so.
+For each graph, it compares every output, caches included, on the same fixed inputs. For a rollout, it compares the
+latents from the same seeds; the ring wraps, and window and sinks apply, if the bundle has them. A float32 bundle must
+agree to `TOLERANCE`. The error of a float16 bundle may be at most twice that of plain PyTorch in float16
+(`torch_oracle.with_plain_attention`); both errors are measured against the same weights in float32. A bfloat16 bundle
+does not run, because onnxruntime has no bfloat16 on the CPU: only its structure is checked, and the report says so.
 
-With linears in 8 bits, the PyTorch model computes them in 8 bits too, and the rule is that of float16: at most twice
-its error, in the mean for a rollout. A single FP8 code rounded differently changes all later codes of its token, so
-only the mean error of a rollout is bounded. `check_graph` finds a linear that was forgotten.
+With linears in 8 bits, the PyTorch model computes them in 8 bits too. The rule is that of float16: its error may be at
+most twice PyTorch's; for a rollout the mean error is compared, because a single FP8 code that is rounded differently
+changes all later codes of its token. `check_graph` finds a linear that is not in 8 bits.
 """
 
 import copy
@@ -40,11 +40,11 @@ from cfpp_rt.runtime.rollout import Rollout
 from cfpp_rt.speed.quantize import quantize_linears
 
 TOLERANCE = 1e-4  # absolute error of a float32 bundle: latents and activations are of the order of 1
-FACTOR = 2.0  # how many times PyTorch's error in float16 a float16 graph may have
+FACTOR = 2.0  # largest allowed error in float16 or 8 bits, as a multiple of PyTorch's
 ROLLOUT_FRAMES = 21  # latent frames
-_KEYS = ("w", "l", "u", "a")  # a camera path that moves and turns
-_DECODED_FRAMES = 3  # latent frames: the first, the second, whose state is new, and a third with the state of a second
-_HALF_PIXELS = 0.05  # error of pixels in [-1, 1] from a decoder in half precision, whose order of sums is not defined
+_CAMERA_KEYS = ("w", "l", "u", "a")  # a camera path that moves and turns
+_DECODED_FRAMES = 3  # first, second (new state) and third latent frame
+_HALF_PRECISION_TOLERANCE = 0.05  # for pixels in [-1, 1]: the order of sums of such a decoder is not defined
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Difference:
         return self.excess <= 1  # False for NaN
 
     def __str__(self) -> str:
-        return f"{self.tensor}: at most {self.max_error:.2e} off, {self.mean_error:.2e} in the mean"
+        return f"{self.tensor}: largest error {self.max_error:.2e}, mean error {self.mean_error:.2e}"
 
 
 def verify(
@@ -88,11 +88,11 @@ def verify(
 
     model: the exported model, in the bundle's dtype.
     codec: the exported codec; compares the decoder, and adds the PSNR of the decoded rollouts to the report.
-    latent_frames: length of the rollout. Fewer if the bundle has room for fewer, more if its ring would not wrap.
+    latent_frames: length of the rollout. Shortened to what the bundle has room for; lengthened until its ring wraps.
     threads: see `OnnxRunner`.
     log: receives one line per graph.
 
-    Raises InputError for a model of other sizes or dtype, and for a graph whose structure is not the contract's.
+    Raises InputError for a model of other sizes or dtype, and for a graph whose structure differs from the contract.
     """
     card = bundle.card
     dtype = str(model.dtype).removeprefix("torch.")
@@ -118,7 +118,7 @@ def verify(
         differences.append(_compare_decoder(bundle, codec, tolerance, threads))
         log(f"{'decoder':<12} {_DECODED_FRAMES:>4} latent frames, {differences[-1]}")
     facts: dict[str, Any] | None = None
-    if all(difference.good for difference in differences):  # otherwise a rollout would only hide the graph at fault
+    if all(difference.good for difference in differences):  # otherwise the report names the graph, not the rollout
         rollout, facts = _compare_rollout(bundle, model, oracle, codec, tolerance, latent_frames, threads)
         psnr = f", PSNR {facts['psnr_db']:.1f} dB" if facts.get("psnr_db") else ""
         log(f"{'rollout':<12} {facts['frames']:>4} latent frames, {rollout}{psnr}")
@@ -135,10 +135,10 @@ def verify(
 
 
 def require_passed(report: dict[str, Any]) -> None:
-    """Raise InputError, one line, unless the report says that the bundle agrees with PyTorch."""
+    """Raise InputError, with a message of one line, unless the report says that the bundle agrees with PyTorch."""
     if not report["passed"]:
         worst = report["worst"]
-        error = f"{worst['mean_error']:.3g} in the mean" if worst["by_mean"] else f"{worst['max_error']:.3g}"
+        error = f"{worst['mean_error']:.3g} on average" if worst["by_mean"] else f"{worst['max_error']:.3g}"
         raise InputError(
             f"{report['bundle']}: does not agree with PyTorch: {worst['tensor']} of {worst['graph']} is off by"
             f" {error}, allowed is {worst['limit']:.3g}"
@@ -157,11 +157,11 @@ def require_parity(
 ) -> dict[str, Any]:
     """Export to a temporary bundle and compare it with PyTorch; return the summary for the card of the engines.
 
-    latent_size: (h, w) of the comparison. The graphs of another size have the same nodes and weights and other
-        constants, so a small size tries every operator in little time.
+    latent_size: (h, w) of the comparison. Graphs of another size have the same nodes and weights and differ only in
+        constants, so a small size runs every operator in little time.
 
-    A bfloat16 student is compared in float32, because onnxruntime has no bfloat16 on the CPU. Raises InputError, in one
-    line, where the graphs differ from PyTorch.
+    A bfloat16 student is compared in float32, because onnxruntime has no bfloat16 on the CPU. Raises InputError, with a
+    message of one line, if the graphs differ from PyTorch.
     """
     if model.dtype == torch.bfloat16:
         model = copy.deepcopy(model).float()
@@ -195,16 +195,16 @@ def _compare_graph(
     tolerance: float,
     threads: int | None,
 ) -> list[Difference]:
-    """Compare all outputs of a graph. oracle: the model in float32, None if `model` is that."""
+    """Compare all outputs of a graph. oracle: the model in float32; None if `model` is in float32 itself."""
     spec, session = bundle.card.graphs[name], GraphSession(bundle, name, threads)
     inputs = fixed_inputs(bundle.card, spec)
-    ours = session.run_on_copies(**inputs)
-    theirs = run_in_torch(model, bundle.card, spec, inputs)
-    exact = theirs if oracle is None else run_in_torch(oracle, bundle.card, spec, inputs)
+    from_bundle = session.run_on_copies(**inputs)
+    from_torch = run_in_torch(model, bundle.card, spec, inputs)
+    exact = from_torch if oracle is None else run_in_torch(oracle, bundle.card, spec, inputs)
     found = []
     for tensor in spec.outputs:
-        limit = tolerance if oracle is None else _limit(theirs[tensor.name], exact[tensor.name], tolerance)
-        found.append(Difference(name, tensor.name, *_errors(ours[tensor.name], exact[tensor.name]), limit))
+        limit = tolerance if oracle is None else _limit(from_torch[tensor.name], exact[tensor.name], tolerance)
+        found.append(Difference(name, tensor.name, *_errors(from_bundle[tensor.name], exact[tensor.name]), limit))
     return found
 
 
@@ -217,7 +217,7 @@ def _compare_rollout(
     latent_frames: int,
     threads: int | None,
 ) -> tuple[Difference, dict[str, Any]]:
-    """Compare the latents of a rollout; return the difference and the facts about the rollout, for the report."""
+    """Compare the latents of a rollout; return the difference, and facts about the rollout for the report."""
     card, sizes, n = bundle.card, bundle.card.sizes, bundle.card.sizes.frames_per_block
     if card.config.window is not None:
         latent_frames = max(latent_frames, sizes.slots + n)  # the ring wraps
@@ -226,12 +226,14 @@ def _compare_rollout(
     prompt_embeds = np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
     cameras = None
     if sizes.model.camera:
-        cameras = Cameras.of(walk([_KEYS[frame % len(_KEYS)] for frame in range(latent_frames)], np.eye(4)))
+        cameras = Cameras.of(
+            walk([_CAMERA_KEYS[frame % len(_CAMERA_KEYS)] for frame in range(latent_frames)], np.eye(4))
+        )
     given_text = prompt_embeds if sizes.model.text_len else None
     bundle_rollout = BundleRollout(
         OnnxRunner(bundle, threads), given_text, latent_frames=latent_frames, cameras=cameras
     )
-    ours = _all_latents(bundle_rollout, sizes.model.num_actions)
+    from_bundle = _all_latents(bundle_rollout, sizes.model.num_actions)
 
     def in_torch(network: CausalWanTransformer) -> Array:
         rollout = Rollout(
@@ -244,10 +246,10 @@ def _compare_rollout(
         )
         return _all_latents(rollout, sizes.model.num_actions)
 
-    theirs = in_torch(model)
-    exact = theirs if oracle is None else in_torch(oracle)
+    from_torch = in_torch(model)
+    exact = from_torch if oracle is None else in_torch(oracle)
     by_mean = card.linear_dtype is not None
-    limit = tolerance if oracle is None else _limit(theirs, exact, tolerance, by_mean=by_mean)
+    limit = tolerance if oracle is None else _limit(from_torch, exact, tolerance, by_mean=by_mean)
     facts: dict[str, Any] = {
         "frames": latent_frames,
         "window": card.config.window,
@@ -256,29 +258,31 @@ def _compare_rollout(
         "ring_wraps": latent_frames > sizes.slots,
     }
     if codec is not None:
-        facts["psnr_db"] = _psnr(codec, ours, exact)
-    return Difference("rollout", "latents", *_errors(ours, exact), limit, by_mean), facts
+        facts["psnr_db"] = _psnr(codec, from_bundle, exact)
+    return Difference("rollout", "latents", *_errors(from_bundle, exact), limit, by_mean), facts
 
 
 def _compare_decoder(bundle: Bundle, codec: Codec, tolerance: float, threads: int | None) -> Difference:
     """Compare the bundle's streaming decoder with the codec's, on a few latent frames of noise."""
     shape = bundle.card.sizes.frame_shape(_DECODED_FRAMES)
     latents = np.random.default_rng(2).standard_normal(shape, dtype=np.float32)
-    ours = BundleDecoder(OnnxRunner(bundle, threads)).decode(latents)
+    from_bundle = BundleDecoder(OnnxRunner(bundle, threads)).decode(latents)
     exact = codec.decode(torch.from_numpy(latents)).numpy()
     half = any(tensor.dtype != "float32" for graph in (bundle.card.codec or {}).values() for tensor in graph.outputs)
-    return Difference("decoder", "pixels", *_errors(ours, exact), _HALF_PIXELS if half else tolerance)
+    return Difference(
+        "decoder", "pixels", *_errors(from_bundle, exact), _HALF_PRECISION_TOLERANCE if half else tolerance
+    )
 
 
-def _errors(ours: Array, exact: Array) -> tuple[float, float]:
+def _errors(from_bundle: Array, exact: Array) -> tuple[float, float]:
     """Return the largest and the mean absolute difference, infinity if any is not a number."""
-    error = np.abs(ours.astype(np.float64) - exact.astype(np.float64))
+    error = np.abs(from_bundle.astype(np.float64) - exact.astype(np.float64))
     return (float(error.max()), float(error.mean())) if np.isfinite(error).all() else (math.inf, math.inf)
 
 
-def _limit(theirs: Array, exact: Array, tolerance: float, *, by_mean: bool = False) -> float:
+def _limit(from_torch: Array, exact: Array, tolerance: float, *, by_mean: bool = False) -> float:
     """Return the error that a graph may have, given PyTorch's results in the same dtype."""
-    return FACTOR * _errors(theirs, exact)[by_mean] + tolerance
+    return FACTOR * _errors(from_torch, exact)[by_mean] + tolerance
 
 
 def _worst(differences: list[Difference]) -> Difference:
@@ -286,7 +290,7 @@ def _worst(differences: list[Difference]) -> Difference:
 
 
 def _all_latents(rollout: Rollout | BundleRollout, num_actions: int) -> Array:
-    """Return all latents of a rollout, under another action in each block if the model has actions."""
+    """Return all latents of a rollout, with another action in each block if the model has actions."""
     made: list[Array] = []
     blocks: Iterator[Any] = rollout
     while True:
@@ -298,8 +302,8 @@ def _all_latents(rollout: Rollout | BundleRollout, num_actions: int) -> Array:
         made.append(np.asarray(block.values))
 
 
-def _psnr(codec: Codec, ours: Array, exact: Array) -> float | None:
+def _psnr(codec: Codec, from_bundle: Array, exact: Array) -> float | None:
     """Return the PSNR of the decoded frames in dB; None if they are equal."""
-    a, b = (codec.decode(torch.from_numpy(latents)).double().clamp(-1, 1) for latents in (ours, exact))
+    a, b = (codec.decode(torch.from_numpy(latents)).double().clamp(-1, 1) for latents in (from_bundle, exact))
     error = float((a - b).square().mean())
     return 10 * math.log10(4 / error) if error else None
