@@ -60,7 +60,7 @@ inline void check_device(const Tensor& tensor, bool is_cuda) {
   if (tensor.is_cuda() != is_cuda) tensor.refuse(is_cuda ? "on a CUDA device" : "on the CPU", tensor.device_text());
 }
 
-// The last axis has stride 1, or nothing to step along.
+// The last axis must have stride 1, unless its size is 0 or 1.
 inline void check_contiguous_rows(const Tensor& tensor) {
   const int last = tensor.dim() - 1;
   if (last >= 0 && tensor.size(last) > 1 && tensor.stride(last) != 1) {

@@ -12,8 +12,8 @@ struct float8 {
   uint8_t bits;
 };
 
-// The code of a float32, in the low byte, from its bits; one number (uint32_t) or a GCC vector of them. To nearest,
-// ties to even; 448 for all that is larger, infinity too; NaN of either sign becomes 0x7f.
+// Returns the code, in the low byte, of a float32 given by its bits: one number (uint32_t) or a GCC vector of them.
+// Rounds to nearest, ties to even; larger numbers and infinity saturate at 448; NaN of either sign becomes 0x7f.
 template <typename Float, typename Bits>
 CFPP_HOST_DEVICE inline __attribute__((always_inline)) Bits narrow_to_float8(Bits bits) {
   const Bits sign = (bits >> 24) & 0x80u;
@@ -27,7 +27,7 @@ CFPP_HOST_DEVICE inline __attribute__((always_inline)) Bits narrow_to_float8(Bit
   return magnitude > 0x7f800000u ? nan : code;
 }
 
-// The bits of the float32 with this code, exactly.
+// Returns the bits of the float32 with this code; the conversion is exact.
 template <typename Float, typename Bits>
 CFPP_HOST_DEVICE inline __attribute__((always_inline)) Bits widen_float8(Bits code) {
   const Bits sign = (code & 0x80u) << 24;

@@ -123,7 +123,7 @@ class Tensor {
     return text + "]";
   }
 
-  // Older torch (and other libraries): a capsule, which frees its description when it goes, at the call's end.
+  // Older torch (and other libraries): a capsule, which frees its description when it is destroyed after the call.
   void read_capsule(py::handle object) {
     if (!py::hasattr(object, "__dlpack__")) refuse("a tensor", py::str(py::type::handle_of(object).attr("__name__")));
     try {

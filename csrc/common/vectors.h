@@ -42,7 +42,7 @@ template <bool kStream, typename Vector>
   std::memcpy(target, &vector, sizeof(Vector));
 }
 
-// Streamed stores are in memory, before the thread says that it is done.
+// Makes streaming stores visible to other threads before this thread reports that it has finished.
 template <bool kStream>
 [[gnu::always_inline]] inline void finish_writes() {
 #if defined(__SSE2__)

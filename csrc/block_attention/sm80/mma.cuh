@@ -1,6 +1,6 @@
-// The two matrix products of attention on mma.sync, and the shared memory they read. A tile is [rows][D] of 16-bit
-// elements without padding; within a row the 16-byte chunk c lies at c ^ (row % 8), so that neither cp.async, which
-// writes rows, nor ldmatrix, which reads 8 rows of one chunk, meets a bank twice.
+// The two matrix products of attention on mma.sync, and the layout of the shared memory that they read. A tile is
+// [rows][D] of 16-bit elements without padding. The 16-byte chunk c of a row is stored at c ^ (row % 8), so that
+// neither cp.async, which writes rows, nor ldmatrix, which reads 8 rows of one chunk, has bank conflicts.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -14,7 +14,7 @@ __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
   return static_cast<uint32_t>(2 * (row * kHeadDim + kChunk * (chunk ^ (row & 7))));
 }
 
-// Starts copying kRows rows into a tile, rows from `valid` >= 1 on as zeros. `stride` is in elements.
+// Starts to copy kRows rows into a tile; rows from `valid` >= 1 on become zeros. `stride` is in elements.
 template <int kHeadDim, int kRows, int kThreads, typename T>
 __device__ __forceinline__ void load_rows(uint32_t tile, const T* from, int64_t stride, int valid) {
   constexpr int kChunks = kHeadDim / kChunk, kRowsAtOnce = kThreads / kChunks;
@@ -66,8 +66,8 @@ __device__ __forceinline__ void multiply_qk(float (&logits)[kRowTiles][kKeyTiles
   }
 }
 
-// out += P V for 8 * kKeyTiles rows of V. P comes as accumulators of multiply_qk: rounded in pairs, those of two key
-// tiles are the A operand as they stand.
+// out += P V for 8 * kKeyTiles rows of V. P is passed as accumulators of multiply_qk: rounded in pairs, the
+// accumulators of two key tiles are the A operand without any exchange between threads.
 template <int kHeadDim, typename T, int kRowTiles, int kKeyTiles>
 __device__ __forceinline__ void multiply_pv(float (&out)[kRowTiles][kHeadDim / 8][4],
                                             const float (&p)[kRowTiles][kKeyTiles][4], uint32_t v) {

@@ -7,7 +7,7 @@
 
 namespace cfpp {
 
-// Largest of the four threads that share a row, and their sum.
+// The largest value of the four threads that share a row, and the sum of their values.
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
@@ -17,7 +17,7 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// Keys from `end` on do not count. A select, so that no product with them matters.
+// Sets the logits of keys from `end` on to -infinity. This is a select, so their products may have any value.
 template <int kRowTiles, int kKeyTiles>
 __device__ __forceinline__ void mask_keys(float (&logits)[kRowTiles][kKeyTiles][4], int end, int lane) {
 #pragma unroll
@@ -44,7 +44,7 @@ struct OnlineSoftmax {
     }
   }
 
-  // Turns q.k into weights 2^(x - max). Rescales out and sum where the maximum moves.
+  // Turns q.k into weights 2^(x - max). Rescales out and sum if the maximum grows.
   template <int kKeyTiles, int kOutTiles>
   __device__ __forceinline__ void step(float (&logits)[kRowTiles][kKeyTiles][4], float (&out)[kRowTiles][kOutTiles][4],
                                        float scale_log2) {

@@ -1,8 +1,8 @@
 // The layout of the Hopper kernel's tiles in shared memory, as the hardware describes it: the swizzled address of an
-// element, the matrix descriptors of wgmma and the arguments of the TMA tensor maps. No CUDA header, so that CPU
-// tests compare all three. A tile of 16-bit elements is a row of slabs, each 64 columns wide and as
-// tall as the tile: 128 bytes to a row, the widest that TMA and wgmma swizzle. Within 8 rows the 16-byte chunks are
-// permuted, which keeps both free of bank conflicts. Slabs start on 1024 bytes.
+// element, the matrix descriptors of wgmma and the arguments of the TMA tensor maps. It includes no CUDA header, so
+// that CPU tests can compare all three. A tile of 16-bit elements is a row of slabs, each 64 columns wide and as tall
+// as the tile: a row of a slab has 128 bytes, the widest that TMA and wgmma swizzle. The 16-byte chunks of every 8 rows
+// are permuted, which keeps both free of bank conflicts. Slabs are aligned to 1024 bytes.
 #pragma once
 
 #include <cstdint>
@@ -16,15 +16,16 @@ constexpr int kSlabRowBytes = 128;
 constexpr int kSwizzleBytes = 8 * kSlabRowBytes;  // the pattern's period and a slab's alignment
 constexpr int kMmaDepth = 16;                     // elements that one wgmma sums over
 
-// Matrix descriptor of an operand with 128-byte swizzle. `leading_bytes` is read where the summed index is not the
-// contiguous one and the tile has more than one slab: it is the distance of two slabs.
+// Returns the matrix descriptor of an operand with 128-byte swizzle. `leading_bytes` is the distance of two slabs;
+// wgmma uses it if the summed index is not the contiguous one and the tile has more than one slab.
 CFPP_HOST_DEVICE constexpr uint64_t matrix_descriptor(uint32_t shared_address, int leading_bytes) {
   constexpr uint64_t kSwizzle128 = 1;
   return static_cast<uint64_t>((shared_address & 0x3ffff) >> 4) | static_cast<uint64_t>(leading_bytes >> 4) << 16 |
          static_cast<uint64_t>(kSwizzleBytes >> 4) << 32 | kSwizzle128 << 62;
 }
 
-// The same tile from `bytes` further on. The sum stays inside the 14 address bits: shared memory ends below 256 KiB.
+// Returns the descriptor of the same tile from `bytes` on. The sum fits in the 14 address bits, because shared memory
+// ends below 256 KiB.
 CFPP_HOST_DEVICE constexpr uint64_t advance(uint64_t descriptor, int bytes) {
   return descriptor + static_cast<uint64_t>(bytes >> 4);
 }
@@ -47,11 +48,12 @@ struct TensorMapArguments {
   uint64_t strides_bytes[kRank - 1];  // of dimensions 1 and up; dimension 0 is contiguous
   uint32_t box[kRank];                // elements
 
-  // Bytes that one load delivers; rows beyond the tensor count, they arrive as zeros.
+  // Bytes that one load writes, rows past the end of the tensor included: they are written as zeros.
   constexpr uint32_t box_bytes() const { return 2 * box[0] * box[1] * box[2] * box[3] * box[4]; }
 };
 
-// Map of a 16-bit tensor [B, H, tokens, head_dim], strides (B, H, token) in elements, in boxes of `rows` tokens.
+// Returns the arguments for a 16-bit tensor [B, H, tokens, head_dim] with strides (B, H, token) in elements, in boxes
+// of `rows` tokens.
 inline TensorMapArguments tile_map(const void* address, int64_t batch, int64_t heads, int64_t tokens, int64_t head_dim,
                                    const int64_t (&stride)[3], int rows) {
   const auto unsign = [](int64_t value) { return static_cast<uint64_t>(value); };
@@ -59,7 +61,7 @@ inline TensorMapArguments tile_map(const void* address, int64_t batch, int64_t h
   map.address = address;
   const uint64_t slabs = unsign(head_dim) / kSlabColumns;
   const uint64_t sizes[] = {kSlabColumns, unsign(tokens), slabs, unsign(heads), unsign(batch)};
-  // The stride of a dimension of size 1 means nothing and may be any number; the map still requires a valid one.
+  // The stride of a dimension of size 1 is never used and may be any number, but the map requires a valid one.
   const int64_t head_stride = heads > 1 ? stride[1] : head_dim, batch_stride = batch > 1 ? stride[0] : head_dim;
   const int64_t token_stride = tokens > 1 ? stride[2] : head_dim;
   const uint64_t strides[] = {2 * unsign(token_stride), kSlabRowBytes, 2 * unsign(head_stride),
@@ -70,7 +72,7 @@ inline TensorMapArguments tile_map(const void* address, int64_t batch, int64_t h
   return map;
 }
 
-// Returns an empty Status if the hardware takes the map, else the reason why not.
+// Returns an empty Status if the hardware accepts the map, else the reason why not.
 inline Status tensor_map_fault(const TensorMapArguments& map) {
   if (reinterpret_cast<uintptr_t>(map.address) % 16 != 0) return "the address must be a multiple of 16 bytes";
   for (uint64_t size : map.sizes) {

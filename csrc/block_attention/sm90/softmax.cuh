@@ -9,7 +9,7 @@ namespace sm90 {
 
 __device__ __forceinline__ constexpr int row_of(int i) { return i / 2 % 2; }
 
-// Sets the columns that do not count to -infinity. A select, not an addition: the masked logits may be NaN.
+// Sets the masked columns to -infinity. This is a select, not an addition, because the masked logits may be NaN.
 __device__ __forceinline__ void mask(float (&logits)[kKeys / 2], const KvTile& tile) {
   const int lane_column = 2 * (threadIdx.x % 4);
 #pragma unroll
@@ -24,9 +24,9 @@ struct Softmax {
   float max[2] = {-INFINITY, -INFINITY};  // of the raw logits or less, by kMaxLag at most; the same in the four lanes
   float sum[2] = {0.f, 0.f};              // of this lane's columns only: total() adds up the four
 
-  // Turns logits into probabilities relative to the running maximum; if this returns true, which a warp agrees on,
-  // results of earlier tiles have to be multiplied by `rescale`; else all its factors are 1. A tile has at least one
-  // column that counts, so the maximum is never -inf.
+  // Turns logits into probabilities relative to the running maximum. Returns true, in all lanes of a warp, if results
+  // of earlier tiles must be multiplied by `rescale`; otherwise all its factors are 1. A tile has at least one column
+  // that is not masked, so the maximum is never -infinity.
   __device__ __forceinline__ bool update(float (&x)[kKeys / 2], float (&rescale)[2]) {
     float best[2] = {max[0], max[1]}, shift[2];
     bool grew = false;
