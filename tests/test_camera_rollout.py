@@ -280,7 +280,7 @@ def test_the_second_cache_is_there_with_cameras_only(model, monkeypatch):
     assert seen.cache.nbytes == shape.bytes(torch.float32)
     monkeypatch.setattr("cfpp_rt.cache.available_bytes", lambda device: (256 << 20) + without.cache.nbytes + 1)
     roll(model, None, TWO_STEPS, None)
-    with pytest.raises(OutOfMemoryError, match="KV cache of 8 frames.*a smaller frame size or batch"):
+    with pytest.raises(OutOfMemoryError, match="KV cache of 8 latent frames.*a smaller frame size or batch"):
         roll(model, path("w*1"), TWO_STEPS, None)
 
 

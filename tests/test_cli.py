@@ -284,7 +284,7 @@ def test_nan_in_the_model_names_frame_and_layer(files, tmp_path, capsys, weights
 def test_out_of_memory_says_what_would_fit(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("cfpp_rt.cache.available_bytes", lambda device: 258 << 20)
     line = fault(capsys, command(files, tmp_path / "out.mp4", "--quiet", frames=401))
-    assert "KV cache of 101 frames" in line and "a window of" in line
+    assert "KV cache of 101 latent frames" in line and "a window of" in line
     assert not list(tmp_path.iterdir())
 
 

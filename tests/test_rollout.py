@@ -279,7 +279,7 @@ def test_non_finite_values_are_located(weights, config, meta):
 def test_a_cache_that_does_not_fit_says_what_would(model, meta, monkeypatch):
     per_frame = CacheShape.of(model.config, 1, 1, meta["frame_tokens"]).bytes(torch.float32)
     monkeypatch.setattr("cfpp_rt.cache.available_bytes", lambda device: (256 << 20) + 10 * per_frame)
-    with pytest.raises(OutOfMemoryError, match="KV cache of 50 frames.*a window of 9 frames fits"):
+    with pytest.raises(OutOfMemoryError, match="KV cache of 50 latent frames.*a window of 9 latent frames fits"):
         roll(model, meta, RolloutConfig(), 50)
     assert latents_of(roll(model, meta, RolloutConfig(window=9), 50)).shape[1] == 50
 
