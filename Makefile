@@ -16,8 +16,7 @@ CORE_BUILD := cpu
 # The CUDA module is compiled to find what does not compile or link; no GPU here runs it, so one architecture will do.
 export CFPP_CUDA_ARCHS ?= 90a
 endif
-# --no-compile: Python compiles at its first import what is used, a small part of torch.
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .PHONY: help install demo test lint format bench world gpu clean
 help:
@@ -36,7 +35,9 @@ $(VENV)/.core: $(SOURCES)
 	@echo "[1/3] creating $(VENV)"
 	@$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
 	@echo "[2/3] installing torch (the largest download)"
-	@$(PIP) '$(TORCH)'
+	@$(PIP) --no-compile '$(TORCH)'
+	@# Compiled to bytecode on all cores, where pip would use one. Some of torch's files are for newer Pythons only.
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib/*/site-packages/torch || true
 	@echo "[3/3] compiling the kernels and installing cfpp_rt: half a minute on two cores; with CUDA kernels, minutes"
 	@CFPP_BUILD=$(or $(CFPP_BUILD),$(CORE_BUILD),auto) $(PIP) -e '.[video]'
 	@touch $@

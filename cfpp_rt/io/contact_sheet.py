@@ -49,4 +49,4 @@ class SheetWriter(FrameWriter):
             y, x = i // self._columns * (height + _GAP), i % self._columns * (width + _GAP)
             sheet[y : y + height, x : x + width] = frame
         with write_atomically(self._path) as path:
-            self._image.fromarray(sheet).save(path, format="PNG", optimize=True)
+            self._image.fromarray(sheet).save(path, format="PNG")
