@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from cfpp_rt.config import ModelConfig
 from cfpp_rt.errors import InputError
-from cfpp_rt.io.atomic import write_atomically
+from cfpp_rt.io.atomic import require_writable, write_atomically
 from cfpp_rt.model.weights import read_weights
 from cfpp_rt.values import DTYPES
 
@@ -30,6 +30,8 @@ def convert(
     target = Path(target)
     if target.suffix != ".safetensors":
         raise InputError(f"target must end in .safetensors, got {target.name}")
+    for path in (target, target.with_suffix(".json")):
+        require_writable(path, "target", pipe=False)
     state, config = read_weights(source, config=config, key=key)
     with write_atomically(target) as weights_path, write_atomically(target.with_suffix(".json")) as config_path:
         save_file({name: tensor.to(dtype).contiguous() for name, tensor in state.items()}, weights_path)

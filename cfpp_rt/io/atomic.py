@@ -22,17 +22,10 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
 
     Raises InputError before the body runs if `path` cannot be written.
     """
-    target = Path(path)
-    try:
-        special = target.exists() and not target.is_file()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
-    if special:
-        if target.is_dir():
-            raise InputError(f"{target}: is a folder, a file name is needed")
-        yield target
+    if is_pipe_or_device(path):
+        yield Path(path)
         return
-    target = target.resolve()  # a link stays, the file that it points to is replaced
+    target = Path(path).resolve()  # a link stays, the file that it points to is replaced
     temporary = _temporary_name(target, target.suffix)
     try:
         temporary.open("xb").close()
@@ -43,6 +36,57 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_pipe_or_device(path: str | Path) -> bool:
+    """Return True if `path` is something that must not be replaced by a file, such as a named pipe.
+
+    Raises InputError for a folder and for a name that cannot exist.
+    """
+    target = Path(path)
+    try:
+        special = target.exists() and not target.is_file()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    if special and target.is_dir():
+        raise InputError(f"{target}: is a folder, a file name is needed")
+    return special
+
+
+def require_writable(path: str | Path, option: str, *, append: bool = False, pipe: bool = True) -> None:
+    """Raise InputError, which begins with `option`, if a file cannot be written; for use before the work for it begins.
+
+    append: True if an existing file is continued, not replaced.
+    pipe: False refuses pipes and devices. They are never opened here: the reader of a pipe would see its end.
+    """
+    try:
+        if is_pipe_or_device(path):
+            if not pipe:
+                raise InputError(f"{path}: must be a file, is a pipe or a device")
+            if not os.access(path, os.W_OK):
+                raise InputError(f"{path}: cannot be written (Permission denied)")
+        elif append and Path(path).exists():
+            Path(path).open("ab").close()
+        else:
+            with contextlib.suppress(_ProbeOnly), write_atomically(path):
+                raise _ProbeOnly
+    except OSError as error:
+        raise InputError(f"{option} {path}: cannot be written ({error.strerror})") from error
+    except InputError as error:
+        raise InputError(f"{option} {error}") from error
+
+
+def require_new_folder(target: str | Path, option: str) -> None:
+    """Raise InputError, which begins with `option`, if `new_folder` would refuse `target`; leaves nothing."""
+    try:
+        with contextlib.suppress(_ProbeOnly), new_folder(target, 0):
+            raise _ProbeOnly
+    except InputError as error:
+        raise InputError(f"{option} {error}") from error
+
+
+class _ProbeOnly(Exception):
+    """Raised to leave `write_atomically` and `new_folder` without a result."""
 
 
 @contextlib.contextmanager
