@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cfpp_rt.errors import InputError, MissingExtraError
 from cfpp_rt.io.atomic import write_atomically
+from cfpp_rt.io.rgb import frame_to_rgb, image_to_rgb, require_video_codec
 from cfpp_rt.values import Frames
 
 DEFAULT_FPS = 16.0  # the rate of Wan2.1
@@ -276,19 +277,19 @@ def open_writer(
 def read_image(path: str | Path, height: int, width: int) -> Tensor:
     """Read an image from a file: float32 [1, 1, 3, height, width] in [-1, 1].
 
-    The image is rotated by its EXIF tag and resized bilinearly without cropping, as in the published code, so another
+    An image of any mode is converted by value, see `image_to_rgb`, rotated by its EXIF tag and resized bilinearly without cropping, as in the published code, so another
     aspect ratio is distorted. Raises InputError if the file is missing or not an image, MissingExtraError without
     Pillow.
     """
     image_module = import_pillow()
-    from PIL import ImageOps
-
     _require_size(height, width)
     try:
         with image_module.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+            upright = image_to_rgb(image, path)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
+    except InputError:
+        raise
     except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:
         raise InputError(f"{path}: not an image that can be read ({error})") from error
     return _to_pixels([_resize(upright, height, width)])
@@ -296,6 +297,8 @@ def read_image(path: str | Path, height: int, width: int) -> Tensor:
 
 def read_video(path: str | Path, height: int, width: int, num_frames: int | None = None) -> Tensor:
     """Read the frames of a video file, resized like `read_image`: float32 [1, T, 3, height, width] in [-1, 1].
+
+    Frames are turned as the video's display matrix says, such as those of phones.
 
     num_frames: read only the last num_frames frames, such as 4 * m - 3 to continue the video; None = all.
 
@@ -312,10 +315,13 @@ def read_video(path: str | Path, height: int, width: int, num_frames: int | None
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise InputError(f"{path}: contains no video")
+            require_video_codec(container.streams.video[0].codec_context.name, path)
             for frame in container.decode(video=0):
-                image = image_module.fromarray(frame.to_ndarray(format="rgb24"))
+                image = image_module.fromarray(np.ascontiguousarray(frame_to_rgb(frame, path)))
                 frames.append(_resize(image, height, width))
-    except (av.FFmpegError, OSError) as error:
+    except InputError:
+        raise
+    except (av.FFmpegError, OSError, ValueError) as error:
         raise InputError(f"{path}: not a video that can be read ({error})") from error
     if len(frames) < (num_frames or 1):
         raise InputError(f"{path}: must have at least {num_frames or 1} frames, has {len(frames)}")
