@@ -72,7 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     settings.add_argument("--device", default=device, help="default: %(default)s")
     out = parser.add_argument_group("output")
     out.add_argument(
-        "-o", "--output", required=True, metavar="PATH", help="FILE.mp4, FILE.rgb (raw) or a folder (PNG images)"
+        "-o",
+        "--output",
+        required=True,
+        metavar="PATH",
+        help="FILE.mp4, FILE.rgb (raw) or a folder (PNG images), which must not contain frames of an earlier video",
     )
     out.add_argument("--sheet", metavar="FILE", help="also write a contact sheet of the video, a .png")
     out.add_argument("--quiet", action="store_true", help="no progress bar and no table")

@@ -1,6 +1,7 @@
 """Writers of frames to files, and readers of images and videos."""
 
 import contextlib
+import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections import deque
@@ -26,6 +27,7 @@ _ENCODERS = ("libx264", "libopenh264", "h264_videotoolbox", "mpeg4")
 # For libx264: twice as fast as its default at 384x384, three times at 480x832; files no larger, 0.4 dB less at most.
 _PRESET = "veryfast"
 _ONE_THREAD_PIXELS = 512 * 512  # one core encodes 100 frames of this size per second
+_FRAME_NAME = re.compile(r"\d{6,}\.png")  # of `PngWriter`
 _BT709 = 1  # the code of the H.264 standard for primaries, transfer and matrix alike
 
 
@@ -194,10 +196,10 @@ class Mp4Writer(FrameWriter):
 class PngWriter(FrameWriter):
     """Writer of one PNG per frame: `000000.png`, ... by index in the video. Finished files stay after an error.
 
-    folder: created if missing.
+    folder: created if missing. It must not contain frames of an earlier video, which would be mixed with the new ones.
     row: the row of the batch to write.
 
-    Raises InputError if the folder cannot be written, MissingExtraError without Pillow.
+    Raises InputError if the folder contains frames or cannot be written, MissingExtraError without Pillow.
     """
 
     def __init__(self, folder: str | Path, *, row: int = 0):
@@ -210,6 +212,12 @@ class PngWriter(FrameWriter):
             tempfile.TemporaryFile(dir=self._folder).close()
         except OSError as error:
             raise InputError(f"{folder}: frames cannot be written there ({error.strerror})") from error
+        earlier = sorted(path.name for path in self._folder.iterdir() if _FRAME_NAME.fullmatch(path.name))
+        if earlier:
+            raise InputError(
+                f"{folder}: must be a folder without frames, has {len(earlier)} of an earlier video"
+                f" ({earlier[0]} to {earlier[-1]}): remove them or choose another folder"
+            )
 
     def _put(self, frame: np.ndarray, index: int) -> None:
         with write_atomically(self._folder / f"{index:06d}.png") as path:
