@@ -1,6 +1,12 @@
 """Outputs of commands: refused before the work if they cannot be written, and kept once they are finished."""
 
 import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +21,8 @@ from cfpp_rt.io.atomic import require_new_folder, require_writable
 from cfpp_rt.io.contact_sheet import SheetWriter
 from tests.test_cli import fault
 
+ROOT = Path(__file__).parent.parent
+WAIT_S = 60  # for what must happen; only a failing test waits so long
 WORLD = ["generate", "--student", "world", "--actions", "right*3", "--quiet"]
 RANDOM = ["generate", "--random-weights", "--frames", "5", "--quiet"]
 
@@ -117,3 +125,70 @@ def test_a_video_that_fails_leaves_no_sheet(tmp_path, monkeypatch, capsys):
 def test_a_sheet_may_lie_in_the_new_folder_of_the_frames(tmp_path):
     assert main([*WORLD, "-o", str(tmp_path / "a"), "--sheet", str(tmp_path / "a" / "sheet.png")]) == 0
     assert (tmp_path / "a" / "sheet.png").exists() and (tmp_path / "a" / "000003.png").exists()
+
+
+def start(*arguments) -> subprocess.Popen:
+    command = [sys.executable, "-m", "cfpp_rt.cli", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def test_raw_frames_go_through_a_named_pipe(tmp_path):
+    os.mkfifo(tmp_path / "p.rgb")
+    assert main([*WORLD, "-o", str(tmp_path / "file.rgb")]) == 0
+    child = start(*WORLD, "-o", tmp_path / "p.rgb")
+    threading.Timer(WAIT_S, child.kill).start()
+    received = (tmp_path / "p.rgb").read_bytes()
+    _, err = child.communicate()
+    assert child.returncode == 0 and not err
+    assert received == (tmp_path / "file.rgb").read_bytes() and len(received) >= 4 * 384 * 384 * 3
+    assert sorted(os.listdir(tmp_path)) == ["file.rgb", "p.rgb"]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ""])
+def test_a_pipe_that_cannot_be_written_is_one_line(tmp_path, capsys, no_work, suffix):
+    pipe = tmp_path / f"p{suffix}"
+    os.mkfifo(pipe)
+    line = fault(capsys, [*WORLD, "-o", str(pipe)])
+    assert str(pipe) in line and ("no pipe or device" in line if suffix else "cannot be written" in line)
+    assert os.listdir(tmp_path) == [pipe.name]
+
+
+def test_a_sheet_and_weights_need_a_file(tmp_path, capsys, no_work):
+    for name in ("s.png", "w.safetensors"):
+        os.mkfifo(tmp_path / name)
+    line = fault(capsys, [*WORLD, "-o", str(tmp_path / "a.rgb"), "--sheet", str(tmp_path / "s.png")])
+    assert "--sheet" in line and "must be a file, is a pipe or a device" in line
+    line = fault(capsys, ["convert", "student.pt", str(tmp_path / "w.safetensors")])
+    assert "w.safetensors: must be a file, is a pipe or a device" in line
+    assert sorted(os.listdir(tmp_path)) == ["s.png", "w.safetensors"]
+
+
+def test_a_reader_that_leaves_is_one_line(tmp_path):
+    os.mkfifo(tmp_path / "p.rgb")
+    child = start(*WORLD[:3], "--actions", "right*200", "--quiet", "-o", tmp_path / "p.rgb")
+    threading.Timer(WAIT_S, child.kill).start()
+    with (tmp_path / "p.rgb").open("rb") as pipe:
+        assert len(pipe.read(1000)) == 1000
+    _, err = child.communicate()
+    assert child.returncode == 2 and err.count("\n") == 1 and "p.rgb: cannot be written (Broken pipe)" in err
+
+
+@pytest.mark.parametrize("reader", ["none", "stalled"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_waits_for_a_reader_ends_at_a_signal(tmp_path, number, reader):
+    os.mkfifo(tmp_path / "p.rgb")
+    child = start(*WORLD[:3], "--actions", "right*1000", "-o", tmp_path / "p.rgb")
+    pipe = None
+    try:
+        if reader == "stalled":
+            pipe = (tmp_path / "p.rgb").open("rb")
+            assert pipe.read(1000)
+        time.sleep(4)  # until the command waits
+        assert child.poll() is None
+        child.send_signal(number)
+        assert child.wait(WAIT_S) == (143 if number == signal.SIGTERM else 130)
+    finally:
+        child.kill()
+        child.stderr.close()
+        if pipe is not None:
+            pipe.close()

@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         required=True,
         metavar="PATH",
-        help="FILE.mp4, FILE.rgb (raw) or a folder (PNG images), which must not contain frames of an earlier video",
+        help="FILE.mp4, FILE.rgb (raw; may be a named pipe) or a folder (PNG images) without frames of an earlier video",
     )
     out.add_argument("--sheet", metavar="FILE", help="also write a contact sheet of the video, a .png")
     out.add_argument("--quiet", action="store_true", help="no progress bar and no table")
@@ -108,7 +108,7 @@ def _require_writable(output: Path, sheet: str | Path | None) -> None:
     writer = open_writer(output)
     try:
         if sheet is not None:  # it may lie in the folder that the writer makes
-            require_writable(sheet, "--sheet")
+            require_writable(sheet, "--sheet", pipe=False)
             SheetWriter(sheet, 1).abort()
     finally:
         writer.abort()

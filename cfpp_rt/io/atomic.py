@@ -38,6 +38,26 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+class AtomicFile:
+    """A file of `write_atomically` that is kept or dropped by a call, not at the end of a with statement.
+
+    path: the temporary file to write.
+    """
+
+    def __init__(self, path: str | Path):
+        self._stack = contextlib.ExitStack()
+        self.path: Path = self._stack.enter_context(write_atomically(path))
+
+    def keep(self) -> None:
+        """Rename the file to its final name."""
+        self._stack.close()
+
+    def drop(self) -> None:
+        """Remove the file."""
+        with contextlib.suppress(_Dropped), self._stack:
+            raise _Dropped
+
+
 def is_pipe_or_device(path: str | Path) -> bool:
     """Return True if `path` is something that must not be replaced by a file, such as a named pipe.
 
@@ -68,8 +88,7 @@ def require_writable(path: str | Path, option: str, *, append: bool = False, pip
         elif append and Path(path).exists():
             Path(path).open("ab").close()
         else:
-            with contextlib.suppress(_ProbeOnly), write_atomically(path):
-                raise _ProbeOnly
+            AtomicFile(path).drop()
     except OSError as error:
         raise InputError(f"{option} {path}: cannot be written ({error.strerror})") from error
     except InputError as error:
@@ -79,13 +98,13 @@ def require_writable(path: str | Path, option: str, *, append: bool = False, pip
 def require_new_folder(target: str | Path, option: str) -> None:
     """Raise InputError, which begins with `option`, if `new_folder` would refuse `target`; leaves nothing."""
     try:
-        with contextlib.suppress(_ProbeOnly), new_folder(target, 0):
-            raise _ProbeOnly
+        with contextlib.suppress(_Dropped), new_folder(target, 0):
+            raise _Dropped
     except InputError as error:
         raise InputError(f"{option} {error}") from error
 
 
-class _ProbeOnly(Exception):
+class _Dropped(Exception):
     """Raised to leave `write_atomically` and `new_folder` without a result."""
 
 

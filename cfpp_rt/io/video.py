@@ -1,21 +1,23 @@
 """Writers of frames to files, and readers of images and videos."""
 
 import contextlib
+import os
 import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections import deque
 from fractions import Fraction
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cfpp_rt.errors import InputError, MissingExtraError
-from cfpp_rt.io.atomic import write_atomically
+from cfpp_rt.io.atomic import AtomicFile, is_pipe_or_device, write_atomically
 from cfpp_rt.io.rgb import frame_to_rgb, image_to_rgb, require_video_codec
 from cfpp_rt.values import Frames
 
@@ -103,27 +105,6 @@ class FrameWriter(ABC):
         """Drop the unfinished file; called once, instead of `_finish`."""
 
 
-class _Dropped(Exception):
-    """Raised to leave `write_atomically` without replacing the file."""
-
-
-class _AtomicFile:
-    """A file under a temporary name until `keep` is called."""
-
-    def __init__(self, path: str | Path):
-        self._stack = contextlib.ExitStack()
-        self.path: Path = self._stack.enter_context(write_atomically(path))
-
-    def keep(self) -> None:
-        """Rename the file to its final name."""
-        self._stack.close()
-
-    def drop(self) -> None:
-        """Remove the file."""
-        with contextlib.suppress(_Dropped), self._stack:
-            raise _Dropped
-
-
 class Mp4Writer(FrameWriter):
     """Writer of H.264 in mp4, mov or mkv (by the suffix), yuv420p, BT.709.
 
@@ -133,7 +114,7 @@ class Mp4Writer(FrameWriter):
     row: the row of the batch to write.
 
     An odd height or width is padded by a copy of the last row or column, since colour is stored per 2x2 pixels.
-    Raises InputError if path cannot be written, MissingExtraError without av.
+    Raises InputError if path cannot be written or is a pipe or device, MissingExtraError without av.
     """
 
     def __init__(self, path: str | Path, fps: float = DEFAULT_FPS, *, crf: int = 18, row: int = 0):
@@ -143,9 +124,11 @@ class Mp4Writer(FrameWriter):
             raise InputError(f"fps must be > 0 and <= 1000, got {fps}")
         if not 0 <= crf <= 51:
             raise InputError(f"crf must be in 0..51, got {crf}")
+        if is_pipe_or_device(path):
+            raise InputError(f"{path}: a video file must be no pipe or device: those take raw frames, FILE.rgb")
         self._fps = Fraction(fps).limit_denominator(1001)
         self._crf = crf
-        self._file = _AtomicFile(path)
+        self._file = AtomicFile(path)
         try:
             # Opened now, not at the first frame, so that an unknown suffix is refused before any work.
             self._container: Any = self._av.open(str(self._file.path), "w", options={"movflags": "+faststart"})
@@ -231,32 +214,59 @@ class PngWriter(FrameWriter):
 class RawWriter(FrameWriter):
     """Writer of rgb24 bytes without a header, uint8 [T, height, width, 3]; for pipes and tests.
 
-    path: a file, which appears when the writer is closed, or a pipe.
+    path: a file, which appears when the writer is closed, or a pipe. A pipe is opened at the first frame, which waits
+        for its reader: if it were opened and closed without a frame, the reader would see the end.
     row: the row of the batch to write.
 
-    Raises InputError if path cannot be written.
+    Raises InputError if path cannot be written, also while frames are written.
     """
 
     def __init__(self, path: str | Path, *, row: int = 0):
         super().__init__(row)
-        self._file = _AtomicFile(path)
+        self._path = path
+        self._output: FileIO | None = None
+        self._file = AtomicFile(path)
+        if not is_pipe_or_device(path):
+            self._output = self._open()
+        elif not os.access(path, os.W_OK):
+            raise InputError(f"{path}: cannot be written (Permission denied)")
+
+    def _open(self) -> FileIO:
         try:
-            self._output: BinaryIO = self._file.path.open("wb")
+            return self._file.path.open("wb", buffering=0)
         except OSError as error:
             self._file.drop()
-            raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+            raise self._refusal(error) from error
+
+    def _begin(self, height: int, width: int) -> None:
+        self._output = self._output or self._open()
 
     def _put(self, frame: np.ndarray, index: int) -> None:
-        self._output.write(frame.tobytes())
+        assert self._output is not None
+        left = memoryview(frame).cast("B")
+        try:
+            while left:  # a write to a pipe may be partial
+                left = left[self._output.write(left) :]
+        except OSError as error:
+            raise self._refusal(error) from error
 
     def _finish(self) -> None:
-        self._output.close()
+        assert self._output is not None
+        try:
+            self._output.close()
+        except OSError as error:
+            self._file.drop()
+            raise self._refusal(error) from error
         self._file.keep()
 
     def _drop(self) -> None:
-        with contextlib.suppress(OSError):
-            self._output.close()
+        if self._output is not None:
+            with contextlib.suppress(OSError):
+                self._output.close()
         self._file.drop()
+
+    def _refusal(self, error: OSError) -> InputError:
+        return InputError(f"{self._path}: cannot be written ({error.strerror})")
 
 
 def open_writer(
