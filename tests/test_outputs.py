@@ -1,5 +1,6 @@
 """Outputs of commands: refused before the work if they cannot be written, and kept once they are finished."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("av")
 pytest.importorskip("PIL.Image")
@@ -17,8 +20,9 @@ pytest.importorskip("PIL.Image")
 from cfpp_rt.bench import harness
 from cfpp_rt.cli.main import main
 from cfpp_rt.errors import InputError
-from cfpp_rt.io.atomic import require_new_folder, require_writable
+from cfpp_rt.io.atomic import require_new_folder, require_writable, write_atomically
 from cfpp_rt.io.contact_sheet import SheetWriter
+from tests.conftest import DATA
 from tests.test_cli import fault
 
 ROOT = Path(__file__).parent.parent
@@ -192,3 +196,45 @@ def test_a_command_that_waits_for_a_reader_ends_at_a_signal(tmp_path, number, re
         child.stderr.close()
         if pipe is not None:
             pipe.close()
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_every_file_follows_the_umask(tmp_path, weights, umask, mode):
+    save_file(weights, tmp_path / "student.safetensors")
+    config = json.loads((DATA / "meta.json").read_text())["config"]
+    (tmp_path / "student.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    out.mkdir()
+    before = os.umask(umask)
+    try:
+        assert main(["convert", str(tmp_path / "student.safetensors"), str(out / "w.safetensors")]) == 0
+        for name in ("a.mp4", "b.rgb", "frames"):
+            assert main([*WORLD, "-o", str(out / name), "--sheet", str(out / "sheet.png")]) == 0
+        with write_atomically(out / "t.safetensors") as path:  # a library that writes a file of its own and renames it
+            save_file({"embeds": torch.zeros(1)}, path)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()}
+    assert len(modes) >= 10 and set(modes.values()) == {mode}, modes
+
+
+def convertible(tmp_path, weights, value):
+    changed = {**weights, "blocks.1.ffn.2.bias": torch.full((256,), 1.0)}
+    changed["blocks.1.ffn.2.bias"][7] = value
+    save_file(changed, tmp_path / "student.safetensors")
+    config = json.loads((DATA / "meta.json").read_text())["config"]
+    (tmp_path / "student.json").write_text(json.dumps(config))
+    return ["convert", str(tmp_path / "student.safetensors"), str(tmp_path / "out.safetensors"), "--dtype"]
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("float16", 1e6), ("float16", -65520.0), ("bfloat16", 3.4e38)])
+def test_a_weight_that_would_become_infinity_is_refused(tmp_path, weights, capsys, dtype, value):
+    line = fault(capsys, [*convertible(tmp_path, weights, value), dtype])
+    assert f"got {dtype}, which ends at" in line and f"for {abs(value):g} in blocks.1.ffn.2.bias" in line
+    assert sorted(os.listdir(tmp_path)) == ["student.json", "student.safetensors"]
+
+
+@pytest.mark.parametrize("value", [65504.0, float("inf")])
+def test_a_weight_that_fits_is_converted(tmp_path, weights, value):
+    assert main([*convertible(tmp_path, weights, value), "float16"]) == 0
+    assert load_file(tmp_path / "out.safetensors")["blocks.1.ffn.2.bias"][7] == value

@@ -5,6 +5,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,10 +30,12 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
     temporary = _temporary_name(target, target.suffix)
     try:
         temporary.open("xb").close()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
     try:
         yield temporary
+        temporary.chmod(mode)  # by the umask, also if a library has made the file again for its owner alone
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
