@@ -295,9 +295,9 @@ def open_writer(
 def read_image(path: str | Path, height: int, width: int) -> Tensor:
     """Read an image from a file: float32 [1, 1, 3, height, width] in [-1, 1].
 
-    An image of any mode is converted by value, see `image_to_rgb`, rotated by its EXIF tag and resized bilinearly without cropping, as in the published code, so another
-    aspect ratio is distorted. Raises InputError if the file is missing or not an image, MissingExtraError without
-    Pillow.
+    The image is converted as `image_to_rgb` says, rotated by its EXIF tag, and resized bilinearly without cropping, as
+    in the published code, so another aspect ratio is distorted. Raises InputError if the file is missing or not an
+    image, MissingExtraError without Pillow.
     """
     image_module = import_pillow()
     _require_size(height, width)
