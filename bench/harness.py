@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from cfpp_rt.errors import InputError
+from cfpp_rt.io.atomic import require_writable
 from cfpp_rt.ops import backends
 
 LATENT_480P = (60, 104)  # height and width of the latents of a frame of 480x832
@@ -29,8 +31,18 @@ def parser(doc: str | None, *, device: bool = False, json: bool = False) -> argp
     if device:
         made.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     if json:
-        made.add_argument("--json", metavar="PATH", help="append the rows as JSON lines")
+        made.add_argument("--json", metavar="PATH", type=json_path, help="append the rows as JSON lines")
     return made
+
+
+def json_path(text: str) -> str:
+    """Return the path of --json, of which the folder is made; raise what argparse expects if it cannot be written."""
+    try:
+        Path(text).resolve().parent.mkdir(parents=True, exist_ok=True)
+        require_writable(text, "--json", append=True)
+    except (OSError, InputError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from cfpp_rt.bench import harness
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.errors import InputError
+from cfpp_rt.io.atomic import require_writable
 from cfpp_rt.options import parse_steps
 from cfpp_rt.pipeline import Pipeline, choose_threads
 from cfpp_rt.world.evaluate import ERROR_FRAMES, pace, run_episodes, score
@@ -53,6 +54,8 @@ def run(arguments: argparse.Namespace) -> None:
     for name in ("frames", "episodes", "seeds"):
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name} must be >= 1, got {getattr(arguments, name)}")
+    if arguments.json is not None:
+        require_writable(arguments.json, "--json", append=True)
     students = dict(_named(text) for text in arguments.student or [f"shipped={SHIPPED}"])
     steps = [parse_steps(text) for text in arguments.steps or []]
     rows: list[dict[str, Any]] = []

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cfpp_rt.core.camera import Cameras
-from cfpp_rt.errors import InputError
+from cfpp_rt.errors import InputError, NonFiniteError
 from cfpp_rt.export.bundle_rollout import BundleRollout
 from cfpp_rt.export.contract import DECODERS, ENCODER, updated
 from cfpp_rt.export.runner import Array, Floats, Runner
@@ -32,14 +32,27 @@ class BundleDecoder:
             raise InputError(f"{runner.folder}: has no decoder: export it with a codec, or take the latents")
         self._runner = runner
         self._state: dict[str, Array] | None = None
+        self._decoded = 0  # latent frames
+        self._failed = False
 
     def decode(self, latents: Floats) -> Floats:
-        """Decode the next latents, float32 [B, n, C, h, w], to pixels float32 [B, T, 3, height, width] in [-1, 1]."""
+        """Decode the next latents, float32 [B, n, C, h, w], to pixels float32 [B, T, 3, height, width] in [-1, 1].
+
+        Raises NonFiniteError if the pixels of a latent frame are not finite, and InputError ever after.
+        """
+        if self._failed:
+            raise InputError(f"the decoder broke off at latent frame {self._decoded}: start another")
         made = []
         for latent_frame in np.split(latents, latents.shape[1], axis=1):
             session = self._runner.session(DECODERS[0] if self._state is None else DECODERS[1])
             outputs = session.run_once(latents=latent_frame, **(self._state or {}))
-            made.append(outputs.pop("pixels"))
+            pixels = outputs.pop("pixels")
+            if not np.isfinite(pixels).all():
+                self._failed = True
+                where = f"latent frame {self._decoded}"
+                raise NonFiniteError(f"the decoder of the codec produced NaN or infinity at {where}")
+            self._decoded += 1
+            made.append(pixels)
             self._state = {name.removesuffix(updated("")): value for name, value in outputs.items()}
         return np.concatenate(made, axis=1)
 
@@ -49,7 +62,8 @@ class BundleStream:
 
     runner, prompt_embeds, options: see `BundleRollout`. The frames of initial_latents are delivered first.
 
-    Raises InputError for a bundle without a decoder.
+    Raises InputError for a bundle without a decoder. Iteration raises NonFiniteError at latents or pixels that are not
+    finite.
     """
 
     def __init__(self, runner: Runner, prompt_embeds: Floats | None = None, **options: Any):

@@ -134,7 +134,9 @@ def _patch_graph(codec: PatchCodec, spec: GraphSpec, weights: WeightFile) -> Any
     x = graph.op("Transpose", "latents", perm=[0, 1, 3, 4, 2])
     x = graph.op("MatMul", x, graph.weight("basis", codec.scale[:, None] * codec.basis.T))
     x = graph.op("Add", x, mean)
-    x = graph.op("Clip", x, *(graph.weight(f"limit.{limit}", torch.tensor(limit)) for limit in (-1.0, 1.0)))
+    limited = graph.op("Clip", x, *(graph.weight(f"limit.{limit}", torch.tensor(limit)) for limit in (-1.0, 1.0)))
+    # As in `clamp_pixels`: infinity becomes NaN, which the runtime finds.
+    x = graph.op("Add", limited, graph.op("Mul", x, graph.weight("zero", torch.tensor(0.0))))
     x = graph.reshape(x, batch * frames, height, width, tile, tile, 3)
     x = graph.op("Transpose", x, perm=[0, 5, 1, 3, 2, 4])
     graph.reshape(x, batch, frames, 3, tile * height, tile * width, name="pixels")

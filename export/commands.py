@@ -15,7 +15,7 @@ from cfpp_rt.export.source import add_output, add_source, latent_size, load_sour
 from cfpp_rt.export.trt.build import DEFAULT_TARGETS, DEFAULT_TIME_LIMIT_S, build_engine_bundle, require_buildable
 from cfpp_rt.export.trt.build_worker import WEIGHT_MODES
 from cfpp_rt.export.trt.library import LIBRARIES
-from cfpp_rt.io.atomic import write_atomically
+from cfpp_rt.io.atomic import require_new_folder, require_writable, write_atomically
 
 PARITY_SIZE = (8, 12)  # latents of 64x96 frames
 
@@ -43,6 +43,7 @@ def _add_onnx(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_onnx(arguments: argparse.Namespace) -> None:
+    require_new_folder(arguments.output, "--output")
     source = load_source(arguments)
     card = export_onnx(
         source.model,
@@ -168,6 +169,8 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 def _run_verify(arguments: argparse.Namespace) -> None:
     if not 0 < arguments.tolerance < 1:
         raise InputError(f"--tolerance must be in 0..1, got {arguments.tolerance}")
+    if arguments.report is not None:
+        require_writable(arguments.report, "--report")
     bundle = open_bundle(arguments.bundle)
     arguments.dtype = bundle.card.sizes.dtype
     source = load_source(arguments)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from cfpp_rt.config import ModelConfig
 from cfpp_rt.errors import InputError
-from cfpp_rt.io.atomic import write_atomically
+from cfpp_rt.io.atomic import require_writable, write_atomically
 from cfpp_rt.model.weights import read_weights
 from cfpp_rt.values import DTYPES
 
@@ -26,15 +27,33 @@ def convert(
 
     dtype: of the written weights.
     source, config, key: see `read_weights`, also for errors. Neither file appears unless both are complete.
+
+    Raises InputError if a finite weight would become infinity in `dtype`.
     """
     target = Path(target)
     if target.suffix != ".safetensors":
         raise InputError(f"target must end in .safetensors, got {target.name}")
+    for path in (target, target.with_suffix(".json")):
+        require_writable(path, "target", pipe=False)
     state, config = read_weights(source, config=config, key=key)
     with write_atomically(target) as weights_path, write_atomically(target.with_suffix(".json")) as config_path:
-        save_file({name: tensor.to(dtype).contiguous() for name, tensor in state.items()}, weights_path)
+        save_file({name: _cast(tensor, dtype, name) for name, tensor in state.items()}, weights_path)
         Path(config_path).write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
     return sum(tensor.numel() for tensor in state.values()), config
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Convert a weight. Raises InputError if a finite value becomes infinity."""
+    made = tensor.to(dtype).contiguous()
+    if tensor.dtype != dtype and tensor.is_floating_point():
+        overflown = made.isinf() & tensor.isfinite()
+        if bool(overflown.any()):
+            dtype_name, value = str(dtype).removeprefix("torch."), float(tensor[overflown].abs().max())
+            raise InputError(
+                f"dtype must have room for all weights, got {dtype_name}, which ends at {torch.finfo(dtype).max:g}, for"
+                f" {value:g} in {name}"
+            )
+    return made
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -124,6 +124,20 @@ def test_abort_drops_what_waits():
     assert inner.indices == [0] and inner.ended == "dropped" and no_thread_is_left()
 
 
+def test_abort_abandons_a_writer_that_is_stuck(monkeypatch):
+    monkeypatch.setattr("cfpp_rt.io.background._ABORT_S", 0.3)
+    inner, began = Controlled(), time.monotonic()
+    with pytest.raises(KeyboardInterrupt), BackgroundWriter(inner, queued=2) as writer:
+        for i in range(3):
+            writer.write(frames(i))
+        raise KeyboardInterrupt
+    assert 0.3 <= time.monotonic() - began < WAIT_S and not no_thread_is_left()
+    inner.open.set()  # whatever it waited for comes after all
+    while not no_thread_is_left() and time.monotonic() - began < WAIT_S:
+        time.sleep(0.01)
+    assert inner.ended == "dropped" and inner.indices == [0]
+
+
 def test_nothing_written_and_wrong_frames(tmp_path):
     with pytest.raises(InputError, match="no frames were written"):
         BackgroundWriter(RawWriter(tmp_path / "a.rgb")).close()

@@ -67,6 +67,27 @@ def test_png_folder(tmp_path):
         assert np.array_equal(np.array(Image.open(file)), wanted)
 
 
+def test_frames_of_an_earlier_video_are_not_mixed_with_new_ones(tmp_path):
+    folder = tmp_path / "frames"
+    write_in_parts(open_writer(folder), gradient(10))
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(InputError, match=r"must be a folder without frames, has 10 .*\(000000.png to 000009.png\)"):
+        open_writer(folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    for name in ("1000000.png", "000003.png"):  # a long video, and what an error left
+        other = tmp_path / name
+        other.mkdir()
+        (other / name).write_text("")
+        with pytest.raises(InputError, match="has 1 of an earlier video"):
+            open_writer(other, "png")
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for name in ("sheet.png", "12.png", "000001.jpg", "notes.txt"):
+        (mixed / name).write_text("kept")
+    write_in_parts(open_writer(mixed), gradient(9))
+    assert len(os.listdir(mixed)) == 13 and (mixed / "sheet.png").read_text() == "kept"
+
+
 def test_raw_file(tmp_path):
     pixels = gradient(batch=2)
     write_in_parts(open_writer(tmp_path / "clip.rgb", row=1), pixels)

@@ -15,7 +15,14 @@ from torch import nn
 
 from cfpp_rt.bench.latency.workload import Workload
 from cfpp_rt.errors import InputError
-from cfpp_rt.io.atomic import write_atomically
+from cfpp_rt.io.atomic import require_writable, write_atomically
+
+
+def require_trace_path(path: str | Path) -> None:
+    """Raise InputError for a path that `record` cannot write."""
+    if Path(path).suffix != ".json":
+        raise InputError(f"--trace must end in .json, got {Path(path).name}")
+    require_writable(path, "--trace")
 
 
 def record(workload: Workload, path: str | Path) -> int:
@@ -23,9 +30,7 @@ def record(workload: Workload, path: str | Path) -> int:
 
     Passes run from Python on CUDA as well, because a CUDA graph has no layers that could be named.
     """
-    path = Path(path)
-    if path.suffix != ".json":
-        raise InputError(f"--trace must end in .json, got {path.name}")
+    require_trace_path(path)
     blocks = workload.latent_frames() // workload.config.frames_per_block
     activities = [torch.profiler.ProfilerActivity.CPU]
     if workload.device.type == "cuda":

@@ -3,13 +3,13 @@
 import argparse
 import sys
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from cfpp_rt.bench import harness
 from cfpp_rt.bench.latency import chrome_trace, cold_start, compare, load, metrics, workload
 from cfpp_rt.device.peak import peak_matmul_flops
 from cfpp_rt.errors import InputError
+from cfpp_rt.io.atomic import require_writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,8 +66,10 @@ def run(arguments: argparse.Namespace) -> None:
         before, after = arguments.compare
         _compare(before, after, arguments.tolerance)
         return
-    if arguments.json is not None and not Path(arguments.json).resolve().parent.is_dir():
-        raise InputError(f"--json must be a file in a folder that exists, got {arguments.json}")
+    if arguments.json is not None:
+        require_writable(arguments.json, "--json", append=True)
+    if arguments.trace is not None:
+        chrome_trace.require_trace_path(arguments.trace)
     if arguments.clients is not None:
         _many_clients(arguments)
     elif arguments.trace is not None:

@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--busy", type=int, default=1, help="busy processes (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=1, help="runs of each command (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="COMMAND", help="these commands of the table alone")
-    parser.add_argument("--json", metavar="PATH", help="append the rows as JSON lines")
+    parser.add_argument("--json", metavar="PATH", type=harness.json_path, help="append the rows as JSON lines")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

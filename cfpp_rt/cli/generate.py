@@ -17,6 +17,7 @@ from cfpp_rt.core.camera import Cameras, parse_cameras
 from cfpp_rt.core.frame_counts import count_frames, count_latent_frames
 from cfpp_rt.device.timing import peak_memory_mib
 from cfpp_rt.errors import InputError
+from cfpp_rt.io.atomic import require_writable
 from cfpp_rt.io.background import BackgroundWriter
 from cfpp_rt.io.contact_sheet import SheetWriter
 from cfpp_rt.io.progress import progress_bar
@@ -71,7 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     settings.add_argument("--device", default=device, help="default: %(default)s")
     out = parser.add_argument_group("output")
     out.add_argument(
-        "-o", "--output", required=True, metavar="PATH", help="FILE.mp4, FILE.rgb (raw) or a folder (PNG images)"
+        "-o",
+        "--output",
+        required=True,
+        metavar="PATH",
+        help="FILE.mp4, FILE.rgb (raw; may be a named pipe) or a folder (PNG images) without frames of an earlier video",
     )
     out.add_argument("--sheet", metavar="FILE", help="also write a contact sheet of the video, a .png")
     out.add_argument("--quiet", action="store_true", help="no progress bar and no table")
@@ -94,8 +99,19 @@ def run(arguments: argparse.Namespace) -> None:
 def _write_one(arguments: argparse.Namespace, open_clip: Any) -> None:
     """Write the single clip that `open_clip` makes of the arguments."""
     output = Path(arguments.output)
-    open_writer(output).abort()  # a path that cannot be written is found before the weights are read
+    _require_writable(output, arguments.sheet)
     write_clip(open_clip(arguments), output, arguments.sheet, quiet=arguments.quiet)
+
+
+def _require_writable(output: Path, sheet: str | Path | None) -> None:
+    """Raise InputError for outputs that cannot be written, before the weights are read."""
+    writer = open_writer(output)
+    try:
+        if sheet is not None:  # it may lie in the folder that the writer makes
+            require_writable(sheet, "--sheet", pipe=False)
+            SheetWriter(sheet, 1).abort()
+    finally:
+        writer.abort()
 
 
 def _write_prompts(arguments: argparse.Namespace) -> None:
@@ -112,8 +128,8 @@ def _write_prompts(arguments: argparse.Namespace) -> None:
     prompts = _read_prompts(arguments)
     outputs = _outputs("--output", arguments.output, prompts)
     sheets = [None] * len(prompts) if arguments.sheet is None else _outputs("--sheet", arguments.sheet, prompts)
-    for output in outputs:
-        open_writer(output).abort()  # a path that cannot be written is found before the weights are read
+    for output, sheet in zip(outputs, sheets, strict=True):
+        _require_writable(output, sheet)
     size = parse_size(arguments.size or ("64x96" if arguments.random_weights else "480x832"))
     initial_frames = _read_initial_frames(arguments, size, config)
     pipeline = _load_pipeline(arguments, device, config)
@@ -136,14 +152,15 @@ def _write_prompts(arguments: argparse.Namespace) -> None:
 def write_clip(clip: Clip, output: Path, sheet: str | Path | None, *, quiet: bool) -> None:
     """Write a clip as it is generated, encoded in a thread of its own; then print the times of its stream.
 
-    sheet: path of a contact sheet to write as well.
+    sheet: path of a contact sheet to write as well. The video is finished before the sheet, and stays if that fails.
     """
     timings = clip.stream.timings
     with ExitStack() as stack:
-        video = BackgroundWriter(open_writer(output, fps=clip.fps))
-        writers: list[FrameWriter] = [stack.enter_context(video)]
+        writers: list[FrameWriter] = []
         if sheet is not None:
             writers.append(stack.enter_context(SheetWriter(sheet, clip.num_frames)))
+        video = BackgroundWriter(open_writer(output, fps=clip.fps))
+        writers.append(stack.enter_context(video))
         advance = stack.enter_context(progress_bar(output.name, clip.num_frames, unit="frame", enabled=not quiet))
         for frames in clip.frames:
             with timings.outside():

@@ -17,7 +17,7 @@ class StreamingDecoder(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Decode the next latents [B, n, C, h, w] to float32 pixels [B, T, 3, height, width] in [-1, 1].
 
-        Updates the state.
+        Pixels that come out as NaN or infinity are NaN, see `clamp_pixels`. Updates the state.
         """
         ...
 
@@ -62,6 +62,11 @@ class Codec(Protocol):
     def encoder(self) -> StreamingEncoder:
         """Return an encoder at the start of a clip. Several can be in use at the same time."""
         ...
+
+
+def clamp_pixels(pixels: Tensor, lowest: float) -> Tensor:
+    """Limit float pixels to lowest..1. Infinity becomes NaN, not a limit, so that a check of the result finds it."""
+    return pixels.clamp(lowest, 1).add_(pixels, alpha=0)
 
 
 def require_latents(latents: Tensor, channels: int) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cfpp_rt.codec.base import require_latents, require_pixels
+from cfpp_rt.codec.base import clamp_pixels, require_latents, require_pixels
 from cfpp_rt.errors import CheckpointError, InputError
 from cfpp_rt.io.checkpoint import read_tensors, require_exact
 
@@ -246,7 +246,7 @@ class TAEHVDecoder:
         if self.first:
             pixels = pixels[:, self._codec.temporal_factor - 1 :]
             self.first = False
-        return pixels.float().clamp(0, 1) * 2 - 1
+        return clamp_pixels(pixels.float(), 0) * 2 - 1
 
 
 class TAEHVEncoder:

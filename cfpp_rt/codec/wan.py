@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cfpp_rt.codec.base import require_latents, require_pixels
+from cfpp_rt.codec.base import clamp_pixels, require_latents, require_pixels
 from cfpp_rt.codec.wan_decoder import ClipNetwork, ClipNetworkPool
 from cfpp_rt.codec.wan_names import infer_config, to_diffusers
 from cfpp_rt.device.capture import CudaCapture
@@ -172,7 +172,7 @@ class WanDecoder:
         with torch.inference_mode():
             for latent in values.split(1, dim=2):
                 frames = self._network.decode(latent, first=self.first).transpose(1, 2)
-                pixels[:, decoded : decoded + frames.shape[1]].copy_(frames).clamp_(-1, 1)
+                pixels[:, decoded : decoded + frames.shape[1]] = clamp_pixels(frames.float(), -1)
                 decoded += frames.shape[1]
                 self.first = False
         return pixels
@@ -205,7 +205,7 @@ class LibraryDecoder:
             first = {"first_chunk": self.first} if codec.takes_first_chunk else {}
             frames.append(codec.vae.decoder(latent, feat_cache=self.state, feat_idx=[0], **first))
             self.first = False
-        return torch.cat(frames, dim=2).transpose(1, 2).float().clamp(-1, 1)
+        return clamp_pixels(torch.cat(frames, dim=2).transpose(1, 2).float(), -1)
 
 
 class WanEncoder:

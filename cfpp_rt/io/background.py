@@ -12,6 +12,7 @@ from cfpp_rt.io.video import FrameWriter
 from cfpp_rt.values import Frames
 
 _QUEUED = 16  # frames; at 480x832 they take 19 MB
+_ABORT_S = 5.0  # a frame takes milliseconds, so a writer that needs longer is stuck
 
 
 class BackgroundWriter(FrameWriter):
@@ -23,7 +24,8 @@ class BackgroundWriter(FrameWriter):
 
     work_s: seconds that the writer has worked in its thread, including the end of the file.
     An error of the writer is raised by the next `write` or by `close`, and the writer is aborted. `abort` drops the
-    queued frames and returns as soon as the frame in progress is encoded.
+    queued frames and returns as soon as the frame in progress is encoded. A writer that is stuck, such as on a pipe
+    without a reader, is abandoned after 5 s.
     """
 
     def __init__(self, writer: FrameWriter, *, queued: int = _QUEUED, row: int = 0):
@@ -53,14 +55,15 @@ class BackgroundWriter(FrameWriter):
 
     def _drop(self) -> None:
         self._dropping = True
-        self._end()
+        self._end(_ABORT_S)
 
-    def _end(self) -> None:
+    def _end(self, timeout_s: float = threading.TIMEOUT_MAX) -> None:
         """Stop the thread and wait for it. The end mark may be in the queue twice: the thread stops at the first."""
-        while self._thread.is_alive():
+        deadline = time.monotonic() + timeout_s
+        while self._thread.is_alive() and (left := deadline - time.monotonic()) > 0:
             with contextlib.suppress(queue.Full):
-                self._queue.put(None, timeout=0.05)
-                self._thread.join()
+                self._queue.put(None, timeout=min(left, 0.05))
+                self._thread.join(min(left, threading.TIMEOUT_MAX))
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:

@@ -1,20 +1,24 @@
 """Writers of frames to files, and readers of images and videos."""
 
 import contextlib
+import os
+import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections import deque
 from fractions import Fraction
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cfpp_rt.errors import InputError, MissingExtraError
-from cfpp_rt.io.atomic import write_atomically
+from cfpp_rt.io.atomic import AtomicFile, is_pipe_or_device, write_atomically
+from cfpp_rt.io.rgb import frame_to_rgb, image_to_rgb, require_video_codec
 from cfpp_rt.values import Frames
 
 DEFAULT_FPS = 16.0  # the rate of Wan2.1
@@ -25,6 +29,7 @@ _ENCODERS = ("libx264", "libopenh264", "h264_videotoolbox", "mpeg4")
 # For libx264: twice as fast as its default at 384x384, three times at 480x832; files no larger, 0.4 dB less at most.
 _PRESET = "veryfast"
 _ONE_THREAD_PIXELS = 512 * 512  # one core encodes 100 frames of this size per second
+_FRAME_NAME = re.compile(r"\d{6,}\.png")  # of `PngWriter`
 _BT709 = 1  # the code of the H.264 standard for primaries, transfer and matrix alike
 
 
@@ -100,27 +105,6 @@ class FrameWriter(ABC):
         """Drop the unfinished file; called once, instead of `_finish`."""
 
 
-class _Dropped(Exception):
-    """Raised to leave `write_atomically` without replacing the file."""
-
-
-class _AtomicFile:
-    """A file under a temporary name until `keep` is called."""
-
-    def __init__(self, path: str | Path):
-        self._stack = contextlib.ExitStack()
-        self.path: Path = self._stack.enter_context(write_atomically(path))
-
-    def keep(self) -> None:
-        """Rename the file to its final name."""
-        self._stack.close()
-
-    def drop(self) -> None:
-        """Remove the file."""
-        with contextlib.suppress(_Dropped), self._stack:
-            raise _Dropped
-
-
 class Mp4Writer(FrameWriter):
     """Writer of H.264 in mp4, mov or mkv (by the suffix), yuv420p, BT.709.
 
@@ -130,7 +114,7 @@ class Mp4Writer(FrameWriter):
     row: the row of the batch to write.
 
     An odd height or width is padded by a copy of the last row or column, since colour is stored per 2x2 pixels.
-    Raises InputError if path cannot be written, MissingExtraError without av.
+    Raises InputError if path cannot be written or is a pipe or device, MissingExtraError without av.
     """
 
     def __init__(self, path: str | Path, fps: float = DEFAULT_FPS, *, crf: int = 18, row: int = 0):
@@ -140,9 +124,11 @@ class Mp4Writer(FrameWriter):
             raise InputError(f"fps must be > 0 and <= 1000, got {fps}")
         if not 0 <= crf <= 51:
             raise InputError(f"crf must be in 0..51, got {crf}")
+        if is_pipe_or_device(path):
+            raise InputError(f"{path}: a video file must be no pipe or device: those take raw frames, FILE.rgb")
         self._fps = Fraction(fps).limit_denominator(1001)
         self._crf = crf
-        self._file = _AtomicFile(path)
+        self._file = AtomicFile(path)
         try:
             # Opened now, not at the first frame, so that an unknown suffix is refused before any work.
             self._container: Any = self._av.open(str(self._file.path), "w", options={"movflags": "+faststart"})
@@ -193,10 +179,10 @@ class Mp4Writer(FrameWriter):
 class PngWriter(FrameWriter):
     """Writer of one PNG per frame: `000000.png`, ... by index in the video. Finished files stay after an error.
 
-    folder: created if missing.
+    folder: created if missing. It must not contain frames of an earlier video, which would be mixed with the new ones.
     row: the row of the batch to write.
 
-    Raises InputError if the folder cannot be written, MissingExtraError without Pillow.
+    Raises InputError if the folder contains frames or cannot be written, MissingExtraError without Pillow.
     """
 
     def __init__(self, folder: str | Path, *, row: int = 0):
@@ -209,6 +195,12 @@ class PngWriter(FrameWriter):
             tempfile.TemporaryFile(dir=self._folder).close()
         except OSError as error:
             raise InputError(f"{folder}: frames cannot be written there ({error.strerror})") from error
+        earlier = sorted(path.name for path in self._folder.iterdir() if _FRAME_NAME.fullmatch(path.name))
+        if earlier:
+            raise InputError(
+                f"{folder}: must be a folder without frames, has {len(earlier)} of an earlier video"
+                f" ({earlier[0]} to {earlier[-1]}): remove them or choose another folder"
+            )
 
     def _put(self, frame: np.ndarray, index: int) -> None:
         with write_atomically(self._folder / f"{index:06d}.png") as path:
@@ -222,32 +214,59 @@ class PngWriter(FrameWriter):
 class RawWriter(FrameWriter):
     """Writer of rgb24 bytes without a header, uint8 [T, height, width, 3]; for pipes and tests.
 
-    path: a file, which appears when the writer is closed, or a pipe.
+    path: a file, which appears when the writer is closed, or a pipe. A pipe is opened at the first frame, which waits
+        for its reader: if it were opened and closed without a frame, the reader would see the end.
     row: the row of the batch to write.
 
-    Raises InputError if path cannot be written.
+    Raises InputError if path cannot be written, also while frames are written.
     """
 
     def __init__(self, path: str | Path, *, row: int = 0):
         super().__init__(row)
-        self._file = _AtomicFile(path)
+        self._path = path
+        self._output: FileIO | None = None
+        self._file = AtomicFile(path)
+        if not is_pipe_or_device(path):
+            self._output = self._open()
+        elif not os.access(path, os.W_OK):
+            raise InputError(f"{path}: cannot be written (Permission denied)")
+
+    def _open(self) -> FileIO:
         try:
-            self._output: BinaryIO = self._file.path.open("wb")
+            return self._file.path.open("wb", buffering=0)
         except OSError as error:
             self._file.drop()
-            raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+            raise self._refusal(error) from error
+
+    def _begin(self, height: int, width: int) -> None:
+        self._output = self._output or self._open()
 
     def _put(self, frame: np.ndarray, index: int) -> None:
-        self._output.write(frame.tobytes())
+        assert self._output is not None
+        left = memoryview(frame).cast("B")
+        try:
+            while left:  # a write to a pipe may be partial
+                left = left[self._output.write(left) :]
+        except OSError as error:
+            raise self._refusal(error) from error
 
     def _finish(self) -> None:
-        self._output.close()
+        assert self._output is not None
+        try:
+            self._output.close()
+        except OSError as error:
+            self._file.drop()
+            raise self._refusal(error) from error
         self._file.keep()
 
     def _drop(self) -> None:
-        with contextlib.suppress(OSError):
-            self._output.close()
+        if self._output is not None:
+            with contextlib.suppress(OSError):
+                self._output.close()
         self._file.drop()
+
+    def _refusal(self, error: OSError) -> InputError:
+        return InputError(f"{self._path}: cannot be written ({error.strerror})")
 
 
 def open_writer(
@@ -276,19 +295,19 @@ def open_writer(
 def read_image(path: str | Path, height: int, width: int) -> Tensor:
     """Read an image from a file: float32 [1, 1, 3, height, width] in [-1, 1].
 
-    The image is rotated by its EXIF tag and resized bilinearly without cropping, as in the published code, so another
-    aspect ratio is distorted. Raises InputError if the file is missing or not an image, MissingExtraError without
-    Pillow.
+    The image is converted as `image_to_rgb` says, rotated by its EXIF tag, and resized bilinearly without cropping, as
+    in the published code, so another aspect ratio is distorted. Raises InputError if the file is missing or not an
+    image, MissingExtraError without Pillow.
     """
     image_module = import_pillow()
-    from PIL import ImageOps
-
     _require_size(height, width)
     try:
         with image_module.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+            upright = image_to_rgb(image, path)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
+    except InputError:
+        raise
     except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:
         raise InputError(f"{path}: not an image that can be read ({error})") from error
     return _to_pixels([_resize(upright, height, width)])
@@ -296,6 +315,8 @@ def read_image(path: str | Path, height: int, width: int) -> Tensor:
 
 def read_video(path: str | Path, height: int, width: int, num_frames: int | None = None) -> Tensor:
     """Read the frames of a video file, resized like `read_image`: float32 [1, T, 3, height, width] in [-1, 1].
+
+    Frames are turned as the video's display matrix says, such as those of phones.
 
     num_frames: read only the last num_frames frames, such as 4 * m - 3 to continue the video; None = all.
 
@@ -312,10 +333,13 @@ def read_video(path: str | Path, height: int, width: int, num_frames: int | None
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise InputError(f"{path}: contains no video")
+            require_video_codec(container.streams.video[0].codec_context.name, path)
             for frame in container.decode(video=0):
-                image = image_module.fromarray(frame.to_ndarray(format="rgb24"))
+                image = image_module.fromarray(np.ascontiguousarray(frame_to_rgb(frame, path)))
                 frames.append(_resize(image, height, width))
-    except (av.FFmpegError, OSError) as error:
+    except InputError:
+        raise
+    except (av.FFmpegError, OSError, ValueError) as error:
         raise InputError(f"{path}: not a video that can be read ({error})") from error
     if len(frames) < (num_frames or 1):
         raise InputError(f"{path}: must have at least {num_frames or 1} frames, has {len(frames)}")

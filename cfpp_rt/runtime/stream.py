@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cfpp_rt.codec.base import Codec
-from cfpp_rt.codec.streaming import to_uint8
+from cfpp_rt.codec.streaming import finite_frames, require_finite_frames, to_uint8
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.core.camera import Cameras
 from cfpp_rt.core.frame_counts import count_latent_frames
@@ -46,12 +46,16 @@ class StreamRequest:
 class _InFlightBlock:
     """A decoded block whose copy to the host may still be pending.
 
-    start: index of its first latent frame. pixels, finite: valid after the CUDA event `done`; None = valid already.
+    start: index of its first latent frame.
+    pixels: uint8 [B, T, height, width, 3].
+    finite: bool [T + 1]. Flags that the latents are finite (true if `Rollout.require_finite` checks them), and that
+        each frame is.
+    done: CUDA event after which pixels and finite are valid; None = they are valid already.
     """
 
     start: int
     pixels: Tensor
-    finite: Tensor | None
+    finite: Tensor
     done: torch.cuda.Event | None
 
 
@@ -81,7 +85,7 @@ class Stream:
         if request.num_frames is not None:
             latent_frames = count_latent_frames(request.num_frames, codec.temporal_factor, config.frames_per_block)
         self._encode_prompt = encode_prompt
-        self._decoder = codec.decoder()
+        self._decoder, self._temporal_factor = codec.decoder(), codec.temporal_factor
         prompt_embeds = self._prompt_embeds(request.prompt)
         initial_latents = None
         if request.initial_frames is not None:
@@ -110,7 +114,10 @@ class Stream:
         return self
 
     def __next__(self) -> Frames:
-        """Generate, decode and deliver the next block."""
+        """Generate, decode and deliver the next block.
+
+        Raises NonFiniteError, and ends the stream, if its latents or its pixels are not finite.
+        """
         while len(self._in_flight) <= self._ahead:
             block = self._start_block()
             if block is None:
@@ -121,19 +128,28 @@ class Stream:
         block = self._in_flight.popleft()
         if block.done is not None:
             block.done.synchronize()
-        if self._ahead == 0 or (self.rollout.finished and not self._in_flight):
-            # No pass was launched after this block, so the check can run its passes again; and the host has waited for
-            # the device already.
-            self.rollout.require_finite()
-        elif block.finite is not None and not bool(block.finite):
-            raise NonFiniteError(
-                f"the model produced NaN or infinity at latent frame {block.start};"
-                " use ahead=0 to learn the step and the layer"
-            )
+        try:
+            self._require_finite(block)
+        except NonFiniteError:
+            self._in_flight.clear()  # a later block would be delivered in the place of this one
+            self.rollout.close()
+            raise
         frames = Frames(block.pixels, self._delivered)
         self._delivered += block.pixels.shape[1]
         self.timings.deliver(block.pixels.shape[1])
         return frames
+
+    def _require_finite(self, block: _InFlightBlock) -> None:
+        if self._ahead == 0 or (self.rollout.finished and not self._in_flight):
+            # No pass was launched after this block, so the check can run its passes again; and the host has waited for
+            # the device already.
+            self.rollout.require_finite()
+        elif not bool(block.finite[0]):
+            raise NonFiniteError(
+                f"the model produced NaN or infinity at latent frame {block.start};"
+                " use ahead=0 to learn the step and the layer"
+            )
+        require_finite_frames(block.finite[1:], self._delivered, self._temporal_factor)
 
     def _start_block(self) -> _InFlightBlock | None:
         """Launch the next block's passes and its decoding; None after the last block."""
@@ -151,16 +167,30 @@ class Stream:
             finite = self.rollout.newest_finite if self._ahead else None
         if self._decode_stream is None:
             with self.timings.stage("decode"):
-                return _InFlightBlock(start, to_uint8(self._decoder.decode(latents)).cpu(), finite, None)
+                pixels, flags = self._decode(latents, finite)
+                return _InFlightBlock(start, pixels.cpu(), flags, None)  # waits for the flags, too
         self._decode_stream.wait_stream(torch.cuda.current_stream(latents.device))
         with torch.cuda.stream(self._decode_stream):
             with self.timings.stage("decode"):
-                pixels = to_uint8(self._decoder.decode(latents)).to("cpu", non_blocking=True)  # to pinned memory
+                pixels, flags = self._decode(latents, finite)
+                pixels = pixels.to("cpu", non_blocking=True)  # to pinned memory
             if finite is not None:
                 finite.record_stream(self._decode_stream)
-                finite = finite.to("cpu", non_blocking=True)
             latents.record_stream(self._decode_stream)
-            return _InFlightBlock(start, pixels, finite, self._decode_stream.record_event())
+            return _InFlightBlock(start, pixels, flags, self._decode_stream.record_event())
+
+    def _decode(self, latents: Tensor, finite: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Decode the next latents.
+
+        finite: flag that the latents are finite, bool []; None = `Rollout.require_finite` checks them.
+
+        Returns uint8 pixels on the device and `_InFlightBlock.finite`, whose copy to the host may still be pending.
+        """
+        pixels = self._decoder.decode(latents)
+        frames_finite = finite_frames(pixels)
+        latents_finite = torch.ones_like(frames_finite[:1]) if finite is None else finite[None]
+        flags = torch.cat((latents_finite, frames_finite)).to("cpu", non_blocking=True)
+        return to_uint8(pixels), flags
 
     def refresh(self) -> None:
         """Run the newest block's clean pass now if it still waits: for idle time before the next input arrives."""

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cfpp_rt.codec.base import require_latents, require_pixels
+from cfpp_rt.codec.base import clamp_pixels, require_latents, require_pixels
 from cfpp_rt.errors import InputError
 from cfpp_rt.io.checkpoint import read_tensors, require_exact
 from cfpp_rt.world.policy import Wanderer
@@ -59,7 +59,7 @@ class PatchCodec:
         """Decode latents [B, F, 16, h, w] to float32 pixels [B, F, 3, 8h, 8w] in [-1, 1]."""
         require_latents(latents, CHANNELS)
         patches = (latents.to(self.mean).movedim(2, -1) * self.scale) @ self.basis.T + self.mean
-        patches = patches.clamp(-1, 1).unflatten(-1, (TILE, TILE, 3))  # [B, F, h, w, row, column, RGB]
+        patches = clamp_pixels(patches, -1).unflatten(-1, (TILE, TILE, 3))  # [B, F, h, w, row, column, RGB]
         return patches.permute(0, 1, 6, 2, 4, 3, 5).flatten(3, 4).flatten(4, 5)
 
     def decoder(self) -> "PatchCodec":

@@ -10,7 +10,7 @@ pytest.importorskip("onnxruntime")
 from cfpp_rt.codec.streaming import to_uint8
 from cfpp_rt.codec.taehv import TAEHV
 from cfpp_rt.config import RolloutConfig
-from cfpp_rt.errors import InputError
+from cfpp_rt.errors import InputError, NonFiniteError
 from cfpp_rt.export.bundle import open_bundle
 from cfpp_rt.export.bundle_stream import BundleDecoder, BundleStream
 from cfpp_rt.export.bundle_stream import to_uint8 as to_uint8_without_torch
@@ -91,3 +91,27 @@ def test_a_bundle_without_a_decoder_says_so(tmp_path):
     export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 4), latent_frames=None)
     with pytest.raises(InputError, match="has no decoder: export it with a codec"):
         BundleStream(OnnxRunner(tmp_path / "b"), latent_frames=2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("make", [patches, pytest.param(tiny, marks=pytest.mark.slow)])
+def test_pixels_that_are_not_finite_stop_a_bundle(tmp_path, make, value):
+    codec, model = make(), random_model(ACTING, seed=0, dtype=torch.float32)
+    (codec.mean if make is patches else codec.networks["decoder"][-1].bias)[1] = value
+    export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 4), latent_frames=None, codec=codec)
+    runner = OnnxRunner(tmp_path / "b", threads=1)
+    with pytest.raises(NonFiniteError, match="decoder of the codec produced NaN or infinity at latent frame 0$"):
+        next(BundleStream(runner, latent_frames=5))
+
+
+def test_the_latent_frame_of_a_bundle_is_named_and_nothing_follows(tmp_path):
+    model = random_model(ACTING, seed=0, dtype=torch.float32)
+    export_onnx(model, RUN, tmp_path / "b", latent_size=(4, 4), latent_frames=None, codec=patches())
+    decoder = BundleDecoder(OnnxRunner(tmp_path / "b", threads=1))
+    latents = np.zeros((1, 3, 16, 4, 4), np.float32)
+    decoder.decode(latents)
+    latents[0, 2, 5] = np.inf
+    with pytest.raises(NonFiniteError, match="latent frame 5$"):
+        decoder.decode(latents)
+    with pytest.raises(InputError, match="broke off at latent frame 5: start another"):
+        decoder.decode(latents)

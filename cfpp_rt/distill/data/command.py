@@ -79,8 +79,9 @@ def _prompts(arguments: argparse.Namespace) -> None:
 def _negative(arguments: argparse.Namespace) -> None:
     from safetensors.torch import save_file
 
-    from cfpp_rt.io.atomic import write_atomically
+    from cfpp_rt.io.atomic import require_writable, write_atomically
 
+    require_writable(arguments.out, "--out", pipe=False)
     prompt_embeds = _encoder(arguments)([arguments.source]).cpu().contiguous()
     with write_atomically(arguments.out) as temporary:
         save_file({"embeds": prompt_embeds}, temporary)
