@@ -15,6 +15,7 @@ from cfpp_rt.core.camera import CameraPath, Cameras
 from cfpp_rt.core.controls import (
     Actions,
     action_rows,
+    camera_rows,
     check_camera_count,
     check_latent_frames,
     check_latents_shape,
@@ -99,8 +100,9 @@ class BundleRollout:
             wanted = "be given for a model with" if sizes.model.camera else "not be given to a model without"
             raise InputError(f"cameras must {wanted} the camera branch")
         if cameras is not None:
+            cameras = camera_rows(cameras, sizes.batch)
             check_camera_count(len(cameras), latent_frames)
-        self._path = None if cameras is None else CameraPath(cameras.rows(sizes.batch))
+        self._path = None if cameras is None else CameraPath(cameras)
         if noise is not None:
             _check_finite("noise", noise)
         self._noise = NoiseGenerator(
@@ -159,7 +161,7 @@ class BundleRollout:
         """Take these cameras from the next block on, one per latent frame; see `Rollout.set_cameras`."""
         if self._path is None:
             raise InputError("cameras must not be given to a model without the camera branch")
-        self._path.follow(cameras.rows(self.card.sizes.batch), self.next_latent_frame)
+        self._path.follow(camera_rows(cameras, self.card.sizes.batch), self.next_latent_frame)
 
     @property
     def waits_for_refresh(self) -> bool:

@@ -103,9 +103,17 @@ class Runner(ABC):
                     f"prompt_embeds must not be given to a model without text, got {list(prompt_embeds.shape)}"
                 )
             return {}
-        if prompt_embeds is None or not np.isfinite(prompt_embeds).all():
+        if prompt_embeds is None:
             raise InputError("prompt_embeds must be given and finite for a model with text")
-        made = self.session("embed_text").run_once(embeds=np.asarray(prompt_embeds, np.float32))
+        given = np.asarray(prompt_embeds)
+        if given.dtype.name not in ("float32", "float16", "bfloat16", "float64"):
+            raise InputError(f"prompt_embeds must be an array of floating-point numbers, got {given.dtype}")
+        with np.errstate(over="ignore"):
+            given = given.astype(np.float32)
+            computed = given.astype(np.float16) if self.card.sizes.dtype == "float16" else given
+        if not np.isfinite(computed).all():
+            raise InputError("prompt_embeds must be given and finite for a model with text, got NaN or infinity")
+        made = self.session("embed_text").run_once(embeds=given)
         return {name: Buffer(made[name]) for name in text_names(model.num_layers)}
 
     def _embed_time(self, timestep: int, actions: Actions) -> Array:

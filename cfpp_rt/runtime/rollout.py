@@ -20,9 +20,9 @@ from cfpp_rt.config import RolloutConfig
 from cfpp_rt.core.camera import CameraPath, Cameras
 from cfpp_rt.core.controls import (
     action_rows,
+    camera_rows,
     check_camera_count,
     check_latent_frames,
-    check_latents_shape,
     no_actions,
 )
 from cfpp_rt.core.frame_ring import FrameRing, slots_for
@@ -31,6 +31,7 @@ from cfpp_rt.errors import InputError, OutOfMemoryError
 from cfpp_rt.model.projections import Projections
 from cfpp_rt.model.transformer import CausalWanTransformer, LayerText
 from cfpp_rt.ops.denoise_update import denoise_update
+from cfpp_rt.runtime.checks import check_initial_latents, check_prompt_embeds
 from cfpp_rt.runtime.cuda_graphs import CudaGraphCache
 from cfpp_rt.runtime.finite_check import FiniteCheck, Probe
 from cfpp_rt.runtime.forward_inputs import BlockInput, FinishedBlock, ForwardBuilder, ForwardInputs
@@ -83,17 +84,16 @@ class Rollout:
         cuda_graphs: CudaGraphCache | None = None,
         cache: KVCache | None = None,
     ):
-        n, batch = config.frames_per_block, prompt_embeds.shape[0]
+        n, batch = config.frames_per_block, check_prompt_embeds(prompt_embeds, model)
         frame_shape = (model.config.in_dim, *latent_size)
-        given = 0 if initial_latents is None else _check_initial_latents(initial_latents, batch, frame_shape)
+        given = 0 if initial_latents is None else check_initial_latents(initial_latents, batch, frame_shape)
         check_latent_frames(latent_frames, given, n)
-        if not bool(prompt_embeds.isfinite().all()):
-            raise InputError("prompt_embeds must be finite, got NaN or infinity")
         if cameras is not None:
             if not model.config.camera:
                 raise InputError("cameras must not be given to a model without the camera branch")
+            cameras = camera_rows(cameras, batch)
             check_camera_count(len(cameras), latent_frames)
-        self._path = None if cameras is None else CameraPath(cameras.rows(batch))
+        self._path = None if cameras is None else CameraPath(cameras)
 
         self.model, self.config, self.latent_frames = model, config, latent_frames
         generated = None if latent_frames is None else latent_frames - given
@@ -195,10 +195,11 @@ class Rollout:
         Without `recache`, the newest block's clean pass still runs under the old prompt. With it, the keys and values
         of all latent frames in the window are recomputed under the new prompt, oldest block first, by one clean pass
         per block.
+
+        Raises InputError, and leaves the rollout as it was, for another shape or dtype and for what is not finite.
         """
-        if prompt_embeds.shape[0] != self._batch:
-            raise InputError(f"prompt_embeds must have batch {self._batch}, got {prompt_embeds.shape[0]}")
-        text = self._embed_text(prompt_embeds)  # refuses another shape before anything changes
+        check_prompt_embeds(prompt_embeds, self.model, self._batch)
+        text = self._embed_text(prompt_embeds)
         with self._poison_on_error():
             if not recache and self.waits_for_refresh:
                 self._run_refresh()
@@ -226,7 +227,7 @@ class Rollout:
         """
         if self._path is None:
             raise InputError("cameras must be given when the rollout is made for set_cameras to work, got none then")
-        self._path.follow(cameras.rows(self._batch), self.next_latent_frame)
+        self._path.follow(camera_rows(cameras, self._batch), self.next_latent_frame)
 
     @property
     def waits_for_refresh(self) -> bool:
@@ -368,11 +369,3 @@ class Rollout:
 
     def _run_again(self, blocks: list[BlockInput], probe: Probe) -> None:
         self._run(self._build(blocks, num_outputs=1), probe)
-
-
-def _check_initial_latents(initial_latents: Tensor, batch: int, frame_shape: tuple[int, int, int]) -> int:
-    """Return the number of given latent frames; raise InputError for another shape and for what is not finite."""
-    check_latents_shape("initial_latents", initial_latents.shape, batch, frame_shape)
-    if not bool(initial_latents.isfinite().all()):
-        raise InputError("initial_latents must be finite, got NaN or infinity")
-    return initial_latents.shape[1]

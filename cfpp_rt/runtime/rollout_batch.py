@@ -20,6 +20,7 @@ from cfpp_rt.config import RolloutConfig
 from cfpp_rt.core.frame_ring import FrameRing, slots_for
 from cfpp_rt.errors import InputError, NonFiniteError
 from cfpp_rt.model.transformer import CausalWanTransformer, LayerText
+from cfpp_rt.runtime.checks import check_prompt_embeds
 from cfpp_rt.runtime.forward_inputs import ForwardInputs, join_inputs, join_text
 from cfpp_rt.runtime.rollout import Rollout
 from cfpp_rt.values import Latents
@@ -83,8 +84,7 @@ class RolloutBatch:
         """
         if len(self._rollouts) == self.rows:
             raise InputError(f"a batch of {self.rows} rows is full: remove a rollout before adding another")
-        if prompt_embeds.shape[0] != 1:
-            raise InputError(f"prompt_embeds must be of one row, got {prompt_embeds.shape[0]}")
+        check_prompt_embeds(prompt_embeds, self.model, 1)
         row = len(self._rollouts)
         rollout = Rollout(
             self.model,
