@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cfpp_rt.core.camera import Cameras
+from cfpp_rt.core.exclusive import Exclusive
 from cfpp_rt.errors import InputError
 from cfpp_rt.export.bundle_rollout import BundleRollout
 from cfpp_rt.export.contract import DECODERS, ENCODER, updated
@@ -49,6 +50,9 @@ class BundleStream:
 
     runner, prompt_embeds, options: see `BundleRollout`. The frames of initial_latents are delivered first.
 
+    One thread iterates; others may set prompt, actions and cameras meanwhile. A second call of `next` or `refresh` while
+    one computes is refused with InputError.
+
     Raises InputError for a bundle without a decoder.
     """
 
@@ -57,12 +61,14 @@ class BundleStream:
         self._initial_latents: Floats | None = options.get("initial_latents")
         self.rollout = BundleRollout(runner, prompt_embeds, **options)
         self._delivered = 0
+        self._in_use = Exclusive("a stream")
 
     def __iter__(self) -> Iterator[Frames]:
         return self
 
     def __next__(self) -> Frames:
-        return self.decode(self.next_latents())
+        with self._in_use:
+            return self.decode(self.next_latents())
 
     def next_latents(self) -> Floats:
         """Return the given latents, then block after block of the rollout: the first half of `next`."""
@@ -80,7 +86,8 @@ class BundleStream:
 
     def refresh(self) -> None:
         """Run the newest block's clean pass now, if it still waits: for idle time before the next input arrives."""
-        self.rollout.refresh()
+        with self._in_use:
+            self.rollout.refresh()
 
     def set_actions(self, actions: int | Sequence[int] | Sequence[Sequence[int]] | Array) -> None:
         """Take these actions from the next block on, until others are set."""

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from cfpp_rt.core.camera import parse_cameras
+from cfpp_rt.core.exclusive import Exclusive
 from cfpp_rt.core.frame_counts import count_frames, count_latent_frames
 from cfpp_rt.device.timing import Timings
 from cfpp_rt.errors import InputError
@@ -34,17 +35,18 @@ class TimedBundleStream:
     def __init__(self, stream: BundleStream):
         self.rollout: BundleRollout = stream.rollout
         self.timings = Timings(torch.device("cpu"))
-        self._stream = stream
+        self._stream, self._in_use = stream, Exclusive("a stream")
 
     def __iter__(self) -> Iterator[Frames]:
         return self
 
     def __next__(self) -> Frames:
-        with self.timings.stage("diffuse"):
-            latents = self._stream.next_latents()
-        with self.timings.stage("decode"):
-            frames = self._stream.decode(latents)
-        self.timings.deliver(frames.pixels.shape[1])
+        with self._in_use:
+            with self.timings.stage("diffuse"):
+                latents = self._stream.next_latents()
+            with self.timings.stage("decode"):
+                frames = self._stream.decode(latents)
+            self.timings.deliver(frames.pixels.shape[1])
         return Frames(torch.from_numpy(frames.pixels), frames.start)
 
     def set_actions(self, actions: Any) -> None:

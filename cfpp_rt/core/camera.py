@@ -125,20 +125,24 @@ class Cameras:
 class CameraPath:
     """The cameras of a video, latent frame by latent frame, in the world of the video's first camera.
 
-    The path given last is followed. Where it ends, its last camera stands still.
+    The path given last is followed, from the latent frame that is requested next. Where it ends, its last camera stands
+    still. One thread may call `follow` while another calls `cameras`.
     """
 
     def __init__(self, cameras: Cameras):
         """cameras: the path from latent frame 0 on."""
         self._world = cameras.views[:, :1]
-        self.follow(cameras, 0)
+        self._cameras, self._start, self._given = cameras, 0, cameras
 
-    def follow(self, cameras: Cameras, start: int) -> None:
-        """Replace the path from latent frame `start` on."""
-        self._cameras, self._start = cameras, start
+    def follow(self, cameras: Cameras) -> None:
+        """Replace the path from the latent frame on that `cameras` is called for next."""
+        self._given = cameras
 
     def cameras(self, start: int, frames: int) -> Cameras:
-        """Return the cameras of `frames` latent frames beginning at `start`."""
+        """Return the cameras of `frames` latent frames beginning at `start`; called once per block."""
+        given = self._given  # read once: another thread may replace it meanwhile
+        if given is not self._cameras:
+            self._cameras, self._start = given, start
         last = len(self._cameras) - 1
         own = self._cameras.at([min(frame - self._start, last) for frame in range(start, start + frames)])
         return own.in_world_of(self._world)
