@@ -2,6 +2,7 @@
 
 import html
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.tokenizer.padding_side = "right"
         self.text_len = text_len
+        self._lock = threading.Lock()
 
     @classmethod
     def from_pretrained(
@@ -144,15 +146,17 @@ class TextEncoder:
         """
         if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise InputError(f"prompts must be a list of at least one string, got {prompts!r}")
-        tokens = self.tokenizer(
-            [clean_text(prompt) for prompt in prompts],
-            padding="max_length",
-            truncation=True,
-            max_length=self.text_len,
-            add_special_tokens=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
+        texts = [clean_text(prompt) for prompt in prompts]
+        with self._lock:  # a tokenizer of Rust refuses a second thread
+            tokens = self.tokenizer(
+                texts,
+                padding="max_length",
+                truncation=True,
+                max_length=self.text_len,
+                add_special_tokens=True,
+                return_attention_mask=True,
+                return_tensors="pt",
+            )
         ids, mask = tokens["input_ids"], tokens["attention_mask"]
         # No token attends to padding, so only the length of the longest prompt is computed: most prompts are short.
         length = max(int(mask.sum(dim=1).max()), 1)

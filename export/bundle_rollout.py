@@ -270,10 +270,11 @@ class BundleRollout:
         inputs["write_index"] = np.full(sizes.batch, first_token, np.int64)
         buffers = {tensor_name: Buffer(array) for tensor_name, array in inputs.items()}
         buffers["modulation"] = self.runner.modulation(*((block.timestep, block.actions) for block in blocks))
-        session.bind({**buffers, **self._text, **self.caches})
-        if name != "refresh":
-            session.bind_output("velocity", self._velocity)
-        session.run()
+        with self.runner.lock:
+            session.bind({**buffers, **self._text, **self.caches})
+            if name != "refresh":
+                session.bind_output("velocity", self._velocity)
+            session.run()
         return self._velocity.array
 
     def _check_initial_latents(self, latents: Any) -> Floats:

@@ -26,20 +26,26 @@ class Frames(NamedTuple):
 
 
 class BundleDecoder:
-    """The streaming decoder of one video."""
+    """The streaming decoder of one video. A second call while one computes is refused with InputError."""
 
     def __init__(self, runner: Runner):
         if runner.card.codec is None:
             raise InputError(f"{runner.folder}: has no decoder: export it with a codec, or take the latents")
         self._runner = runner
         self._state: dict[str, Array] | None = None
+        self._in_use = Exclusive("a decoder")
 
     def decode(self, latents: Floats) -> Floats:
         """Decode the next latents, float32 [B, n, C, h, w], to pixels float32 [B, T, 3, height, width] in [-1, 1]."""
+        with self._in_use:
+            return self._decode(latents)
+
+    def _decode(self, latents: Floats) -> Floats:
         made = []
         for latent_frame in np.split(latents, latents.shape[1], axis=1):
             session = self._runner.session(DECODERS[0] if self._state is None else DECODERS[1])
-            outputs = session.run_once(latents=latent_frame, **(self._state or {}))
+            with self._runner.lock:
+                outputs = session.run_once(latents=latent_frame, **(self._state or {}))
             made.append(outputs.pop("pixels"))
             self._state = {name.removesuffix(updated("")): value for name, value in outputs.items()}
         return np.concatenate(made, axis=1)
@@ -106,7 +112,8 @@ def encode_first(runner: Runner, pixels: Floats) -> Floats:
     """Encode the first frame, float32 [B, 1, 3, height, width] in [-1, 1], to latents float32 [B, 1, C, h, w]."""
     if ENCODER not in (runner.card.codec or {}):
         raise InputError(f"{runner.folder}: has no encoder: it cannot begin with a frame")
-    return runner.session(ENCODER).run_once(pixels=pixels)["latents"]
+    with runner.lock:
+        return runner.session(ENCODER).run_once(pixels=pixels)["latents"]
 
 
 def to_uint8(pixels: Floats) -> NDArray[np.uint8]:

@@ -230,3 +230,67 @@ def test_a_storm_of_prompts_gives_one_prompt_per_block(model):
         texts[index] = wanted
     for number, values in enumerate(made):
         assert any(torch.allclose(values, wanted[number], rtol=0, atol=2e-5) for wanted in texts), number
+
+
+def test_threads_share_a_pipeline_and_its_codec(model):
+    """Rows `Pipeline`, codecs and `CausalWanTransformer` of the table in docs/api.md."""
+    from cfpp_rt.pipeline import Pipeline
+
+    pipeline = Pipeline(model, shared_codec(), config=RING)
+
+    def run(seed):
+        return pipeline.generate(
+            prompt_embeds=embeds_of(model.config, seed), num_frames=4, height=32, width=48, seed=seed
+        ).pixels
+
+    wanted = [run(seed) for seed in range(3)]
+    made = {}
+    threads = [threading.Thread(target=lambda s=seed: made.update({s: run(s)})) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(made[seed], wanted[seed]) for seed in range(3))
+
+
+def shared_codec():
+    from cfpp_rt.world.codec import CHANNELS, PatchCodec
+
+    generator = torch.Generator().manual_seed(5)
+    basis = torch.linalg.qr(torch.randn(192, CHANNELS, generator=generator))[0]
+    return PatchCodec(torch.zeros(192), basis, torch.ones(CHANNELS))
+
+
+def test_threads_share_a_text_encoder_and_its_moves():
+    """Row `TextEncoder`: the encoder never moves to the host while another thread encodes with it."""
+    from types import SimpleNamespace
+
+    from cfpp_rt.pipeline import Pipeline
+    from cfpp_rt.text import TextEncoder
+
+    inside, most = [], []
+
+    class Slow(TextEncoder):
+        def __init__(self):
+            self.where = "cpu"
+
+        def to(self, device):
+            assert not inside, "moved while another thread encodes"
+            self.where = str(device)
+
+        def __call__(self, prompts):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.01)
+            inside.pop()
+            return torch.zeros(len(prompts), 1, 1)
+
+    fake = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, config=None)
+    pipeline = Pipeline(fake, None, Slow(), RING, offload_text=True)
+    made = []
+    threads = [threading.Thread(target=lambda: made.append(pipeline.encode_prompt(["a"]))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 4 and max(most) == 1
