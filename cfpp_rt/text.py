@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cfpp_rt.config import MAX_LAYERS
 from cfpp_rt.errors import CheckpointError, InputError, MissingExtraError
 from cfpp_rt.io.checkpoint import read_sharded, read_tensors, require_exact
 
@@ -106,6 +107,10 @@ class TextEncoder:
                 config = UMT5Config.from_json_file(source / "config.json")
             except (OSError, ValueError, TypeError) as error:
                 raise CheckpointError(f"{source / 'config.json'}: {error}") from error
+            if not isinstance(config.num_layers, int) or not 1 <= config.num_layers <= MAX_LAYERS:
+                raise CheckpointError(
+                    f"{source / 'config.json'}: num_layers must be in 1..{MAX_LAYERS}, got {config.num_layers}"
+                )
             state = read_sharded(source, "model")
         else:
             raise CheckpointError(f"{path}: has neither {ORIGINAL_FILE} nor text_encoder/config.json")

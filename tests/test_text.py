@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -158,3 +159,12 @@ def test_the_encoder_moves_to_the_host_between_prompts(encoder, model, monkeypat
     text = pipeline.encode_prompt(["a cat"])
     assert torch.equal(text, encoder(["a cat"]))
     assert moves == (["cpu", "cpu"] if offloads else ["cpu"])
+
+
+def test_an_encoder_of_a_million_layers_is_refused_before_it_is_made(tmp_path, encoder):
+    encoder.model.save_pretrained(tmp_path / "text_encoder")
+    save_tokenizer(tmp_path / "tokenizer")
+    config = tmp_path / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_layers": 1_000_000}))
+    with pytest.raises(CheckpointError, match=r"config\.json: num_layers must be in 1\.\.1024, got 1000000"):
+        TextEncoder.from_pretrained(tmp_path)

@@ -201,7 +201,8 @@ def walk(keys: Sequence[str], view: Any) -> Floats:
 def parse_trajectory(text: str) -> Floats:
     """Return the views of a trajectory such as "w*10,j*5,w*4": float64 [N + 1, 4, 4] for N units, the identity first.
 
-    A unit is one latent frame; the keys are those of `walk`, one per unit. Raises InputError naming the part.
+    A unit is one latent frame; the keys are those of `walk`, one per unit, at most 100,000 in all. Raises InputError
+    naming the part.
     """
     keys: list[str] = []
     for part in text.split(","):
@@ -212,6 +213,8 @@ def parse_trajectory(text: str) -> Floats:
                 f"trajectory must be parts KEY*COUNT joined by commas, KEY one of {' '.join(_KEYS)} (one per part) and"
                 f" COUNT in 1..{_MAX_UNITS}, as w*10,j*5: got the part {part.strip()!r}"
             )
+        if len(keys) + count > _MAX_UNITS:
+            raise InputError(f"trajectory must be at most {_MAX_UNITS} units in all, got {len(keys) + count} or more")
         keys += [key] * count
     return np.concatenate([np.eye(4)[None], walk(keys, np.eye(4))])
 

@@ -17,6 +17,6 @@ def parse_actions(text: str) -> list[int]:
             names = ", ".join(ACTIONS)
             raise InputError(f"actions must be names with counts as right*20,up*10, of {names}; got {part.strip()!r}")
         actions += [ACTIONS.index(match[1])] * int(match[2] or 1)
-    if len(actions) > _MAX_ACTIONS:
-        raise InputError(f"actions must be at most {_MAX_ACTIONS} in all, got {len(actions)}")
+        if len(actions) > _MAX_ACTIONS:
+            raise InputError(f"actions must be at most {_MAX_ACTIONS} in all, got {len(actions)} or more")
     return actions
