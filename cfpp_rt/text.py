@@ -17,6 +17,7 @@ from cfpp_rt.io.checkpoint import read_sharded, read_tensors, require_exact
 ORIGINAL_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 ORIGINAL_TOKENIZER = "google/umt5-xxl"
 _PURPOSE = "the text encoder"
+_TOKEN_CHARACTERS = 16  # of the longest tokens of umT5's vocabulary
 
 # Names in the original file -> names in `UMT5EncoderModel`; each pattern matches an entire name.
 _RENAMES = (
@@ -37,8 +38,11 @@ _RENAMES = (
 _TOKEN_TABLES = ("shared.weight", "encoder.embed_tokens.weight")
 
 
-def clean_text(text: str) -> str:
+def clean_text(text: str, text_len: int = 512) -> str:
     """Clean a prompt like the training captions: repair broken encoding, decode HTML entities, collapse whitespace.
+
+    text_len: number of tokens that count. A text that is longer than so many of the longest tokens is cut first, since the
+        time of the repair grows with the square of the length where entities are nested.
 
     Raises MissingExtraError without ftfy.
     """
@@ -46,6 +50,9 @@ def clean_text(text: str) -> str:
         import ftfy
     except ImportError as error:
         raise MissingExtraError("ftfy", "wan", _PURPOSE) from error
+    limit = _TOKEN_CHARACTERS * max(text_len, 512)
+    if len(text) > limit:
+        text = re.sub(r"([ \t\n])[ \t\n]+", r"\1", text)[:limit]
     text = html.unescape(html.unescape(ftfy.fix_text(text)))  # twice: captions from the web are often escaped twice
     return re.sub(r"\s+", " ", text).strip()
 
@@ -151,7 +158,7 @@ class TextEncoder:
         """
         if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise InputError(f"prompts must be a list of at least one string, got {prompts!r}")
-        texts = [clean_text(prompt) for prompt in prompts]
+        texts = [clean_text(prompt, self.text_len) for prompt in prompts]
         with self._lock:  # a tokenizer of Rust refuses a second thread
             tokens = self.tokenizer(
                 texts,
