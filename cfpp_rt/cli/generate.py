@@ -241,7 +241,7 @@ def _read_prompts(arguments: argparse.Namespace) -> list[str | Tensor]:
     if arguments.prompts is not None:
         path = Path(arguments.prompts)
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would split at form feeds and U+2028, too
         except UnicodeDecodeError as error:
             raise InputError(f"--prompts {path}: must be UTF-8, byte {error.start} is not") from error
         except OSError as error:
