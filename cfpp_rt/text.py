@@ -41,8 +41,8 @@ _TOKEN_TABLES = ("shared.weight", "encoder.embed_tokens.weight")
 def clean_text(text: str, text_len: int = 512) -> str:
     """Clean a prompt like the training captions: repair broken encoding, decode HTML entities, collapse whitespace.
 
-    text_len: number of tokens that count. A text that is longer than so many of the longest tokens is cut first, since the
-        time of the repair grows with the square of the length where entities are nested.
+    text_len: number of tokens that count. A text that is longer than so many of the longest tokens is cut first, since
+        the time of the repair grows with the square of the length where entities are nested.
 
     Raises MissingExtraError without ftfy.
     """

@@ -151,8 +151,8 @@ class BundleRollout:
     def set_prompt(self, prompt_embeds: Floats) -> None:
         """Follow another prompt from the next block on.
 
-        The newest block's clean pass still runs under the old prompt, as part of `next()`. Raises InputError, and leaves
-        the rollout as it was, for another shape or dtype and for what is not finite.
+        The newest block's clean pass still runs under the old prompt, as part of `next()`. Raises InputError, and
+        leaves the rollout as it was, for another shape or dtype and for what is not finite.
         """
         text = self.runner.embed_text(prompt_embeds)
         self._require_sound()

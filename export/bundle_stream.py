@@ -56,8 +56,8 @@ class BundleStream:
 
     runner, prompt_embeds, options: see `BundleRollout`. The frames of initial_latents are delivered first.
 
-    One thread iterates; others may set prompt, actions and cameras meanwhile. A second call of `next` or `refresh` while
-    one computes is refused with InputError.
+    One thread iterates; others may set prompt, actions and cameras meanwhile. A second call of `next` or `refresh`
+    while one computes is refused with InputError.
 
     Raises InputError for a bundle without a decoder.
     """

@@ -1,5 +1,8 @@
 """Options and arguments that were once ignored, cut or echoed without a word."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -86,3 +89,11 @@ def test_the_meta_kernel_of_block_attention_wants_one_device(name):
     given[name] = torch.empty_like(given[name], device="cpu")
     with pytest.raises(InputError, match=f"block_attention: {name} must be on meta, got cpu"):
         torch.ops.cfpp_rt.block_attention(q, *given.values(), 1.0)
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4", ".mov"])
+def test_a_quiet_command_writes_nothing_on_stderr(tmp_path, suffix):
+    pytest.importorskip("av")
+    command = [sys.executable, "-m", "cfpp_rt.cli", "generate", "--student", "world", "--actions", "up*3", "--quiet"]
+    done = subprocess.run([*command, "-o", str(tmp_path / f"a{suffix}")], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

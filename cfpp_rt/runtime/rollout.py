@@ -65,9 +65,9 @@ class Rollout:
         `why_no_cuda_graphs` gives the reason.
     cache: a KV cache of the right size to use instead of allocating one. CUDA graphs are then not used.
 
-    One thread iterates; others may set prompt, actions and cameras meanwhile, which the next block then takes. InputError
-    is raised, before anything runs, for a call that runs passes (`next`, `refresh`, `require_finite`, `set_prompt` with
-    `recache`) or for `close` while another call computes.
+    One thread iterates; others may set prompt, actions and cameras meanwhile, which the next block then takes. While a
+    call computes, another call that runs passes (`next`, `refresh`, `require_finite`, `set_prompt` with `recache`) and
+    `close` raise InputError before anything runs.
 
     Raises InputError for sizes that do not fit together, and OutOfMemoryError if the cache cannot be allocated, or if
     memory runs out later: this rollout is over then, and another may begin.
@@ -207,9 +207,9 @@ class Rollout:
     def set_prompt(self, prompt_embeds: Tensor, *, recache: bool = False) -> None:
         """Follow another prompt from the next block on.
 
-        Without `recache`, the newest block's clean pass still runs under the old prompt, as part of `next()`. With it, the keys and values
-        of all latent frames in the window are recomputed under the new prompt, oldest block first, by one clean pass
-        per block.
+        Without `recache`, the newest block's clean pass still runs under the old prompt, as part of `next()`. With it,
+        the keys and values of all latent frames in the window are recomputed under the new prompt, oldest block first,
+        by one clean pass per block.
 
         Raises InputError, and leaves the rollout as it was, for another shape or dtype and for what is not finite.
         """
@@ -276,7 +276,8 @@ class Rollout:
             if not isinstance(error, torch.OutOfMemoryError):
                 raise
             error.with_traceback(None)  # its stack frames keep tensors alive
-            del self.cache, self._forward, self._finished_blocks, self._builder, self._text, self._next_text, self._finite_check
+            del self.cache, self._forward, self._finished_blocks, self._builder, self._finite_check
+            del self._text, self._next_text
             if self._cuda_graphs is not None:
                 self._cuda_graphs.release()
             empty_device_cache(self.model.device)

@@ -40,7 +40,7 @@ _LEAVE_S = 1.0  # how long the end waits for a terminal that takes nothing
 
 
 def cell_colours(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the colours of the cells of a frame uint8 [height, width, 3]: uint8 [height / 2, width, 6], top, bottom."""
+    """Return the colours of a frame's cells, top and bottom: uint8 [height, width, 3] to [height / 2, width, 6]."""
     return np.concatenate([frame[::2], frame[1::2]], axis=2)
 
 
@@ -147,7 +147,7 @@ class Screen:
                 return []
 
     def leave(self) -> None:
-        """Send the end of the drawing; drop what is unsent, and what the terminal has not taken if that is in the way."""
+        """Send the end of the drawing; drop what is unsent, and with it what the terminal has not taken yet."""
         import termios
 
         if self._unsent:
