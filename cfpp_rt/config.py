@@ -9,14 +9,21 @@ from typing import Any
 
 from cfpp_rt.errors import InputError
 
+# Limits far beyond every published student: what lies outside is refused before memory or time is spent on it.
+MAX_LAYERS = 1024
+MAX_SIZE = 2**20  # of every other size of a model, such as its width and the length of its text
+MAX_SLOTS = 2**20  # latent frames that a cache has slots for
+
 _DIFFUSERS_NAMES = {"in_channels": "in_dim", "out_channels": "out_dim", "num_attention_heads": "num_heads"}
 
 
-def _require_integer(owner: object, *names: str, minimum: int = 1) -> None:
+def _require_integer(owner: object, *names: str, minimum: int = 1, maximum: int | None = None) -> None:
     for name in names:
         value = getattr(owner, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
             raise InputError(f"{name} must be an integer >= {minimum}, got {value!r}")
+        if maximum is not None and value > maximum:
+            raise InputError(f"{name} must be at most {maximum}, got {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +39,8 @@ class ModelConfig:
     camera: True if self-attention has the camera branch (`cfpp_rt.core.camera`).
     patch_size: (1, rows, columns) of latent pixels that make one token.
     qk_norm, cross_attn_norm: fields of public configs; only True is supported.
+
+    num_layers is at most 1024, every other size at most 2**20.
     """
 
     dim: int = 1536
@@ -52,15 +61,17 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
-        _require_integer(self, "dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "in_dim", "out_dim", "text_dim")
-        _require_integer(self, "text_len", "num_actions", minimum=0)
+        sizes = ("dim", "ffn_dim", "num_heads", "freq_dim", "in_dim", "out_dim", "text_dim")
+        _require_integer(self, *sizes, maximum=MAX_SIZE)
+        _require_integer(self, "num_layers", maximum=MAX_LAYERS)
+        _require_integer(self, "text_len", "num_actions", minimum=0, maximum=MAX_SIZE)
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise InputError(f"dim must be num_heads={self.num_heads} times an even head size, got {self.dim}")
         if not isinstance(self.camera, bool):
             raise InputError(f"camera must be true or false, got {self.camera!r}")
         if self.camera and self.head_dim % 4:
             raise InputError(f"camera needs a head size that is a multiple of 4, got {self.head_dim}")
-        integers = all(isinstance(side, int) and side >= 1 for side in self.patch_size)
+        integers = all(isinstance(side, int) and 1 <= side <= MAX_SIZE for side in self.patch_size)
         if len(self.patch_size) != 3 or not integers or self.patch_size[0] != 1:
             raise InputError(f"patch_size must be (1, rows, columns), got {self.patch_size}")
         if not isinstance(self.eps, float) or not 0 < self.eps < 1:

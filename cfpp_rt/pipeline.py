@@ -1,5 +1,6 @@
 """A student with its text encoder and codec: prompt, image or video in, a stream of frames out."""
 
+import threading
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -51,6 +52,7 @@ class Pipeline:
         self.cuda_graphs = CudaGraphCache(model) if model.device.type == "cuda" else None
         self.offload_text = offload_text
         self._text_encoder = text_encoder
+        self._text_lock = threading.RLock()
 
     @classmethod
     def from_pretrained(
@@ -100,22 +102,24 @@ class Pipeline:
         """Return the text encoder, read from disk at the first call: float32 for a float32 model, else bfloat16."""
         if self._text_encoder is None:
             raise InputError("prompt_embeds must be given: this pipeline has no text encoder")
-        if not isinstance(self._text_encoder, TextEncoder):
-            self._text_encoder = TextEncoder.from_pretrained(
-                self._text_encoder,
-                dtype=torch.float32 if self.model.dtype == torch.float32 else torch.bfloat16,
-                device=self.model.device,
-                text_len=self.model.config.text_len,
-            )
-        return self._text_encoder
+        with self._text_lock:  # it is read once, whichever thread comes first
+            if not isinstance(self._text_encoder, TextEncoder):
+                self._text_encoder = TextEncoder.from_pretrained(
+                    self._text_encoder,
+                    dtype=torch.float32 if self.model.dtype == torch.float32 else torch.bfloat16,
+                    device=self.model.device,
+                    text_len=self.model.config.text_len,
+                )
+            return self._text_encoder
 
     def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
         """Encode prompts to prompt_embeds [B, text_len, text_dim]."""
-        encoder = self.load_text_encoder()
-        encoder.to(self.model.device)
-        prompt_embeds = encoder(list(prompts))
-        if self.offload_text:
-            encoder.to("cpu")
+        with self._text_lock:  # another thread must not move the encoder meanwhile
+            encoder = self.load_text_encoder()
+            encoder.to(self.model.device)
+            prompt_embeds = encoder(list(prompts))
+            if self.offload_text:
+                encoder.to("cpu")
         return prompt_embeds
 
     def stream(

@@ -2,6 +2,7 @@
 
 import html
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cfpp_rt.config import MAX_LAYERS
 from cfpp_rt.errors import CheckpointError, InputError, MissingExtraError
 from cfpp_rt.io.checkpoint import read_sharded, read_tensors, require_exact
 
 ORIGINAL_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 ORIGINAL_TOKENIZER = "google/umt5-xxl"
 _PURPOSE = "the text encoder"
+_TOKEN_CHARACTERS = 16  # of the longest tokens of umT5's vocabulary
 
 # Names in the original file -> names in `UMT5EncoderModel`; each pattern matches an entire name.
 _RENAMES = (
@@ -35,8 +38,11 @@ _RENAMES = (
 _TOKEN_TABLES = ("shared.weight", "encoder.embed_tokens.weight")
 
 
-def clean_text(text: str) -> str:
+def clean_text(text: str, text_len: int = 512) -> str:
     """Clean a prompt like the training captions: repair broken encoding, decode HTML entities, collapse whitespace.
+
+    text_len: number of tokens that count. A text that is longer than so many of the longest tokens is cut first, since
+        the time of the repair grows with the square of the length where entities are nested.
 
     Raises MissingExtraError without ftfy.
     """
@@ -44,6 +50,9 @@ def clean_text(text: str) -> str:
         import ftfy
     except ImportError as error:
         raise MissingExtraError("ftfy", "wan", _PURPOSE) from error
+    limit = _TOKEN_CHARACTERS * max(text_len, 512)
+    if len(text) > limit:
+        text = re.sub(r"([ \t\n])[ \t\n]+", r"\1", text)[:limit]
     text = html.unescape(html.unescape(ftfy.fix_text(text)))  # twice: captions from the web are often escaped twice
     return re.sub(r"\s+", " ", text).strip()
 
@@ -63,6 +72,7 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.tokenizer.padding_side = "right"
         self.text_len = text_len
+        self._lock = threading.Lock()
 
     @classmethod
     def from_pretrained(
@@ -104,6 +114,10 @@ class TextEncoder:
                 config = UMT5Config.from_json_file(source / "config.json")
             except (OSError, ValueError, TypeError) as error:
                 raise CheckpointError(f"{source / 'config.json'}: {error}") from error
+            if not isinstance(config.num_layers, int) or not 1 <= config.num_layers <= MAX_LAYERS:
+                raise CheckpointError(
+                    f"{source / 'config.json'}: num_layers must be in 1..{MAX_LAYERS}, got {config.num_layers}"
+                )
             state = read_sharded(source, "model")
         else:
             raise CheckpointError(f"{path}: has neither {ORIGINAL_FILE} nor text_encoder/config.json")
@@ -144,15 +158,17 @@ class TextEncoder:
         """
         if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise InputError(f"prompts must be a list of at least one string, got {prompts!r}")
-        tokens = self.tokenizer(
-            [clean_text(prompt) for prompt in prompts],
-            padding="max_length",
-            truncation=True,
-            max_length=self.text_len,
-            add_special_tokens=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
+        texts = [clean_text(prompt, self.text_len) for prompt in prompts]
+        with self._lock:  # a tokenizer of Rust refuses a second thread
+            tokens = self.tokenizer(
+                texts,
+                padding="max_length",
+                truncation=True,
+                max_length=self.text_len,
+                add_special_tokens=True,
+                return_attention_mask=True,
+                return_tensors="pt",
+            )
         ids, mask = tokens["input_ids"], tokens["attention_mask"]
         # No token attends to padding, so only the length of the longest prompt is computed: most prompts are short.
         length = max(int(mask.sum(dim=1).max()), 1)

@@ -15,11 +15,13 @@ from cfpp_rt.core.camera import CameraPath, Cameras
 from cfpp_rt.core.controls import (
     Actions,
     action_rows,
+    camera_rows,
     check_camera_count,
     check_latent_frames,
     check_latents_shape,
     no_actions,
 )
+from cfpp_rt.core.exclusive import Exclusive
 from cfpp_rt.core.rng import NoiseGenerator
 from cfpp_rt.core.rope_angles import axis_table
 from cfpp_rt.errors import InputError, NonFiniteError
@@ -66,6 +68,9 @@ class BundleRollout:
     seed, noise, renoise: see `NoiseGenerator`.
     refresh: "fused", "separate" or "skip"; None = the student's own.
 
+    One thread iterates; others may set prompt, actions and cameras meanwhile, which the next block then takes. A second
+    call of `next` or `refresh` while one computes is refused with InputError.
+
     Raises InputError for sizes that do not fit together.
     """
 
@@ -99,8 +104,9 @@ class BundleRollout:
             wanted = "be given for a model with" if sizes.model.camera else "not be given to a model without"
             raise InputError(f"cameras must {wanted} the camera branch")
         if cameras is not None:
+            cameras = camera_rows(cameras, sizes.batch)
             check_camera_count(len(cameras), latent_frames)
-        self._path = None if cameras is None else CameraPath(cameras.rows(sizes.batch))
+        self._path = None if cameras is None else CameraPath(cameras)
         if noise is not None:
             _check_finite("noise", noise)
         self._noise = NoiseGenerator(
@@ -115,7 +121,8 @@ class BundleRollout:
         step = runner.session("step").spec
         self.caches = {tensor.updates: Buffer.zeros(tensor) for tensor in step.outputs if tensor.updates is not None}
         self._velocity = Buffer.zeros(step.outputs[0])
-        self._text = runner.embed_text(prompt_embeds)
+        self._in_use = Exclusive("a rollout")
+        self._text = self._next_text = runner.embed_text(prompt_embeds)  # of the newest block; of the next one
         self.next_latent_frame = 0
         self._actions = no_actions(sizes.batch, n, sizes.model.num_actions)
         self._pending_refresh: _BlockInput | None = None  # the finished block that waits for its clean pass
@@ -131,24 +138,25 @@ class BundleRollout:
         """Make the next block."""
         if self.finished:
             raise StopIteration
-        with self._poison_on_error():
+        with self._in_use, self._poison_on_error():
             return self._generate_block()
 
     def refresh(self) -> None:
         """Run the clean pass of the newest block now, if it still waits and a block follows; otherwise do nothing."""
-        if self.waits_for_refresh:
-            with self._poison_on_error():
-                self._run_refresh()
+        with self._in_use:
+            if self.waits_for_refresh:
+                with self._poison_on_error():
+                    self._run_refresh()
 
     def set_prompt(self, prompt_embeds: Floats) -> None:
         """Follow another prompt from the next block on.
 
-        The newest block's clean pass still runs under the old prompt.
+        The newest block's clean pass still runs under the old prompt, as part of `next()`. Raises InputError, and
+        leaves the rollout as it was, for another shape or dtype and for what is not finite.
         """
         text = self.runner.embed_text(prompt_embeds)
-        with self._poison_on_error():
-            self._run_refresh()
-            self._text = text
+        self._require_sound()
+        self._next_text = text
 
     def set_actions(self, actions: int | Sequence[int] | Sequence[Sequence[int]] | Array) -> None:
         """Take these actions from the next block on, until others are set; see `Rollout.set_actions`."""
@@ -159,7 +167,7 @@ class BundleRollout:
         """Take these cameras from the next block on, one per latent frame; see `Rollout.set_cameras`."""
         if self._path is None:
             raise InputError("cameras must not be given to a model without the camera branch")
-        self._path.follow(cameras.rows(self.card.sizes.batch), self.next_latent_frame)
+        self._path.follow(camera_rows(cameras, self.card.sizes.batch))
 
     @property
     def waits_for_refresh(self) -> bool:
@@ -171,23 +179,31 @@ class BundleRollout:
         """True if all latent frames have been made; never for a rollout without end."""
         return self.latent_frames is not None and self.next_latent_frame >= self.latent_frames
 
+    def _require_sound(self) -> None:
+        if self._failed:
+            raise InputError(f"the rollout broke off at latent frame {self.next_latent_frame}: start another")
+
     @contextmanager
     def _poison_on_error(self) -> Iterator[None]:
         """Run the body; if it raises, the cache is half written and all further calls are refused."""
-        if self._failed:
-            raise InputError(f"the rollout broke off at latent frame {self.next_latent_frame}: start another")
-        self._failed = True
-        yield
-        self._failed = False
+        self._require_sound()
+        try:
+            yield
+        except BaseException:
+            self._failed = True
+            raise
 
     def _generate_block(self) -> LatentArrays:
         start, n = self.next_latent_frame, self.card.sizes.frames_per_block
         steps = self.card.steps if self._generated else self.card.first_steps
-        if self.config.refresh == "separate":
-            self._run_refresh()
         x = self._noise.start(n)
+        # The controls are read here, once: another thread may set others before the block is finished.
+        text, own = self._next_text, self._block_input(x, start, steps[0].timestep)
+        if self.config.refresh == "separate" or text is not self._text:
+            self._run_refresh()  # under the prompt of its own block
+        self._text = text
         for index, step in enumerate(steps):
-            block = self._block_input(x, start, step.timestep)
+            block = own._replace(latents=x, timestep_index=step.timestep)
             velocity = self._run_one_block("step", block) if self._pending_refresh is None else self._run_fused(block)
             clean = x - np.float32(step.sigma) * velocity
             if not np.isfinite(clean).all():
@@ -197,7 +213,7 @@ class BundleRollout:
                 x = (1 - sigma) * clean + sigma * self._noise.between_steps(n)
         self.next_latent_frame, self._generated = start + n, True
         if self.config.refresh != "skip":
-            self._pending_refresh = self._block_input(clean.copy(), start, self.card.context)
+            self._pending_refresh = own._replace(latents=clean.copy(), timestep_index=self.card.context)
         return LatentArrays(clean, start)
 
     def _prefill(self, latents: Floats) -> None:
@@ -254,10 +270,11 @@ class BundleRollout:
         inputs["write_index"] = np.full(sizes.batch, first_token, np.int64)
         buffers = {tensor_name: Buffer(array) for tensor_name, array in inputs.items()}
         buffers["modulation"] = self.runner.modulation(*((block.timestep_index, block.actions) for block in blocks))
-        session.bind({**buffers, **self._text, **self.caches})
-        if name != "refresh":
-            session.bind_output("velocity", self._velocity)
-        session.run()
+        with self.runner.lock:
+            session.bind({**buffers, **self._text, **self.caches})
+            if name != "refresh":
+                session.bind_output("velocity", self._velocity)
+            session.run()
         return self._velocity.array
 
     def _check_initial_latents(self, latents: Any) -> Floats:

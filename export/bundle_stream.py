@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cfpp_rt.core.camera import Cameras
+from cfpp_rt.core.exclusive import Exclusive
 from cfpp_rt.errors import InputError, NonFiniteError
 from cfpp_rt.export.bundle_rollout import BundleRollout
 from cfpp_rt.export.contract import DECODERS, ENCODER, updated
@@ -25,7 +26,7 @@ class Frames(NamedTuple):
 
 
 class BundleDecoder:
-    """The streaming decoder of one video."""
+    """The streaming decoder of one video. A second call while one computes is refused with InputError."""
 
     def __init__(self, runner: Runner):
         if runner.card.codec is None:
@@ -34,18 +35,24 @@ class BundleDecoder:
         self._state: dict[str, Array] | None = None
         self._decoded = 0  # latent frames
         self._failed = False
+        self._in_use = Exclusive("a decoder")
 
     def decode(self, latents: Floats) -> Floats:
         """Decode the next latents, float32 [B, n, C, h, w], to pixels float32 [B, T, 3, height, width] in [-1, 1].
 
         Raises NonFiniteError if the pixels of a latent frame are not finite, and InputError ever after.
         """
+        with self._in_use:
+            return self._decode(latents)
+
+    def _decode(self, latents: Floats) -> Floats:
         if self._failed:
             raise InputError(f"the decoder broke off at latent frame {self._decoded}: start another")
         made = []
         for latent_frame in np.split(latents, latents.shape[1], axis=1):
             session = self._runner.session(DECODERS[0] if self._state is None else DECODERS[1])
-            outputs = session.run_once(latents=latent_frame, **(self._state or {}))
+            with self._runner.lock:
+                outputs = session.run_once(latents=latent_frame, **(self._state or {}))
             pixels = outputs.pop("pixels")
             if not np.isfinite(pixels).all():
                 self._failed = True
@@ -62,6 +69,9 @@ class BundleStream:
 
     runner, prompt_embeds, options: see `BundleRollout`. The frames of initial_latents are delivered first.
 
+    One thread iterates; others may set prompt, actions and cameras meanwhile. A second call of `next` or `refresh`
+    while one computes is refused with InputError.
+
     Raises InputError for a bundle without a decoder. Iteration raises NonFiniteError at latents or pixels that are not
     finite.
     """
@@ -71,12 +81,14 @@ class BundleStream:
         self._initial_latents: Floats | None = options.get("initial_latents")
         self.rollout = BundleRollout(runner, prompt_embeds, **options)
         self._delivered = 0
+        self._in_use = Exclusive("a stream")
 
     def __iter__(self) -> Iterator[Frames]:
         return self
 
     def __next__(self) -> Frames:
-        return self.decode(self.next_latents())
+        with self._in_use:
+            return self.decode(self.next_latents())
 
     def next_latents(self) -> Floats:
         """Return the given latents, then block after block of the rollout: the first half of `next`."""
@@ -94,7 +106,8 @@ class BundleStream:
 
     def refresh(self) -> None:
         """Run the newest block's clean pass now, if it still waits: for idle time before the next input arrives."""
-        self.rollout.refresh()
+        with self._in_use:
+            self.rollout.refresh()
 
     def set_actions(self, actions: int | Sequence[int] | Sequence[Sequence[int]] | Array) -> None:
         """Take these actions from the next block on, until others are set."""
@@ -113,7 +126,8 @@ def encode_first(runner: Runner, pixels: Floats) -> Floats:
     """Encode the first frame, float32 [B, 1, 3, height, width] in [-1, 1], to latents float32 [B, 1, C, h, w]."""
     if ENCODER not in (runner.card.codec or {}):
         raise InputError(f"{runner.folder}: has no encoder: it cannot begin with a frame")
-    return runner.session(ENCODER).run_once(pixels=pixels)["latents"]
+    with runner.lock:
+        return runner.session(ENCODER).run_once(pixels=pixels)["latents"]
 
 
 def to_uint8(pixels: Floats) -> NDArray[np.uint8]:

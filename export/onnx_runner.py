@@ -24,9 +24,10 @@ class OnnxRunner(Runner):
         self._sessions: dict[str, GraphSession] = {}
 
     def session(self, name: str) -> "GraphSession":
-        if name not in self._sessions:
-            self._sessions[name] = GraphSession(self.bundle, name, self._threads)
-        return self._sessions[name]
+        with self.lock:  # several threads get the same session
+            if name not in self._sessions:
+                self._sessions[name] = GraphSession(self.bundle, name, self._threads)
+            return self._sessions[name]
 
 
 class GraphSession:

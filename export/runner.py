@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,14 +67,17 @@ class Session(Protocol):
 
 
 class Runner(ABC):
-    """Executes the graphs of one bundle. Rollouts may share a runner, one after the other.
+    """Executes the graphs of one bundle. Rollouts, in one thread or in several, may share an `OnnxRunner`.
 
     card: the bundle's card.
     folder: the bundle's folder, for messages.
+    lock: held while a session is bound and run, since what is bound belongs to the session. So the passes of rollouts
+        that share a runner follow each other; rollouts with a runner each compute at the same time.
     """
 
     def __init__(self, card: Card, folder: Path):
         self.card, self.folder = card, folder
+        self.lock = threading.RLock()
         self._modulations: dict[tuple[tuple[int, Actions], ...], Buffer] = {}
 
     @abstractmethod
@@ -85,11 +89,13 @@ class Runner(ABC):
 
         A rollout uses few different ones, so each is computed once and kept.
         """
-        if blocks not in self._modulations:
-            if len(self._modulations) >= _MAX_MODULATIONS:
-                self._modulations.clear()
-            self._modulations[blocks] = Buffer(np.concatenate([self._embed_time(*block) for block in blocks], axis=1))
-        return self._modulations[blocks]
+        with self.lock:
+            if blocks not in self._modulations:
+                if len(self._modulations) >= _MAX_MODULATIONS:
+                    self._modulations.clear()
+                rows = [self._embed_time(*block) for block in blocks]
+                self._modulations[blocks] = Buffer(np.concatenate(rows, axis=1))
+            return self._modulations[blocks]
 
     def embed_text(self, prompt_embeds: Floats | None) -> dict[str, Buffer]:
         """Return each layer's text keys and values by name; {} for a model without text.
@@ -103,9 +109,18 @@ class Runner(ABC):
                     f"prompt_embeds must not be given to a model without text, got {list(prompt_embeds.shape)}"
                 )
             return {}
-        if prompt_embeds is None or not np.isfinite(prompt_embeds).all():
+        if prompt_embeds is None:
             raise InputError("prompt_embeds must be given and finite for a model with text")
-        made = self.session("embed_text").run_once(embeds=np.asarray(prompt_embeds, np.float32))
+        given = np.asarray(prompt_embeds)
+        if given.dtype.name not in ("float32", "float16", "bfloat16", "float64"):
+            raise InputError(f"prompt_embeds must be an array of floating-point numbers, got {given.dtype}")
+        with np.errstate(over="ignore"):
+            given = given.astype(np.float32)
+            computed = given.astype(np.float16) if self.card.sizes.dtype == "float16" else given
+        if not np.isfinite(computed).all():
+            raise InputError("prompt_embeds must be given and finite for a model with text, got NaN or infinity")
+        with self.lock:
+            made = self.session("embed_text").run_once(embeds=given)
         return {name: Buffer(made[name]) for name in text_names(model.num_layers)}
 
     def _embed_time(self, timestep: int, actions: Actions) -> Array:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from cfpp_rt.core.camera import parse_cameras
+from cfpp_rt.core.exclusive import Exclusive
 from cfpp_rt.core.frame_counts import count_frames, count_latent_frames
 from cfpp_rt.device.timing import Timings
 from cfpp_rt.errors import InputError
@@ -20,7 +21,7 @@ from cfpp_rt.options import refuse_unused
 from cfpp_rt.runtime.clip import Clip
 from cfpp_rt.values import Frames
 from cfpp_rt.world import scripted
-from cfpp_rt.world.actions import parse_actions
+from cfpp_rt.world.actions import parse_actions_option
 from cfpp_rt.world.student import first_frames
 
 DEFAULT_NUM_FRAMES = 81  # as `cfpp generate` without --frames
@@ -34,17 +35,18 @@ class TimedBundleStream:
     def __init__(self, stream: BundleStream):
         self.rollout: BundleRollout = stream.rollout
         self.timings = Timings(torch.device("cpu"))
-        self._stream = stream
+        self._stream, self._in_use = stream, Exclusive("a stream")
 
     def __iter__(self) -> Iterator[Frames]:
         return self
 
     def __next__(self) -> Frames:
-        with self.timings.stage("diffuse"):
-            latents = self._stream.next_latents()
-        with self.timings.stage("decode"):
-            frames = self._stream.decode(latents)
-        self.timings.deliver(frames.pixels.shape[1])
+        with self._in_use:
+            with self.timings.stage("diffuse"):
+                latents = self._stream.next_latents()
+            with self.timings.stage("decode"):
+                frames = self._stream.decode(latents)
+            self.timings.deliver(frames.pixels.shape[1])
         return Frames(torch.from_numpy(frames.pixels), frames.start)
 
     def set_actions(self, actions: Any) -> None:
@@ -70,19 +72,19 @@ def open_clip(arguments: argparse.Namespace) -> Clip:
     n, temporal_factor, has_actions = sizes.frames_per_block, card.temporal_factor, bool(sizes.model.num_actions)
     if arguments.actions is not None and not has_actions:
         raise InputError(f"{arguments.engine}: --actions is for a student with actions")
-    actions = parse_actions(arguments.actions or "") if has_actions else []
+    actions = parse_actions_option(arguments.actions) if has_actions else []
     cameras = parse_cameras(arguments.trajectory, arguments.intrinsics)
     if (cameras is not None) != sizes.model.camera:
         verb = "needs" if sizes.model.camera else "takes no"
         raise InputError(
             f"{arguments.engine}: a student {'with' if cameras is None else 'without'} cameras {verb} --trajectory"
         )
-    num_frames = arguments.frames
+    num_frames = scripted.frames_for(arguments.frames, actions, n) if has_actions else arguments.frames
     if num_frames is None:
-        num_frames = scripted.whole_blocks(1 + len(actions), n) if has_actions else DEFAULT_NUM_FRAMES
+        num_frames = DEFAULT_NUM_FRAMES
         if cameras is not None:
             num_frames = count_frames(len(cameras), temporal_factor)
-        if not has_actions and card.latent_frames is not None:
+        if card.latent_frames is not None:
             num_frames = min(num_frames, count_frames(card.latent_frames, temporal_factor))
     initial_latents = None
     if has_actions:  # a video of the world begins with a given block

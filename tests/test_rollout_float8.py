@@ -95,7 +95,8 @@ def test_a_cache_that_does_not_fit_is_reported_with_its_own_size(model, vectors,
     monkeypatch.setattr("cfpp_rt.cache.available_bytes", lambda device: (256 << 20) + 10 * 4 * 24 * 256 * 4)
     for kv_dtype, fits in ((None, 9), ("float8_e4m3", 12)):
         config = RolloutConfig(window=50, kv_dtype=kv_dtype)
-        with pytest.raises(OutOfMemoryError, match=f"KV cache of 51 latent frames.*a window of {fits} latent frames fits"):
+        message = f"KV cache of 51 latent frames.*a window of {fits} latent frames fits"
+        with pytest.raises(OutOfMemoryError, match=message):
             Rollout(model, vectors["prompt_embeds"], config, latent_size=(8, 12), latent_frames=None)
 
 

@@ -1,3 +1,5 @@
+import json
+import time
 from pathlib import Path
 
 import pytest
@@ -158,3 +160,31 @@ def test_the_encoder_moves_to_the_host_between_prompts(encoder, model, monkeypat
     text = pipeline.encode_prompt(["a cat"])
     assert torch.equal(text, encoder(["a cat"]))
     assert moves == (["cpu", "cpu"] if offloads else ["cpu"])
+
+
+def test_an_encoder_of_a_million_layers_is_refused_before_it_is_made(tmp_path, encoder):
+    encoder.model.save_pretrained(tmp_path / "text_encoder")
+    save_tokenizer(tmp_path / "tokenizer")
+    config = tmp_path / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_layers": 1_000_000}))
+    with pytest.raises(CheckpointError, match=r"config\.json: num_layers must be in 1\.\.1024, got 1000000"):
+        TextEncoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "unit", ["&amp;", "amp;", "&#38;", "#38;", "&lt;", "Ã", "Ãƒ", " ", "<", "&amp", "\x1b[0m"], ids=ascii
+)
+def test_cleaning_takes_little_time_whatever_the_prompt(unit):
+    prompt = f"a cat {'&' if unit.endswith(';') else ''}" + unit * (400_000 // len(unit))
+    began = time.monotonic()
+    assert clean_text(prompt).startswith("a cat")
+    assert time.monotonic() - began < 1.0
+
+
+def test_cutting_does_not_reach_the_tokens_that_count():
+    """512 tokens have at most 16 characters each; whitespace does not count towards the limit."""
+    words = " ".join(f"word{number}" for number in range(40_000))
+    assert clean_text(words)[:8000] == words[:8000]
+    assert clean_text("a" + " \n\t" * 20_000 + "cat &amp;amp; dog") == "a cat & dog"
+    for text in ("a cat &amp;amp;amp; dog", "schÃ¶n " * 100, "x" * 8000 + " &lt;b&gt;"):
+        assert len(text) < 8192 and clean_text(text) == clean_text(text, 4096)

@@ -11,6 +11,9 @@ from cfpp_rt.device.peak import peak_matmul_flops
 from cfpp_rt.errors import InputError
 from cfpp_rt.io.atomic import require_writable
 
+# Options of --clients and their defaults; None while parsing, to tell those that were given.
+_MANY_CLIENTS = {"rate": None, "arrival_seed": 0, "serving": "turns", "deadline_fps": 16.0}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -42,9 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="do not compare backends; serve N requests of this runtime on one device",
     )
     many.add_argument("--rate", type=float, metavar="R", help="R arrivals per second, Poisson (default: all at once)")
-    many.add_argument("--arrival-seed", type=int, default=0, help="seed of the arrival times (default: 0)")
-    many.add_argument("--serving", choices=load.SERVING, default="turns", help="order of service (default: turns)")
-    many.add_argument("--deadline-fps", type=float, default=16.0, help="frame rate of playback (default: 16)")
+    many.add_argument("--arrival-seed", type=int, help="seed of the arrival times (default: 0)")
+    many.add_argument("--serving", choices=load.SERVING, help="order of service (default: turns)")
+    many.add_argument("--deadline-fps", type=float, help="frame rate of playback (default: 16)")
     out = parser.add_argument_group("output")
     out.add_argument("--json", metavar="FILE", help="append the rows as JSON lines")
     out.add_argument(
@@ -62,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    _refuse_ignored(arguments)
     if arguments.compare:
         before, after = arguments.compare
         _compare(before, after, arguments.tolerance)
@@ -112,6 +116,17 @@ def _latency(arguments: argparse.Namespace) -> None:
         for point in curve
     ]
     harness.record(rows, arguments.json, measured.device)
+
+
+def _refuse_ignored(arguments: argparse.Namespace) -> None:
+    """Raise InputError for an option without the one that it belongs to; fill in the defaults of the others."""
+    for name, default in _MANY_CLIENTS.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
+        elif arguments.clients is None or arguments.compare:
+            raise InputError(f"--{name.replace('_', '-')} needs --clients, got none")
+    if arguments.tolerance and not arguments.compare:
+        raise InputError("--tolerance needs --compare, got none")
 
 
 def _many_clients(arguments: argparse.Namespace) -> None:

@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         required=True,
         metavar="PATH",
-        help="FILE.mp4, FILE.rgb (raw; may be a named pipe) or a folder (PNG images) without frames of an earlier video",
+        help="FILE.mp4, FILE.rgb (raw; may be a named pipe) or a folder (PNG images) without frames",
     )
     out.add_argument("--sheet", metavar="FILE", help="also write a contact sheet of the video, a .png")
     out.add_argument("--quiet", action="store_true", help="no progress bar and no table")
@@ -258,7 +258,7 @@ def _read_prompts(arguments: argparse.Namespace) -> list[str | Tensor]:
     if arguments.prompts is not None:
         path = Path(arguments.prompts)
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would split at form feeds and U+2028, too
         except UnicodeDecodeError as error:
             raise InputError(f"--prompts {path}: must be UTF-8, byte {error.start} is not") from error
         except OSError as error:

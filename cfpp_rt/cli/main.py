@@ -2,10 +2,13 @@
 
 import argparse
 import importlib
+import re
 import signal
 import sys
 from types import FrameType
 from typing import NoReturn
+
+_LONGEST_MESSAGE = 2000  # characters
 
 COMMANDS = {
     "generate": ("cfpp_rt.cli.generate", "prompt or image in, video out"),
@@ -25,7 +28,7 @@ COMMANDS = {
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {_one_line(message)}\n")
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -87,8 +90,14 @@ def main(argv: list[str] | None = None) -> int:
         message += "; a smaller --size, --window or --dtype bfloat16 needs less"
     else:
         return 0
-    print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{name}: error: {_one_line(message)}", file=sys.stderr)
     return 2
+
+
+def _one_line(message: str) -> str:
+    """Return a message on one line; the middle of a long argument in it is left out."""
+    message = re.sub(r"\S{400,}", lambda match: f"{match[0][:100]}...{match[0][-20:]}", " ".join(message.split()))
+    return message if len(message) <= _LONGEST_MESSAGE else f"{message[:1000]} ... {message[-500:]}"
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:

@@ -125,20 +125,24 @@ class Cameras:
 class CameraPath:
     """The cameras of a video, latent frame by latent frame, in the world of the video's first camera.
 
-    The path given last is followed. Where it ends, its last camera stands still.
+    The path given last is followed, from the latent frame that is requested next. Where it ends, its last camera stands
+    still. One thread may call `follow` while another calls `cameras`.
     """
 
     def __init__(self, cameras: Cameras):
         """cameras: the path from latent frame 0 on."""
         self._world = cameras.views[:, :1]
-        self.follow(cameras, 0)
+        self._cameras, self._start, self._given = cameras, 0, cameras
 
-    def follow(self, cameras: Cameras, start: int) -> None:
-        """Replace the path from latent frame `start` on."""
-        self._cameras, self._start = cameras, start
+    def follow(self, cameras: Cameras) -> None:
+        """Replace the path from the latent frame on that `cameras` is called for next."""
+        self._given = cameras
 
     def cameras(self, start: int, frames: int) -> Cameras:
-        """Return the cameras of `frames` latent frames beginning at `start`."""
+        """Return the cameras of `frames` latent frames beginning at `start`; called once per block."""
+        given = self._given  # read once: another thread may replace it meanwhile
+        if given is not self._cameras:
+            self._cameras, self._start = given, start
         last = len(self._cameras) - 1
         own = self._cameras.at([min(frame - self._start, last) for frame in range(start, start + frames)])
         return own.in_world_of(self._world)
@@ -197,7 +201,8 @@ def walk(keys: Sequence[str], view: Any) -> Floats:
 def parse_trajectory(text: str) -> Floats:
     """Return the views of a trajectory such as "w*10,j*5,w*4": float64 [N + 1, 4, 4] for N units, the identity first.
 
-    A unit is one latent frame; the keys are those of `walk`, one per unit. Raises InputError naming the part.
+    A unit is one latent frame; the keys are those of `walk`, one per unit, at most 100,000 in all. Raises InputError
+    naming the part.
     """
     keys: list[str] = []
     for part in text.split(","):
@@ -208,6 +213,8 @@ def parse_trajectory(text: str) -> Floats:
                 f"trajectory must be parts KEY*COUNT joined by commas, KEY one of {' '.join(_KEYS)} (one per part) and"
                 f" COUNT in 1..{_MAX_UNITS}, as w*10,j*5: got the part {part.strip()!r}"
             )
+        if len(keys) + count > _MAX_UNITS:
+            raise InputError(f"trajectory must be at most {_MAX_UNITS} units in all, got {len(keys) + count} or more")
         keys += [key] * count
     return np.concatenate([np.eye(4)[None], walk(keys, np.eye(4))])
 

@@ -4,7 +4,7 @@ Sink frames stay in slot `frame`; every other frame is in slot `sinks + (frame -
 means latent frame.
 """
 
-from cfpp_rt.config import RolloutConfig
+from cfpp_rt.config import MAX_SLOTS, RolloutConfig
 from cfpp_rt.errors import InputError
 
 Range = tuple[int, int]
@@ -26,6 +26,11 @@ class FrameRing:
         if sinks % frames_per_block or ring % frames_per_block or ring < frames_per_block:
             raise InputError(
                 f"sinks and ring must be multiples of the block of {frames_per_block} frames, got {sinks} and {ring}"
+            )
+        if sinks + ring > MAX_SLOTS:
+            raise InputError(
+                f"sinks and ring must be at most {MAX_SLOTS} latent frames together, got {sinks + ring}: a window keeps"
+                " the cache of a long video small"
             )
         self.sinks, self.ring_slots, self.frames_per_block = sinks, ring, frames_per_block
         self.end = 0

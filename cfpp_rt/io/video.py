@@ -131,7 +131,9 @@ class Mp4Writer(FrameWriter):
         self._file = AtomicFile(path)
         try:
             # Opened now, not at the first frame, so that an unknown suffix is refused before any work.
-            self._container: Any = self._av.open(str(self._file.path), "w", options={"movflags": "+faststart"})
+            # Matroska has no such flag, and its muxer warns of it.
+            options = {} if Path(path).suffix == ".mkv" else {"movflags": "+faststart"}
+            self._container: Any = self._av.open(str(self._file.path), "w", options=options)
         except (self._av.FFmpegError, ValueError) as error:
             self._file.drop()
             raise InputError(f"{path}: cannot be written as a video ({error})") from error
@@ -243,7 +245,7 @@ class RawWriter(FrameWriter):
 
     def _put(self, frame: np.ndarray, index: int) -> None:
         assert self._output is not None
-        left = memoryview(frame).cast("B")
+        left = memoryview(np.ascontiguousarray(frame).data).cast("B")
         try:
             while left:  # a write to a pipe may be partial
                 left = left[self._output.write(left) :]

@@ -76,6 +76,16 @@ def _unpack(content: dict[str, Any], source: Path, key: str | None) -> dict[str,
     return plain_names(state, source)
 
 
+def _count_layers(state: dict[str, Tensor]) -> int:
+    """Return the number of blocks in a state dict. Raises ValueError unless they are numbered 0, 1, 2, ..."""
+    numbers = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+    gaps = [number for number in range(len(numbers)) if str(number) not in numbers]
+    if gaps:
+        others = sorted(numbers - {str(number) for number in range(len(numbers))})
+        raise ValueError(f"has no blocks.{gaps[0]}, but blocks.{others[-1][:20]}")
+    return len(numbers)
+
+
 def infer_config(state: dict[str, Tensor], source: str | Path) -> ModelConfig:
     """Infer the sizes from the tensors. Head size 128 and text length 512, as in all of Wan2.1, are assumed."""
     try:
@@ -83,7 +93,7 @@ def infer_config(state: dict[str, Tensor], source: str | Path) -> ModelConfig:
         if dim % 128:
             raise ValueError(f"its width must be a multiple of 128 where no config tells the heads, got {dim}")
         out = state["head.head.weight"].shape[0]
-        layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+        layers = _count_layers(state)
         return ModelConfig(
             dim=dim,
             in_dim=in_dim,
@@ -122,6 +132,14 @@ def read_weights(
     if config is None:
         config = ModelConfig.from_json(beside) if beside.exists() else infer_config(state, path)
     config = dataclasses.replace(config, camera=config.camera or _CAMERA_BRANCH in state)
+    try:
+        layers = _count_layers(state)
+    except ValueError:  # a gap in the names: the config bounds the modules, and the comparison names the fault
+        layers = 0
+    if layers not in (0, config.num_layers):  # before so many modules are made
+        raise CheckpointError(
+            f"{path}: num_layers of the config must be {layers}, as in the weights, got {config.num_layers}"
+        )
     with torch.device("meta"):
         wanted = {name: tuple(p.shape) for name, p in CausalWanTransformer(config).named_parameters()}
     require_exact(state, wanted, path)

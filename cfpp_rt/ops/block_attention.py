@@ -143,6 +143,13 @@ def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor, scale: fl
     return q.new_empty(batch, queries, heads * head_dim)  # sizes in a tuple would take 50 % longer
 
 
+def _meta(q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor, scale: float) -> Tensor:
+    for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache), ("ranges", ranges)):
+        if tensor.device != q.device:
+            raise argument_error("block_attention", name, f"on {q.device}", tensor.device)
+    return _fake(q, k_cache, v_cache, ranges, scale)
+
+
 _op = register(
-    "block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor ranges, float scale) -> Tensor", _run, _fake
+    "block_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor ranges, float scale) -> Tensor", _run, _meta
 )

@@ -19,18 +19,21 @@ from cfpp_rt.cache import CacheShape, KVCache, empty_device_cache
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.core.camera import CameraPath, Cameras
 from cfpp_rt.core.controls import (
+    Actions,
     action_rows,
+    camera_rows,
     check_camera_count,
     check_latent_frames,
-    check_latents_shape,
     no_actions,
 )
+from cfpp_rt.core.exclusive import Exclusive
 from cfpp_rt.core.frame_ring import FrameRing, slots_for
 from cfpp_rt.core.schedule import noise_levels
 from cfpp_rt.errors import InputError, OutOfMemoryError
 from cfpp_rt.model.projections import Projections
 from cfpp_rt.model.transformer import CausalWanTransformer, LayerText
 from cfpp_rt.ops.denoise_update import denoise_update
+from cfpp_rt.runtime.checks import check_initial_latents, check_prompt_embeds
 from cfpp_rt.runtime.cuda_graphs import CudaGraphCache
 from cfpp_rt.runtime.finite_check import FiniteCheck, Probe
 from cfpp_rt.runtime.forward_inputs import BlockInput, FinishedBlock, ForwardBuilder, ForwardInputs
@@ -62,6 +65,10 @@ class Rollout:
         `why_no_cuda_graphs` gives the reason.
     cache: a KV cache of the right size to use instead of allocating one. CUDA graphs are then not used.
 
+    One thread iterates; others may set prompt, actions and cameras meanwhile, which the next block then takes. While a
+    call computes, another call that runs passes (`next`, `refresh`, `require_finite`, `set_prompt` with `recache`) and
+    `close` raise InputError before anything runs.
+
     Raises InputError for sizes that do not fit together, and OutOfMemoryError if the cache cannot be allocated, or if
     memory runs out later: this rollout is over then, and another may begin.
     """
@@ -83,17 +90,16 @@ class Rollout:
         cuda_graphs: CudaGraphCache | None = None,
         cache: KVCache | None = None,
     ):
-        n, batch = config.frames_per_block, prompt_embeds.shape[0]
+        n, batch = config.frames_per_block, check_prompt_embeds(prompt_embeds, model)
         frame_shape = (model.config.in_dim, *latent_size)
-        given = 0 if initial_latents is None else _check_initial_latents(initial_latents, batch, frame_shape)
+        given = 0 if initial_latents is None else check_initial_latents(initial_latents, batch, frame_shape)
         check_latent_frames(latent_frames, given, n)
-        if not bool(prompt_embeds.isfinite().all()):
-            raise InputError("prompt_embeds must be finite, got NaN or infinity")
         if cameras is not None:
             if not model.config.camera:
                 raise InputError("cameras must not be given to a model without the camera branch")
+            cameras = camera_rows(cameras, batch)
             check_camera_count(len(cameras), latent_frames)
-        self._path = None if cameras is None else CameraPath(cameras.rows(batch))
+        self._path = None if cameras is None else CameraPath(cameras)
 
         self.model, self.config, self.latent_frames = model, config, latent_frames
         generated = None if latent_frames is None else latent_frames - given
@@ -102,6 +108,7 @@ class Rollout:
         )
         self.next_latent_frame = 0
         self._batch = batch
+        self.in_use = Exclusive("a rollout")
         self._failed, self._closed, self._cuda_graphs = False, False, cuda_graphs
         self._forward: Callable[..., Any]
         self.why_no_cuda_graphs: str | None
@@ -113,7 +120,7 @@ class Rollout:
             for steps in {config.steps, config.first_steps or config.steps}
         }
         self._actions = no_actions(batch, n, model.config.num_actions)
-        self._text = self._embed_text(prompt_embeds)
+        self._text = self._next_text = self._embed_text(prompt_embeds)  # of the newest block; of the next one
         self._finished_blocks: dict[int, FinishedBlock] = {}  # whose keys are in the cache, by first latent frame
         self._pending_refresh: int | None = None  # first latent frame of the block that waits for its clean pass
         self._generated = False  # True after the first generated block; only that block takes `config.first_steps`
@@ -147,7 +154,7 @@ class Rollout:
         """Make the next block."""
         if self.finished:
             raise StopIteration
-        with self.next_block_passes() as passes:
+        with self.in_use, self.next_block_passes() as passes:
             inputs = next(passes)
             while True:
                 velocity = self._run(inputs)
@@ -160,6 +167,8 @@ class Rollout:
     def next_block_passes(self) -> Iterator[Generator[ForwardInputs, Any, Latents]]:
         """Open a generator over the forward passes of the next block, for `RolloutBatch`; `next()` runs them itself.
 
+        The caller must have entered `in_use`.
+
         The generator yields the `ForwardInputs` of each pass. The caller sends back the pass's velocity, or None if
         num_outputs is 0. The generator returns the finished block.
         """
@@ -168,6 +177,11 @@ class Rollout:
 
     def close(self) -> None:
         """End the rollout: it makes no more blocks, and its cache may be used by another."""
+        with self.in_use:
+            self.end()
+
+    def end(self) -> None:
+        """Do what `close` does, for a caller that has entered `in_use`."""
         self._failed = self._closed = True
 
     def refresh(self) -> None:
@@ -175,9 +189,10 @@ class Rollout:
 
         `next()` runs it when needed. Call it to spend idle time between frames, before the next input arrives.
         """
-        if self.waits_for_refresh:
-            with self._poison_on_error():
-                self._run_refresh()
+        with self.in_use:
+            if self.waits_for_refresh:
+                with self._poison_on_error():
+                    self._run_refresh()
 
     @property
     def newest_finite(self) -> Tensor | None:
@@ -186,26 +201,27 @@ class Rollout:
 
     def require_finite(self) -> None:
         """Raise NonFiniteError if the newest block is not finite. Must be called before another pass runs."""
-        with self._poison_on_error():
+        with self.in_use, self._poison_on_error():
             self._finite_check.require_finite(self._run_again)
 
     def set_prompt(self, prompt_embeds: Tensor, *, recache: bool = False) -> None:
         """Follow another prompt from the next block on.
 
-        Without `recache`, the newest block's clean pass still runs under the old prompt. With it, the keys and values
-        of all latent frames in the window are recomputed under the new prompt, oldest block first, by one clean pass
-        per block.
+        Without `recache`, the newest block's clean pass still runs under the old prompt, as part of `next()`. With it,
+        the keys and values of all latent frames in the window are recomputed under the new prompt, oldest block first,
+        by one clean pass per block.
+
+        Raises InputError, and leaves the rollout as it was, for another shape or dtype and for what is not finite.
         """
-        if prompt_embeds.shape[0] != self._batch:
-            raise InputError(f"prompt_embeds must have batch {self._batch}, got {prompt_embeds.shape[0]}")
-        text = self._embed_text(prompt_embeds)  # refuses another shape before anything changes
-        with self._poison_on_error():
-            if not recache and self.waits_for_refresh:
-                self._run_refresh()
-            self._text = text
-            if (
-                recache and self.next_latent_frame > 0 and not self.finished
-            ):  # after the last latent frame the cache may belong to another
+        check_prompt_embeds(prompt_embeds, self.model, self._batch)
+        text = self._embed_text(prompt_embeds)
+        if not recache:
+            self._require_open()
+            self._next_text = text
+            return
+        with self.in_use, self._poison_on_error():
+            self._text = self._next_text = text
+            if self.next_latent_frame > 0 and not self.finished:  # after the last one the cache may be another's
                 self._pending_refresh = None
                 self._recache()
 
@@ -226,7 +242,7 @@ class Rollout:
         """
         if self._path is None:
             raise InputError("cameras must be given when the rollout is made for set_cameras to work, got none then")
-        self._path.follow(cameras.rows(self._batch), self.next_latent_frame)
+        self._path.follow(camera_rows(cameras, self._batch))
 
     @property
     def waits_for_refresh(self) -> bool:
@@ -243,12 +259,15 @@ class Rollout:
         """True if all latent frames have been made; never for a rollout without end."""
         return self.latent_frames is not None and self.next_latent_frame >= self.latent_frames
 
-    @contextmanager
-    def _poison_on_error(self) -> Iterator[None]:
-        """Run the body without gradients; if it raises, the cache is half written and all further calls are refused."""
+    def _require_open(self) -> None:
         if self._failed:
             end = "was closed" if self._closed else "broke off"
             raise InputError(f"the rollout {end} at latent frame {self.next_latent_frame}: start another")
+
+    @contextmanager
+    def _poison_on_error(self) -> Iterator[None]:
+        """Run the body without gradients; if it raises, the cache is half written and all further calls are refused."""
+        self._require_open()
         try:
             with torch.inference_mode():
                 yield
@@ -257,7 +276,8 @@ class Rollout:
             if not isinstance(error, torch.OutOfMemoryError):
                 raise
             error.with_traceback(None)  # its stack frames keep tensors alive
-            del self.cache, self._forward, self._finished_blocks, self._builder, self._text, self._finite_check
+            del self.cache, self._forward, self._finished_blocks, self._builder, self._finite_check
+            del self._text, self._next_text
             if self._cuda_graphs is not None:
                 self._cuda_graphs.release()
             empty_device_cache(self.model.device)
@@ -270,16 +290,18 @@ class Rollout:
         config, n, start = self.config, self.config.frames_per_block, self.next_latent_frame
         steps = config.steps if self._generated else config.first_steps or config.steps
         timesteps, levels = self._levels[steps]
-        if config.refresh == "separate" and self._pending_refresh is not None:
-            yield self._build([self._take_pending_refresh()], num_outputs=0)
+        # The controls are read here, once: another thread may set others before the block is finished.
+        text, actions, cameras = self._next_text, self._actions, self._projections(start, n)
+        if self._pending_refresh is not None and (config.refresh == "separate" or text is not self._text):
+            yield self._build([self._take_pending_refresh()], num_outputs=0)  # under the prompt of its own block
+        self._text = text
 
         x = self.noise.start(n)
-        cameras = self._projections(start, n)
         self._finite_check.clear()
         for step, timestep in enumerate(timesteps):
             blocks = self._open_block(start) if step == 0 else []
             visible = self.cache.ring.visible(start + n, config.window)
-            blocks.append(BlockInput(x, start, timestep, self._actions, cameras, visible))
+            blocks.append(BlockInput(x, start, timestep, actions, cameras, visible))
             velocity = yield self._build(blocks, num_outputs=1)
             next_level = levels[step + 1] if step + 1 < len(levels) else None  # the last step's result stays clean
             noise = None if next_level is None else self.noise.between_steps(n)
@@ -292,7 +314,7 @@ class Rollout:
             self._finite_check.require_finite(self._run_again)
 
         self.next_latent_frame, self._generated = start + n, True
-        self._keep(clean, start, float(config.context_noise), cameras)
+        self._keep(clean, start, float(config.context_noise), actions, cameras)
         if config.refresh != "skip":
             self._pending_refresh = start
         return Latents(clean, start)
@@ -334,13 +356,16 @@ class Rollout:
         start, self.next_latent_frame = self.next_latent_frame, self.next_latent_frame + latents.shape[1]
         self.cache.ring.write(start)
         cameras = self._projections(start, latents.shape[1])
-        self._keep(latents.to(self.model.device, torch.float32), start, PREFILL_TIMESTEP, cameras)
+        clean = latents.to(self.model.device, torch.float32)
+        self._keep(clean, start, PREFILL_TIMESTEP, self._actions, cameras)
         self._run(self._build([self._clean_block(start)], num_outputs=0))
 
-    def _keep(self, latents: Tensor, start: int, timestep: float, cameras: Projections | None) -> None:
+    def _keep(
+        self, latents: Tensor, start: int, timestep: float, actions: Actions, cameras: Projections | None
+    ) -> None:
         """Keep a copy of a finished block that the caller cannot change; drop blocks that the ring has overwritten."""
         ring = self.cache.ring
-        self._finished_blocks[start] = FinishedBlock(latents.clone(), timestep, self._actions, cameras)
+        self._finished_blocks[start] = FinishedBlock(latents.clone(), timestep, actions, cameras)
         self._finished_blocks = {
             first: done
             for first, done in self._finished_blocks.items()
@@ -368,11 +393,3 @@ class Rollout:
 
     def _run_again(self, blocks: list[BlockInput], probe: Probe) -> None:
         self._run(self._build(blocks, num_outputs=1), probe)
-
-
-def _check_initial_latents(initial_latents: Tensor, batch: int, frame_shape: tuple[int, int, int]) -> int:
-    """Return the number of given latent frames; raise InputError for another shape and for what is not finite."""
-    check_latents_shape("initial_latents", initial_latents.shape, batch, frame_shape)
-    if not bool(initial_latents.isfinite().all()):
-        raise InputError("initial_latents must be finite, got NaN or infinity")
-    return initial_latents.shape[1]

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from cfpp_rt.cache import CacheShape, KVCache
 from cfpp_rt.config import RolloutConfig
+from cfpp_rt.core.exclusive import Exclusive
 from cfpp_rt.core.frame_ring import FrameRing, slots_for
 from cfpp_rt.errors import InputError, NonFiniteError
 from cfpp_rt.model.transformer import CausalWanTransformer, LayerText
+from cfpp_rt.runtime.checks import check_prompt_embeds
 from cfpp_rt.runtime.forward_inputs import ForwardInputs, join_inputs, join_text
 from cfpp_rt.runtime.rollout import Rollout
 from cfpp_rt.values import Latents
@@ -33,6 +35,9 @@ class RolloutBatch:
 
     The latents of a member are those of a `Rollout` of its own to rounding (products of another number of rows may sum
     in another order), and bit for bit while it is alone.
+
+    One thread adds, removes and steps; others may set prompt and actions of the rollouts meanwhile. A second call that
+    runs passes, of the batch or of one of its rollouts, is refused with InputError before anything runs.
 
     Cameras are not supported. Raises InputError for a float8 cache, whose scales the first pass of each rollout would
     have to set, and OutOfMemoryError if the cache cannot be allocated.
@@ -59,6 +64,7 @@ class RolloutBatch:
             shape, FrameRing(sinks, ring, config.frames_per_block), model.dtype, model.device, config
         )
         self._rollouts: list[Rollout] = []  # by row
+        self._in_use = Exclusive("a batch of rollouts")
         # Text of the newest joined pass: what each rollout gave, and the joined copy.
         self._texts: tuple[list[Sequence[LayerText]], list[LayerText]] = [], []
 
@@ -83,30 +89,38 @@ class RolloutBatch:
         """
         if len(self._rollouts) == self.rows:
             raise InputError(f"a batch of {self.rows} rows is full: remove a rollout before adding another")
-        if prompt_embeds.shape[0] != 1:
-            raise InputError(f"prompt_embeds must be of one row, got {prompt_embeds.shape[0]}")
-        row = len(self._rollouts)
-        rollout = Rollout(
-            self.model,
-            prompt_embeds,
-            self.config,
-            latent_size=self.latent_size,
-            latent_frames=self.latent_frames,
-            initial_latents=initial_latents,
-            seed=seed,
-            noise=noise,
-            renoise=renoise,
-            cache=self.cache.rows(row, row + 1),
-        )
-        self._rollouts.append(rollout)
+        if (batch := check_prompt_embeds(prompt_embeds, self.model)) != 1:
+            raise InputError(f"prompt_embeds must be of one row, got {batch}")
+        with self._in_use:
+            row = len(self._rollouts)
+            rollout = Rollout(
+                self.model,
+                prompt_embeds,
+                self.config,
+                latent_size=self.latent_size,
+                latent_frames=self.latent_frames,
+                initial_latents=initial_latents,
+                seed=seed,
+                noise=noise,
+                renoise=renoise,
+                cache=self.cache.rows(row, row + 1),
+            )
+            self._rollouts.append(rollout)
         return rollout
 
     def remove(self, rollout: Rollout) -> None:
         """Close a rollout and free its row. Raises InputError if it is not in the batch."""
         if rollout not in self._rollouts:
             raise InputError("rollout must be one of the batch, got one that was removed or never added")
+        with self._in_use, ExitStack() as stack:
+            for changed in {rollout, self._rollouts[-1]}:
+                stack.enter_context(changed.in_use)
+            self._remove(rollout)
+
+    def _remove(self, rollout: Rollout) -> None:
+        """Remove a rollout; the caller has entered `in_use` of the batch, of the rollout and of the last one."""
         row, last = self._rollouts.index(rollout), self._rollouts.pop()
-        rollout.close()
+        rollout.end()
         if last is rollout:
             return
         with torch.inference_mode():
@@ -122,6 +136,16 @@ class RolloutBatch:
         A rollout that is finished leaves the batch. So does one whose model output is not finite: its result is the
         NonFiniteError, and the others go on. Any other error ends all rollouts of the batch.
         """
+        with self._in_use, ExitStack() as stack:
+            for rollout in self._rollouts:  # all of them before any pass runs: what is refused has changed nothing
+                stack.enter_context(rollout.in_use)
+            results = self._next_blocks()
+            for rollout, result in results.items():
+                if rollout.closed or isinstance(result, NonFiniteError):
+                    self._remove(rollout)
+        return results
+
+    def _next_blocks(self) -> dict[Rollout, Latents | NonFiniteError]:
         results: dict[Rollout, Latents | NonFiniteError] = {}
         with ExitStack() as stack:
             passes = [stack.enter_context(rollout.next_block_passes()) for rollout in self._rollouts]
@@ -138,9 +162,6 @@ class RolloutBatch:
                         except NonFiniteError as error:
                             results[self._rollouts[row]] = error
                             del requested[row]
-        for rollout, result in results.items():
-            if rollout.closed or isinstance(result, NonFiniteError):
-                self.remove(rollout)
         return results
 
     def _run(self, first_row: int, inputs: list[ForwardInputs]) -> Tensor | None:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from cfpp_rt.codec.base import Codec
 from cfpp_rt.codec.streaming import finite_frames, require_finite_frames, to_uint8
 from cfpp_rt.config import RolloutConfig
 from cfpp_rt.core.camera import Cameras
+from cfpp_rt.core.exclusive import Exclusive
 from cfpp_rt.core.frame_counts import count_latent_frames
 from cfpp_rt.device.timing import Timings
 from cfpp_rt.errors import InputError, NonFiniteError
@@ -62,6 +64,9 @@ class _InFlightBlock:
 class Stream:
     """An iterator of `Frames`, made by `Pipeline.stream`. `timings` is filled as it runs.
 
+    One thread iterates; others may set prompt, actions and cameras meanwhile. Calls that run passes (`next`, `refresh`,
+    `set_prompt` with `recache`) are refused with InputError while another one computes.
+
     model, codec, encode_prompt: what generates. cuda_graphs: of the model; None = the passes run without CUDA graphs.
     """
 
@@ -104,6 +109,7 @@ class Stream:
             cuda_graphs=cuda_graphs,
             check_finite="later",
         )
+        self._in_use = Exclusive("a stream")
         self._initial_latents = initial_latents
         self._delivered = 0
         self._ahead, self._in_flight = request.ahead, deque[_InFlightBlock]()
@@ -118,6 +124,10 @@ class Stream:
 
         Raises NonFiniteError, and ends the stream, if its latents or its pixels are not finite.
         """
+        with self._in_use:
+            return self._next_frames()
+
+    def _next_frames(self) -> Frames:
         while len(self._in_flight) <= self._ahead:
             block = self._start_block()
             if block is None:
@@ -160,7 +170,7 @@ class Stream:
             if self.rollout.finished:
                 return None
             if self.rollout.config.refresh == "separate":
-                self.refresh()
+                self._refresh()
             with self.timings.stage("diffuse"):
                 block = next(self.rollout)
             latents, start = block.values, block.start
@@ -194,6 +204,10 @@ class Stream:
 
     def refresh(self) -> None:
         """Run the newest block's clean pass now if it still waits: for idle time before the next input arrives."""
+        with self._in_use:
+            self._refresh()
+
+    def _refresh(self) -> None:
         if self.rollout.waits_for_refresh:
             with self.timings.stage("refresh"):
                 self.rollout.refresh()
@@ -210,7 +224,8 @@ class Stream:
         prompt: one text, or one per video. prompt_embeds: [B, text_len, text_dim], in its place.
         """
         embeds = self._prompt_embeds(require_prompt(prompt, prompt_embeds))
-        self.rollout.set_prompt(embeds, recache=recache)
+        with self._in_use if recache else nullcontext():
+            self.rollout.set_prompt(embeds, recache=recache)
 
     def set_actions(self, actions: int | Sequence[int] | Sequence[Sequence[int]] | Tensor) -> None:
         """Take these actions from the first block that has not been launched yet; see `Rollout.set_actions`."""

@@ -45,14 +45,16 @@ def _play(stream: Stream, terminal, interval: float) -> bool:  # type: ignore[no
     while True:
         due = max(due + interval, time.monotonic())
         stream.refresh()  # run the clean pass in the idle time, to shorten the latency of a key
-        while (left := due - time.monotonic()) > 0:
-            names = terminal.typed(left)
+        while True:  # keys are polled at least once per frame, however late it is
+            names = terminal.typed(max(0.0, due - time.monotonic()))
             if "quit" in names or "restart" in names:
                 return "quit" not in names
             if names:
                 held, until = names[-1], time.monotonic() + _HELD_S
                 if "interact" in names:  # must not be lost to an arrow typed with it
                     held = "interact"
+            if time.monotonic() >= due:
+                break
         began = time.perf_counter()
         stream.set_actions(ACTIONS.index(held))
         pixels = next(stream).pixels[0, -1].numpy()

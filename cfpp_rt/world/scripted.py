@@ -6,11 +6,12 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+from cfpp_rt.errors import InputError
 from cfpp_rt.options import WORLD, refuse_unused, rollout_overrides
 from cfpp_rt.pipeline import choose_threads
 from cfpp_rt.runtime.clip import Clip
 from cfpp_rt.values import DTYPES, Frames
-from cfpp_rt.world.actions import parse_actions
+from cfpp_rt.world.actions import parse_actions_option
 from cfpp_rt.world.simulator import NONE
 from cfpp_rt.world.sprites import SIZE
 from cfpp_rt.world.student import SHIPPED, load_world_pipeline, start
@@ -28,21 +29,31 @@ def open_clip(arguments: argparse.Namespace) -> Clip:
     Raises InputError for options that this student cannot use.
     """
     refuse_unused(arguments, _TAKES, f"--student {WORLD}")
-    actions = parse_actions(arguments.actions or "")
+    actions = parse_actions_option(arguments.actions)
     pipeline = load_world_pipeline(
         arguments.checkpoint or SHIPPED, dtype=DTYPES[arguments.dtype or "float32"], device=arguments.device
     )
     config = pipeline.config.replace(**rollout_overrides(arguments))
     choose_threads(pipeline, config, (SIZE, SIZE))
     n = config.frames_per_block
-    num_frames = arguments.frames if arguments.frames is not None else whole_blocks(1 + len(actions), n)
+    num_frames = frames_for(arguments.frames, actions, n)
     stream = start(pipeline, arguments.seed, num_frames=num_frames, config=config)
     return Clip(stream, follow(stream, actions, n), num_frames, FPS)
 
 
-def whole_blocks(num_frames: int, frames_per_block: int) -> int:
-    """Round a number of frames up to whole blocks: the first block, which is given, and at least one more."""
-    return max(2 * frames_per_block, -(-num_frames // frames_per_block) * frames_per_block)
+def frames_for(requested: int | None, actions: list[int], frames_per_block: int) -> int:
+    """Return the number of frames: those requested, or the given first block and whole blocks for all actions.
+
+    requested: --frames. Raises InputError where they are too few for the actions.
+    """
+    n = frames_per_block
+    needed = n + max(-(-len(actions) // n) * n, n)
+    if requested is not None and requested < n + len(actions):
+        raise InputError(
+            f"--frames must be at least {needed}, the first block and one frame for each of {len(actions)} actions,"
+            f" got {requested}"
+        )
+    return needed if requested is None else requested
 
 
 class ActionStream(Protocol):

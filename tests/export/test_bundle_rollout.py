@@ -266,3 +266,25 @@ def test_the_runner_needs_no_torch(acting):
     rollout.set_actions(2)
     here = sum(float(abs(block.values).sum()) for block in rollout)
     assert float(done.stdout) == pytest.approx(here, rel=1e-5)
+
+
+def test_a_refused_control_leaves_the_rollout_alive(acting, runner_of, vectors):
+    embeds = vectors["prompt_embeds"].numpy()
+    refused = [embeds * np.nan, embeds.astype(np.float64) * 1e300, embeds.astype(np.int64), embeds > 0, embeds[:, :1]]
+
+    def run(prompts, actions):
+        acted, prompted = (
+            BundleRollout(acting[1], latent_frames=4),
+            BundleRollout(runner_of("framewise_2step_window"), embeds, latent_frames=4),
+        )
+        made = [next(acted).values, next(prompted).values]
+        for given in actions:
+            with pytest.raises(InputError, match="actions must be integers in 0..2"):
+                acted.set_actions(given)
+        for given in prompts:
+            with pytest.raises(InputError, match="embeds must be"):
+                prompted.set_prompt(given)
+        return [*made, *(block.values for rollout in (acted, prompted) for block in rollout)]
+
+    plain, steered = run([], []), run(refused, [True, np.True_, [True, False], [[0], [1, 2]]])
+    assert all(np.array_equal(a, b) for a, b in zip(plain, steered, strict=True))

@@ -78,6 +78,8 @@ def test_a_video_from_text_embeddings(tmp_path):
         (["--student", "world"], "--engine takes no --student"),
         (["--random-weights"], "--engine takes no --random-weights"),
         (["--actions", "fly"], "actions must be names"),
+        ([], "--actions must be given"),
+        (["--actions", SCRIPT, "--frames", "2"], "--frames must be at least"),
         (["--actions", SCRIPT, "--prompt", "a boat"], "a student without text takes no --prompt"),
         (["--actions", SCRIPT, "--frames", "0"], "frames must be"),
     ],

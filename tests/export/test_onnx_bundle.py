@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 import torch
@@ -236,3 +237,14 @@ def test_make_card_keeps_the_first_block_and_the_context(model):
     card = make_card(model, run, latent_size=(8, 12), latent_frames=5)
     assert card.timesteps[card.context] == 100.0 and card.timesteps[card.given] == 0.0
     assert len(card.steps) == 1 and len(card.first_steps) == 2 and card.sizes.slots == card.latent_frames == 5
+
+
+def test_a_card_with_a_ring_of_a_billion_is_refused_at_once(copied):
+    values = json.loads((copied / CARD).read_text())
+    values["sizes"]["ring"] = 10**9
+    (copied / CARD).write_text(json.dumps(values))
+    tracemalloc.start()
+    with pytest.raises(InputError, match="card does not fit together: sinks and ring must be at most 1048576"):
+        open_bundle(copied)
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+    tracemalloc.stop()

@@ -87,7 +87,9 @@ def test_a_video_by_command(tmp_path, capsys):
     [
         (["--student", "world", "--actions", "fly*3"], "of none, up, down, left, right, interact; got 'fly*3'"),
         (["--student", "world", "--actions", "up", "--prompt", "a cat"], "--student world takes no --prompt"),
-        (["--student", "world"], "actions must be names with counts"),
+        (["--student", "world"], "--actions must be given for the built-in world, as right*20,up*10"),
+        (["--student", "world", "--frames", "20"], "--actions must be given for the built-in world"),
+        (["--student", "world", "--actions", "up*9", "--frames", "9"], "--frames must be at least 10, the first block"),
         (["--actions", "up", "--prompt", "a cat"], "--student framewise-2step takes no --actions"),
         (["--student", "world", "--actions", "up", "--checkpoint", "nowhere"], "nowhere"),
     ],

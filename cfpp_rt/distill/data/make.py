@@ -190,7 +190,7 @@ def _row_noise(seed: int, number: int, clip: tuple[int, ...]) -> NDArray[np.floa
 def read_prompts(path: str | Path) -> list[str]:
     """Return the prompts of a UTF-8 file with one prompt per line; blank lines are skipped."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines also splits at form feeds and U+2028
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: must be UTF-8, byte {error.start} is not") from error
     except OSError as error:
