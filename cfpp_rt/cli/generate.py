@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         required=True,
         metavar="PATH",
-        help="FILE.mp4, FILE.rgb (raw; may be a named pipe) or a folder (PNG images) without frames",
+        help="FILE.mp4, FILE.rgb (raw, also a named pipe) or a folder (PNG images) without frames of an earlier video",
     )
     out.add_argument("--sheet", metavar="FILE", help="also write a contact sheet of the video, a .png")
     out.add_argument("--quiet", action="store_true", help="no progress bar and no table")

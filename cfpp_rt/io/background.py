@@ -55,6 +55,9 @@ class BackgroundWriter(FrameWriter):
 
     def _drop(self) -> None:
         self._dropping = True
+        with contextlib.suppress(queue.Empty):  # so that the end mark has room even if the writer is stuck
+            while True:
+                self._queue.get_nowait()
         self._end(_ABORT_S)
 
     def _end(self, timeout_s: float = threading.TIMEOUT_MAX) -> None:

@@ -245,7 +245,7 @@ class RawWriter(FrameWriter):
 
     def _put(self, frame: np.ndarray, index: int) -> None:
         assert self._output is not None
-        left = memoryview(np.ascontiguousarray(frame).data).cast("B")
+        left = frame.data.cast("B")
         try:
             while left:  # a write to a pipe may be partial
                 left = left[self._output.write(left) :]

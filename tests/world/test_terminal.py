@@ -84,9 +84,9 @@ def test_frames_that_a_slow_terminal_does_not_take_are_dropped_and_the_newest_is
         try:
             received += os.read(reader, 4096)
         except BlockingIOError:
-            terminal.typed(0)
             if not terminal._unsent:
                 break
+            terminal.typed(0)
     terminal.show(frames[19], "frame 19")
     assert not received.count(b"frame 10") and b"frame 0" in received
     assert (terminal._colours == cell_colours(frames[19].repeat(2, 0).repeat(2, 1))).all()
@@ -118,17 +118,16 @@ def test_play_ends_over_a_slow_terminal_and_restores_it(fps, speed, key):
         received = b""
         while b"frame" not in received:  # it plays
             received += os.read(leader, 4096)
-        began, sent = time.monotonic(), False
+        received, began, sent = b"", time.monotonic(), False
         while process.poll() is None and time.monotonic() - began < 20:
             if speed:
-                os.read(leader, 7000) if select.select([leader], [], [], 0.01)[0] else None
+                received += os.read(leader, 7000) if select.select([leader], [], [], 0.01)[0] else b""
             time.sleep(0.01)
             if not sent and time.monotonic() - began > 1:
                 os.write(leader, key)
                 sent, began = True, time.monotonic()
         assert process.poll() == 0 and time.monotonic() - began < 10
         assert termios.tcgetattr(follower) == before
-        received = b""
         while select.select([leader], [], [], 0.1)[0]:
             received += os.read(leader, 4096)
         assert received.endswith(b"\x1b[?1049l")
