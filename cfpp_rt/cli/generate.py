@@ -155,21 +155,25 @@ def write_clip(clip: Clip, output: Path, sheet: str | Path | None, *, quiet: boo
     sheet: path of a contact sheet to write as well. The video is finished before the sheet, and stays if that fails.
     """
     timings = clip.stream.timings
-    with ExitStack() as stack:
+    with ExitStack() as outputs:
         writers: list[FrameWriter] = []
         if sheet is not None:
-            writers.append(stack.enter_context(SheetWriter(sheet, clip.num_frames)))
+            writers.append(outputs.enter_context(SheetWriter(sheet, clip.num_frames)))
         video = BackgroundWriter(open_writer(output, fps=clip.fps))
-        writers.append(stack.enter_context(video))
-        advance = stack.enter_context(progress_bar(output.name, clip.num_frames, unit="frame", enabled=not quiet))
-        for frames in clip.frames:
-            with timings.outside():
-                for writer in writers:
-                    writer.write(frames)
-                advance(frames.pixels.shape[1])
+        with (
+            video,
+            progress_bar(output.name, clip.num_frames, unit="frame", enabled=not quiet) as advance,
+        ):
+            writers.append(video)
+            for frames in clip.frames:
+                with timings.outside():
+                    for writer in writers:
+                        writer.write(frames)
+                    advance(frames.pixels.shape[1])
+        seconds = time.perf_counter() - timings.started  # until the video is finished
     if not quiet:
         height, width = frames.pixels.shape[2:4]
-        fps = clip.num_frames / (time.perf_counter() - timings.started)
+        fps = clip.num_frames / seconds
         print(
             f"{output}: {clip.num_frames} frames of {width}x{height},"
             f" {fps / clip.fps:.2g} x real time at {clip.fps:g} fps"
@@ -194,7 +198,7 @@ def print_table(stream: TimedStream, video: Mapping[str, float]) -> None:
         "frame_ms_p50": "interval per frame, steady state, median, without write_wait_ms",
         "frame_ms_p90": "  90th percentile",
         "frame_ms_p99": "  99th percentile",
-        "fps": "frames per second, end to end, until the file is finished",
+        "fps": "frames per second, end to end, until the video is finished",
         "encode_text_ms": "text encoder, once",
         "encode_image_ms": "image or video encoder, once",
         "diffuse_ms": f"per block: all passes, {stream.rollout.config.refresh} refresh",
