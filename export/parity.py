@@ -168,7 +168,7 @@ def require_parity(
     options = {"latent_size": latent_size, "latent_frames": latent_frames, "batch": batch, "linear_dtype": linear_dtype}
     with tempfile.TemporaryDirectory(prefix="cfpp-parity-") as folder:
         path = Path(folder, "graphs")
-        export_onnx(model, config, path, **options)  # type: ignore[arg-type]
+        export_onnx(model, config, path, **options)
         report = verify(open_bundle(path), model, log=log)
     height, width = latent_size
     require_passed({**report, "bundle": f"the graphs at {height * 8}x{width * 8}"})
