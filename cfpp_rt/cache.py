@@ -97,7 +97,7 @@ class LayerCache:
         return 0 if self._dequantized is None else sum(tensor.nbytes for tensor in self._dequantized)
 
     def set_scales(self, k_norm: Tensor, values: Tensor) -> None:
-        """Set the scales, once.
+        """Set the scales, once per rollout.
 
         k_norm: [H * D]. Weight of the keys' RMSNorm.
         values: [B, S, H * D]. Values of the first pass.
@@ -136,8 +136,9 @@ class KVCache:
     With kv_dtype float8_e4m3fn the cache is approximate. `data` stores x / scale in 8 bits, 4 of them significant.
     What a layer is about to read is dequantized into a buffer in the model's dtype that all layers share. Keys and
     values have one scale each per layer, batch row and head. The relative error is at most 2^-4 whatever the scale, as
-    long as numbers neither saturate nor fall below scale / 64. Hence the scales are set once, by the first pass (see
-    `LayerCache.set_scales`). They are powers of two, so that dequantization is exact.
+    long as numbers neither saturate nor fall below scale / 64. The scales that the first pass sets (see
+    `LayerCache.set_scales`) therefore suffice while numbers stay in that range. They are powers of two, so that
+    dequantization is exact.
     """
 
     def __init__(
@@ -211,7 +212,11 @@ class KVCache:
         return part
 
     def reuse(self, ring: FrameRing) -> None:
-        """Begin another rollout in the same memory. ring: an empty one of the same capacity."""
+        """Begin another rollout in the same memory. ring: an empty one of the same capacity.
+
+        Old keys stay until they are overwritten; the ring makes them invisible. The scales of a float8 cache are set
+        anew by the first pass.
+        """
         if ring.capacity != self.ring.capacity:
             raise InputError(f"ring must have the capacity of the cache, {self.ring.capacity}, got {ring.capacity}")
         self.ring = ring

@@ -217,8 +217,7 @@ def choose_threads(pipeline: Pipeline, config: RolloutConfig, size: tuple[int, i
 
     Only the commands call this; a program that uses the package keeps its own setting.
 
-    size: (height, width) in pixels. batch:
-    videos in one batch. The codec and the text encoder are not counted.
+    size: (height, width) in pixels. batch: videos in one batch. The codec and the text encoder are not counted.
     """
     sizes, (height, width) = pipeline.model.config, (side // pipeline.codec.spatial_factor for side in size)
     latent_frames = 2 * config.frames_per_block * batch  # a fused refresh has two blocks in a pass

@@ -4,8 +4,9 @@ For every block of `frames_per_block` latent frames, start from noise and run a 
 block and adds noise at the next level. Then a clean pass at the context timestep rewrites the block's keys and values,
 so that later blocks attend to the finished frames (Causal Forcing, arXiv 2602.02214, algorithm 2).
 
-With `refresh="fused"` that clean pass is computed in the same pass as the first step of the next block: its queries see
-the window that ends with their own block, the noisy queries see the window that ends one block later.
+With `refresh="fused"` that clean pass is computed in the same pass as the first step of the next block. In that pass
+the clean queries see the window that ends with their own block; the noisy queries of the next block see the window
+that ends with theirs.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -120,8 +121,8 @@ class Rollout:
             for steps in {config.steps, config.first_steps or config.steps}
         }
         self._actions = no_actions(batch, n, model.config.num_actions)
-        self._text = self._next_text = self._embed_text(prompt_embeds)  # of the newest block; of the next one
-        self._finished_blocks: dict[int, FinishedBlock] = {}  # whose keys are in the cache, by first latent frame
+        self._text = self._next_text = self._embed_text(prompt_embeds)  # text of the newest block, and of the next
+        self._finished_blocks: dict[int, FinishedBlock] = {}  # those in the cache, by first latent frame
         self._pending_refresh: int | None = None  # first latent frame of the block that waits for its clean pass
         self._generated = False  # True after the first generated block; only that block takes `config.first_steps`
         with self._poison_on_error():
@@ -176,7 +177,7 @@ class Rollout:
             yield self._generate_block()
 
     def close(self) -> None:
-        """End the rollout: it makes no more blocks, and its cache may be used by another."""
+        """End the rollout: further calls raise InputError, and its cache may be used by another."""
         with self.in_use:
             self.end()
 
@@ -266,7 +267,7 @@ class Rollout:
 
     @contextmanager
     def _poison_on_error(self) -> Iterator[None]:
-        """Run the body without gradients; if it raises, the cache is half written and all further calls are refused."""
+        """Run the body without gradients; if it raises, further calls are refused: the cache may be half written."""
         self._require_open()
         try:
             with torch.inference_mode():
