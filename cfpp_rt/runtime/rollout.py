@@ -183,7 +183,8 @@ class Rollout:
 
     def end(self) -> None:
         """Do what `close` does, for a caller that has entered `in_use`."""
-        self._failed = self._closed = True
+        self._closed = self._closed or not self._failed  # a rollout that broke off says so ever after
+        self._failed = True
 
     def refresh(self) -> None:
         """Run the clean pass of the newest block now, if it still waits and a block follows; otherwise do nothing.
