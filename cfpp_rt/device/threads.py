@@ -13,8 +13,10 @@ module imports torch only where it must, since the wait policy has to be set bef
 """
 
 import os
+from typing import TYPE_CHECKING
 
-from cfpp_rt.config import ModelConfig
+if TYPE_CHECKING:  # `cfpp --help` must not wait for it
+    from cfpp_rt.config import ModelConfig
 
 SMALL_PRODUCT = 5e8  # FLOPs
 # GNU's OpenMP, which torch uses on Linux, reads the first; LLVM's and Intel's, elsewhere, need the second as well.
@@ -30,7 +32,7 @@ def set_wait_policy() -> None:
         os.environ.setdefault(name, value)
 
 
-def largest_product(config: ModelConfig, tokens: int) -> float:
+def largest_product(config: "ModelConfig", tokens: int) -> float:
     """Return the FLOPs of the largest matrix product of a forward pass.
 
     tokens: rows of the product: batch * latent frames of the pass * tokens per latent frame.
