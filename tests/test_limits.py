@@ -1,4 +1,4 @@
-"""What is far beyond every use is refused before memory or time is spent on it, in one line that names the argument."""
+"""Sizes far beyond every use are refused in one line that names the argument, before memory or time is spent."""
 
 import json
 import time

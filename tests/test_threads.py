@@ -58,7 +58,7 @@ def test_the_world_takes_one_thread_and_wan_all(threads):
 
 
 def python(code, **environment):
-    """What the code prints as JSON in a fresh process with these of `NAMES` alone."""
+    """Run code in a fresh process with only these of `NAMES` set, and return the JSON that it prints."""
     inherited = {name: value for name, value in os.environ.items() if name not in NAMES}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env={**inherited, **environment}, cwd=ROOT, capture_output=True, text=True)

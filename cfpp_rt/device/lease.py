@@ -48,7 +48,8 @@ class LeasePool(Generic[Resource]):
                 lease = _Lease(key, make(), weakref.ref(holder))
                 self._leases.append(lease)
                 self._empty_cache()  # memory of the warm-up, on a stream that is not used again
-            elif self._device.type == "cuda":
+                return lease.resource
+            if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)  # the holder before may have used another stream
             lease.holder = weakref.ref(holder)
             return lease.resource
